@@ -1,0 +1,186 @@
+"""The inference API over HTTP: one method a route, answers as records, every failure one `ApiProblem` in words."""
+
+from datetime import datetime
+from typing import Any, TypeVar
+
+import httpx
+from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError
+
+from neuroloop.core.schemas import GateResult, Mail, ModelVersion, Monitoring, Promotion, Verdict
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+class ApiProblem(Exception):
+    """A request that brought no answer: what happened, why, and how to mend it. `status` is 0 where nobody answered."""
+
+    def __init__(
+        self,
+        title: str,
+        *,
+        detail: str = "",
+        fix: str = "",
+        status: int = 0,
+        gate: GateResult | None = None,
+        prediction_id: str = "",
+    ) -> None:
+        self.title, self.detail, self.fix = title, detail, fix
+        self.status, self.gate, self.prediction_id = status, gate, prediction_id
+        super().__init__(title)
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same request may succeed later: nobody answered, or the service is not ready yet."""
+        return self.status in (0, 429, 502, 503, 504)
+
+
+class _Answer(BaseModel):
+    """An answer of the API: fields that a newer API adds are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class Answer(_Answer):
+    """What `POST /v1/predictions` says of an accepted image. `image` and `heatmap` are grey PNGs of one frame."""
+
+    id: str
+    label: str
+    probabilities: dict[str, float]
+    tumour: bool
+    gate: GateResult
+    model_version: str
+    data_version: str
+    simulated_model: bool
+    seconds: float
+    width: int
+    height: int
+    image: Base64Bytes
+    heatmap: Base64Bytes | None = None
+
+
+class Receipt(_Answer):
+    """What the API noted of a reader's verdict."""
+
+    prediction_id: str
+    verdict: Verdict
+    label: str | None = None
+    corrections_waiting: int
+
+
+class Champion(_Answer):
+    """The model that answers now."""
+
+    version: str
+    data_version: str
+    simulated: bool
+    image_size: int
+    metrics: dict[str, float] = {}
+    loaded_at: datetime | None = None
+
+
+class Models(_Answer):
+    """All registered versions and the promotion ledger, both newest first."""
+
+    versions: tuple[ModelVersion, ...] = ()
+    promotions: tuple[Promotion, ...] = ()
+    mlflow_url: str = ""
+
+
+class ApiClient:
+    """One pooled HTTP client of the API at `url`; thread-safe, shared by all browser sessions."""
+
+    def __init__(self, url: str, *, read_seconds: float = 60.0) -> None:
+        self.url = url
+        # trust_env=False: a proxy meant for the internet must not stand between two parts of one platform.
+        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(read_seconds, connect=3.0), trust_env=False)
+
+    def predict(self, data: bytes, media_type: str) -> Answer:
+        """Classify one image. The reader's file name stays here: it may name a patient."""
+        return self._read(Answer, self._send("POST", "/v1/predictions", files={"file": ("upload", data, media_type)}))
+
+    def feedback(self, prediction_id: str, verdict: Verdict, reader: str, label: str | None = None) -> Receipt:
+        """Record a reader's verdict; a later one by the same reader replaces it."""
+        body = {"verdict": str(verdict), "reader": reader} | ({"label": label} if label else {})
+        return self._read(Receipt, self._send("POST", f"/v1/predictions/{prediction_id}/feedback", json=body))
+
+    def champion(self) -> Champion:
+        """The model that answers now; a problem with status 503 where there is none yet."""
+        return self._read(Champion, self._send("GET", "/v1/model"))
+
+    def models(self) -> Models:
+        """Versions, ledger and where MLflow shows them."""
+        return self._read(Models, self._send("GET", "/v1/models"))
+
+    def monitoring(self) -> Monitoring:
+        """Live figures."""
+        return self._read(Monitoring, self._send("GET", "/v1/monitoring"))
+
+    def mails(self) -> list[Mail]:
+        """The mails the local sink kept, newest first."""
+        answer = self._send("GET", "/v1/mails")
+        return [self._read(Mail, mail) for mail in answer]
+
+    def _send(self, method: str, path: str, **request: Any) -> Any:
+        try:
+            response = self._http.request(method, path, **request)
+        except httpx.ConnectError:
+            raise ApiProblem(
+                "The inference service cannot be reached",
+                detail=f"Nothing answers at {self.url}. It may still be starting, or it has stopped.",
+                fix="Wait a moment and try again. If it stays like this, run `make status`, then `make up`.",
+            ) from None
+        except httpx.TimeoutException:
+            raise ApiProblem(
+                "The inference service takes too long",
+                detail=f"{self.url} did not answer in time. It may be busy, for instance with a training run.",
+                fix="Try again in a minute. `make status` shows whether all parts run.",
+            ) from None
+        except httpx.HTTPError:
+            raise ApiProblem(
+                "The connection to the inference service broke off",
+                detail=f"{self.url} ended the connection before its answer was complete.",
+                fix="Try again.",
+            ) from None
+        if response.is_error:
+            raise _problem(response)
+        try:
+            return response.json()
+        except ValueError:
+            raise self._unreadable() from None
+
+    def _read(self, record: type[Record], answer: Any) -> Record:
+        try:
+            return record.model_validate(answer)
+        except ValidationError:
+            raise self._unreadable() from None
+
+    def _unreadable(self) -> ApiProblem:
+        return ApiProblem(
+            "The answer of the inference service cannot be read",
+            detail=f"What {self.url} answered does not have the expected fields.",
+            fix="Check that NEUROLOOP_API_URL names the NeuroLoop API, and that frontend and API are of one version.",
+            status=500,
+        )
+
+
+def _problem(response: httpx.Response) -> ApiProblem:
+    """A problem document (RFC 9457) as `ApiProblem`; any other error body gives only its status."""
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict) or "title" not in body:
+        body = {"title": f"The inference service answered with an error ({response.status_code})"}
+        body["fix"] = "Try again. If it stays like this, `make logs` tells more."
+    try:
+        gate = GateResult.model_validate(body["gate"])
+    except (KeyError, ValidationError):
+        gate = None
+    return ApiProblem(
+        str(body["title"]),
+        detail=str(body.get("detail") or ""),
+        fix=str(body.get("fix") or ""),
+        status=response.status_code,
+        gate=gate,
+        prediction_id=str(body.get("id") or ""),
+    )

@@ -1,0 +1,337 @@
+"""Classify: choose a scan, read the result with its explanation, tell the platform whether it is right."""
+
+import html
+
+import altair as alt
+import heatmap
+import layout
+import pandas as pd
+import samples
+import streamlit as st
+from api_client import Answer, ApiProblem
+from layout import CLASS_NAMES, percent
+from session import Outcome, Upload, choose, current_upload, outcome_of
+from streamlit.delta_generator import DeltaGenerator
+
+from neuroloop.core.schemas import LABELS, Verdict
+
+CONSENT = (
+    "I understand that this is for research only and not for diagnosis, that the scan I choose is stored and may be "
+    "used to retrain the model, and that it carries no patient's name."
+)
+
+SHORT_NAMES = {"glioma": "Glioma", "meningioma": "Meningioma", "notumor": "None", "pituitary": "Pituitary"}
+
+
+def take_upload() -> None:
+    """The uploader changed: its file, or nothing, is now the choice."""
+    file = st.session_state.get(uploader_key())
+    choose(st.session_state, Upload(file.getvalue(), file.name, file.type) if file else None)
+
+
+def take_sample(number: int) -> None:
+    """A sample was clicked: it is now the choice, and the uploader is emptied."""
+    sample = samples.render(*samples.SAMPLES[number])
+    st.session_state["uploaders"] = st.session_state.get("uploaders", 0) + 1
+    choose(st.session_state, Upload(sample.png, f"Sample {number + 1}", "image/png", simulated=sample.caption))
+
+
+def uploader_key() -> str:
+    """A new key gives an empty uploader."""
+    return f"file-{st.session_state.get('uploaders', 0)}"
+
+
+def remember_consent() -> None:
+    """Keep the tick while the reader visits other pages."""
+    st.session_state["consented"] = st.session_state["consent"]
+
+
+def input_panel() -> tuple[bool, DeltaGenerator]:
+    """Consent and upload; returns whether consent is given, and the place for the samples."""
+    with st.container(border=True, key="card-input"):
+        st.subheader("1. Before you start", anchor=False)
+        consent = st.checkbox(
+            CONSENT, value=st.session_state.get("consented", False), key="consent", on_change=remember_consent
+        )
+        st.subheader("2. Choose a scan", anchor=False)
+        st.file_uploader(
+            "Upload one slice of a brain MRI (JPEG or PNG)",
+            key=uploader_key(),
+            on_change=take_upload,
+            disabled=not consent,
+            max_upload_size=max(1, round(layout.settings().max_upload_mb)),
+        )
+        st.markdown("Or try a **simulated** scan:")
+        tiles = st.container()
+    return consent, tiles
+
+
+def sample_tiles(consent: bool) -> None:
+    """The simulated samples, each a picture and its button."""
+    with st.spinner("Rendering simulated scans"):
+        rendered = [samples.render(*sample) for sample in samples.SAMPLES]
+    for row in range(0, len(rendered), 4):
+        for number, column in enumerate(st.columns(4, gap="small"), row):
+            sample = rendered[number]
+            with column.container(key=f"sample-{number}"):
+                st.image(sample.png, width="stretch")
+                st.button(
+                    SHORT_NAMES[sample.label],
+                    key=f"take-{number}",
+                    help=f"Sample {number + 1}: {sample.caption}",
+                    on_click=take_sample,
+                    args=(number,),
+                    disabled=not consent,
+                    width="stretch",
+                )
+
+
+def welcome(consent: bool) -> None:
+    """What stands where the result will be."""
+    try:
+        champion = layout.api().champion()
+    except ApiProblem as fault:
+        layout.problem(fault)
+        return
+    steps = (
+        ("Tick the notice", "Nothing leaves your browser before."),
+        ("Choose a scan", "One slice, as JPEG or PNG, or one of the simulated samples."),
+        ("Read the result", "Class, calibrated probability, and where the model looked."),
+        ("Say whether it is right", "Corrections are what the model learns from next."),
+    )
+    with st.container(border=True, key="card-welcome"):
+        st.subheader("Choose a scan to see its result here" if consent else "How it works", anchor=False)
+        st.markdown(
+            '<ol class="nl-steps">' + "".join(f"<li><b>{a}.</b> {b}</li>" for a, b in steps) + "</ol>",
+            unsafe_allow_html=True,
+        )
+        st.markdown(
+            facts(("Model", f"version {champion.version}"), ("Data", layout.short(champion.data_version))),
+            unsafe_allow_html=True,
+        )
+        if champion.simulated:
+            st.badge("Model trained on simulated scans", icon=":material/science:", color="orange")
+
+
+def classify(upload: Upload) -> Outcome:
+    """The outcome of this upload; the API is asked once for each choice."""
+    outcome = outcome_of(st.session_state, upload)
+    if outcome is None:
+        with st.spinner("Reading the scan"):
+            try:
+                outcome = Outcome(upload.key, answer=layout.api().predict(upload.data, upload.media_type))
+            except ApiProblem as fault:
+                outcome = Outcome(upload.key, problem=fault)
+        st.session_state["outcome"] = outcome
+    return outcome
+
+
+def facts(*pairs: tuple[str, str]) -> str:
+    """A line of small facts."""
+    cells = "".join(f"<span>{html.escape(name)} <b>{html.escape(value)}</b></span>" for name, value in pairs)
+    return f'<div class="nl-facts">{cells}</div>'
+
+
+def verdict_line(answer: Answer) -> str:
+    """The result in one plain line."""
+    chance = percent(answer.probabilities[answer.label])
+    if answer.tumour:
+        name = CLASS_NAMES[answer.label].lower()
+        return f"Tumour: the model sees a {name} ({chance})"
+    return f"No tumour: the model sees none ({chance})"
+
+
+def show_answer(upload: Upload, answer: Answer) -> None:
+    """Result, explanation and feedback."""
+    with st.container(border=True, key="card-result"):
+        tone = "nl-tumour" if answer.tumour else "nl-none"
+        st.markdown(
+            f'<p class="nl-eyebrow">Result for {html.escape(upload.name)}</p>'
+            f'<p class="nl-verdict {tone}">{html.escape(verdict_line(answer))}</p>'
+            + facts(
+                ("Model", f"version {answer.model_version}"),
+                ("Data", layout.short(answer.data_version)),
+                ("Gate score", f"{answer.gate.score:.2f}"),
+                ("Time", f"{answer.seconds * 1000:.0f} ms"),
+                ("Size", f"{answer.width} x {answer.height} px"),
+            ),
+            unsafe_allow_html=True,
+        )
+        if upload.simulated or answer.simulated_model:
+            with st.container(horizontal=True, gap="small"):
+                if upload.simulated:
+                    st.badge(f"Simulated scan: {upload.simulated}", icon=":material/science:", color="orange")
+                if answer.simulated_model:
+                    st.badge("Model trained on simulated scans", icon=":material/science:", color="orange")
+    pictures, figures = st.columns([3, 2], gap="small")
+    with figures.container(border=True, key="card-probabilities", height="stretch"):
+        st.subheader("Calibrated probabilities", anchor=False)
+        st.altair_chart(probability_chart(answer), width="stretch")
+        opacity = 0
+        if answer.heatmap is not None:
+            opacity = st.slider("Heat map opacity", 0, 100, 65, 5, format="%d %%", key=f"opacity-{answer.id}")
+        st.caption(
+            "Calibrated: of scans given 80 %, about 80 % are right, as long as they are like those of the training."
+        )
+    with pictures.container(border=True, key="card-explanation", height="stretch"):
+        show_explanation(answer, opacity / 100)
+    show_feedback(answer.id, answer.label)
+
+
+def show_explanation(answer: Answer, opacity: float) -> None:
+    """The scan, and beside it where the model looked, or in words why there is no such picture."""
+    st.subheader("Where the model looked", anchor=False)
+    image = heatmap.grey(answer.image)
+    left, right = st.columns(2, gap="small")
+    with left.container(key=f"picture-scan-{answer.id}"):
+        st.image(image, caption="The scan as it was read", width="stretch")
+    if answer.heatmap is not None:
+        mixed = heatmap.overlay(image, heatmap.grey(answer.heatmap), opacity)
+        with right.container(key=f"picture-heat-{answer.id}"):
+            st.image(mixed, caption=f"What speaks for {CLASS_NAMES[answer.label].lower()}", width="stretch")
+        st.caption("Brighter regions weighed more. This explains the model; it is no outline of a tumour.")
+    elif answer.tumour:
+        right.markdown("**There is no heat map here.** No region spoke for this class more than the others.")
+    else:
+        right.markdown(
+            "**There is no heat map here.** A heat map shows what speaks for a tumour. The model found none, so there "
+            "is no region to point at."
+        )
+
+
+def probability_chart(answer: Answer) -> alt.LayerChart:
+    """Four bars, the model's choice in full colour."""
+    table = pd.DataFrame(
+        {
+            "Class": [CLASS_NAMES[label] for label in LABELS],
+            "Probability": [answer.probabilities[label] for label in LABELS],
+            "Words": [percent(answer.probabilities[label]) for label in LABELS],
+            "Colour": [layout.ACCENT if label == answer.label else layout.MUTED for label in LABELS],
+        }
+    )
+    return layout.bars(table, "Class", "Probability", order=layout.ORDER, height=140, top=1)
+
+
+def show_feedback(prediction_id: str, predicted: str | None) -> None:
+    """The reader's verdict, and what came of it; `predicted` is None for an image that the gate refused."""
+    with st.container(border=True, key="card-feedback"):
+        st.subheader("Is this right?" if predicted else "Was it right to refuse this?", anchor=False)
+        name, verdicts = st.columns([2, 3], gap="small", vertical_alignment="bottom")
+        reader = name.text_input(
+            "Your name",
+            key=f"reader-{prediction_id}",
+            value=st.session_state.get("reader", ""),
+            max_chars=100,
+            placeholder="Name or initials of the reader",
+        ).strip()
+        with verdicts.container(horizontal=True, gap="small"):
+            agreed = st.button("Agree", key=f"agree-{prediction_id}", type="primary", icon=":material/check:")
+            unsure = st.button("Not sure", key=f"unsure-{prediction_id}", icon=":material/question_mark:")
+            foreign = predicted is not None and st.button(
+                "Not a brain MRI", key=f"foreign-{prediction_id}", icon=":material/block:"
+            )
+        choice, send = st.columns([2, 3], gap="small", vertical_alignment="bottom")
+        label = choice.selectbox(
+            "Or correct it to" if predicted else "Or it is a brain MRI, and shows",
+            [label for label in LABELS if label != predicted],
+            index=None,
+            key=f"class-{prediction_id}",
+            format_func=CLASS_NAMES.__getitem__,
+            placeholder="The right class",
+        )
+        corrected = send.button("Send correction", key=f"correct-{prediction_id}", disabled=label is None)
+        pressed = {
+            Verdict.AGREE: agreed,
+            Verdict.CORRECT: corrected,
+            Verdict.NOT_SURE: unsure,
+            Verdict.NOT_BRAIN_MRI: foreign,
+        }
+        for verdict, button in pressed.items():
+            if button:
+                send_feedback(prediction_id, verdict, reader, label if verdict is Verdict.CORRECT else None)
+        note: tuple[str, str] | None = st.session_state.get("feedback-note")
+        if note and note[0] == prediction_id:
+            st.success(note[1], icon=":material/task_alt:")
+
+
+def send_feedback(prediction_id: str, verdict: Verdict, reader: str, label: str | None) -> None:
+    """Record a verdict and keep the confirmation for this prediction."""
+    if not reader:
+        st.warning("Please enter your name first, so that the verdict can be told from other readers'.")
+        return
+    st.session_state["reader"] = reader
+    try:
+        receipt = layout.api().feedback(prediction_id, verdict, reader, label)
+    except ApiProblem as fault:
+        st.warning(
+            layout.plain(" ".join(layout.as_sentence(part) for part in (fault.title, fault.detail, fault.fix) if part))
+        )
+        return
+    said = {
+        Verdict.AGREE: "You agree.",
+        Verdict.CORRECT: f"Corrected to {CLASS_NAMES.get(receipt.label or '', 'another class').lower()}.",
+        Verdict.NOT_SURE: "You are not sure.",
+        Verdict.NOT_BRAIN_MRI: "You say this is no brain MRI.",
+    }[receipt.verdict]
+    needed = layout.settings().feedback_threshold
+    waiting = f"{receipt.corrections_waiting} correction{'' if receipt.corrections_waiting == 1 else 's'} waiting"
+    st.session_state["feedback-note"] = (
+        prediction_id,
+        f"Thank you, {layout.plain(reader)}. {said} {waiting} of {needed} needed "
+        f"(more than {needed} start a retraining). You may change your verdict; the last one counts.",
+    )
+
+
+def show_problem(upload: Upload, fault: ApiProblem) -> None:
+    """Why there is no result: the gate's refusal, or a fault in words."""
+    if fault.gate is None:
+        layout.problem(fault, on_retry=forget_outcome if fault.passing else None)
+        return
+    with st.container(border=True, key="card-refused"):
+        st.markdown(
+            f'<p class="nl-eyebrow">No result for {html.escape(upload.name)}</p>'
+            '<p class="nl-verdict nl-refused">This does not look like a brain MRI</p>'
+            + facts(("Gate score", f"{fault.gate.score:.2f}"), ("Needed", f"{fault.gate.threshold:.2f} or more")),
+            unsafe_allow_html=True,
+        )
+        picture, words = st.columns([2, 3], gap="medium")
+        with picture.container(key="picture-refused"):
+            st.image(upload.data, width="stretch")
+        with words:
+            st.markdown(layout.plain(layout.as_sentence(fault.gate.reason or fault.detail)))
+            st.markdown(
+                "The model knows only slices of a brain MRI. For anything else its answer would mean nothing, so it "
+                "gives none.\n\n**What you can do**\n\n"
+                "- Upload a single slice, without a collage, a report page or a photo of a screen.\n"
+                "- Use the image as the scanner exported it: head whole, no frame, no arrows or text.\n"
+                "- Try a simulated sample to see what a result looks like."
+            )
+    if fault.prediction_id:
+        show_feedback(fault.prediction_id, None)
+
+
+def forget_outcome() -> None:
+    """Ask the API again for the same choice."""
+    st.session_state["outcome"] = None
+
+
+layout.heading(
+    "Classify a scan",
+    "Upload one slice of a brain MRI. The model says whether it sees a tumour, of which kind, how sure it is, and "
+    "where it looked.",
+)
+panel, result = st.columns([4, 8], gap="medium")
+with panel:
+    consent_given, tiles_place = input_panel()
+with result:
+    chosen = current_upload(st.session_state)
+    if chosen is None or not consent_given:
+        welcome(consent_given)
+    else:
+        happened = classify(chosen)
+        if happened.answer is not None:
+            show_answer(chosen, happened.answer)
+        elif happened.problem is not None:
+            show_problem(chosen, happened.problem)
+with tiles_place:  # last: rendering them takes a moment at first, and the rest of the page need not wait for it
+    sample_tiles(consent_given)

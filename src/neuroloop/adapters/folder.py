@@ -1,0 +1,131 @@
+"""An object store in a local folder; also how a folder of images is read as a training source."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from neuroloop.core import keys
+from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound, Unavailable
+
+_TEMPORARY = ".neuroloop-tmp"  # on the same file system as the objects, so that a rename or link is atomic
+
+
+class FolderStore:
+    """`ports.ObjectStore` on a folder; a key is the path below it. The folder is made at the first write.
+
+    Writes go to a temporary file first and are flushed to disk before the call returns, so an object is whole or
+    absent even after a crash.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._root = Path(path).absolute()
+
+    def put(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
+        """Store `data` under `key`, replacing what was there. Raises `Unavailable`, e.g. on a full disk."""
+        target = self._path(key)
+        with self._written(key, data) as temporary:
+            os.replace(temporary, target)
+            _flush_folder(target.parent)
+
+    def create(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
+        """Store `data` only if `key` is free. Raises `AlreadyExists`; of n concurrent calls one wins."""
+        target = self._path(key)
+        with self._written(key, data) as temporary:
+            try:
+                os.link(temporary, target)  # fails where the name is taken, unlike a rename
+            except FileExistsError:
+                raise AlreadyExists(f"{key!r} exists already in {self._root}") from None
+            _flush_folder(target.parent)
+
+    def get(self, key: str) -> bytes:
+        """The bytes under `key`. Raises `NotFound`."""
+        try:
+            return self._path(key).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise NotFound(f"there is no {key!r} in {self._root}") from None
+        except OSError as error:
+            self._fail(f"cannot read {key!r} from {self._root}", error)
+
+    def exists(self, key: str) -> bool:
+        """Whether `key` is taken."""
+        return self._path(key).is_file()
+
+    def list(self, prefix: str) -> list[str]:
+        """All keys that start with `prefix`, sorted; a folder that is not there has none."""
+        above = prefix.rpartition("/")[0]
+        start = self._root / keys.checked(above) if above else self._root
+        found = []
+
+        def stop(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                self._fail(f"cannot list {error.filename}", error)
+
+        for folder, folders, names in os.walk(start, onerror=stop):
+            if Path(folder) == self._root and _TEMPORARY in folders:
+                folders.remove(_TEMPORARY)
+            below = Path(folder).relative_to(self._root).as_posix()
+            found += [name if below == "." else f"{below}/{name}" for name in names]
+        return sorted(key for key in found if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        """Remove `key`; nothing happens where it is not there."""
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except (NotADirectoryError, IsADirectoryError):
+            return
+        except OSError as error:
+            self._fail(f"cannot delete {key!r} from {self._root}", error)
+
+    def check(self) -> None:
+        """Raise `Unavailable` unless the folder can be listed, or be made where it is not there yet."""
+        try:
+            os.scandir(self._root).close()
+        except FileNotFoundError as error:
+            above = next(folder for folder in self._root.parents if folder.exists())
+            if not os.access(above, os.W_OK):
+                self._fail(f"the store folder {self._root} is not there and cannot be made", error)
+        except OSError as error:
+            self._fail(f"the store folder {self._root} cannot be read", error)
+
+    def _path(self, key: str) -> Path:
+        if keys.checked(key).split("/", 1)[0] == _TEMPORARY:
+            raise NeuroLoopError(f"{key!r} is no object key", why=f"{_TEMPORARY} holds unfinished writes")
+        return self._root / key
+
+    @contextlib.contextmanager
+    def _written(self, key: str, data: bytes) -> Iterator[str]:
+        """A temporary file that holds `data` on disk; gone at the end unless renamed."""
+        temporary = ""
+        try:
+            self._path(key).parent.mkdir(parents=True, exist_ok=True)
+            (self._root / _TEMPORARY).mkdir(exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=self._root / _TEMPORARY)
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            yield temporary
+        except OSError as error:
+            self._fail(f"cannot store {key!r} in {self._root}", error)
+        finally:
+            if temporary:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+
+    def _fail(self, what: str, error: OSError) -> NoReturn:
+        raise Unavailable(
+            what, why=error.strerror or str(error), fix="check the folder's permissions and the free disk space"
+        ) from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a new name in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,151 @@
+"""An object store in a Google Cloud Storage bucket."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from google.api_core import exceptions
+from google.auth.credentials import AnonymousCredentials
+from google.auth.exceptions import GoogleAuthError
+from google.cloud import storage
+from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+from google.cloud.storage.retry import DEFAULT_RETRY
+from requests.exceptions import RequestException
+
+from neuroloop.core import keys
+from neuroloop.core.errors import AlreadyExists, NotFound, Unavailable
+
+_TIMEOUT = (5, 60)  # seconds to connect, and between two packets
+_RETRY = DEFAULT_RETRY.with_delay(initial=0.3, maximum=3).with_timeout(20)
+_NO_BUCKET = "bucket does not exist"  # both a missing bucket and a missing object answer 404
+_TOKEN = "neuroloop-create"  # noqa: S105 the name of a metadata field
+
+
+class GcsStore:
+    """`ports.ObjectStore` in `bucket`; a key's object is named `prefix/key`. Thread-safe; connects at the first call.
+
+    Credentials are Google's application default; where `STORAGE_EMULATOR_HOST` is set, none are sent.
+    """
+
+    def __init__(self, bucket: str, prefix: str = "") -> None:
+        self._name = bucket
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+
+    def put(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
+        """Store `data` under `key`, replacing what was there. Raises `Unavailable`."""
+        blob = self._blob(key)
+        with self._errors(f"cannot store {key!r}"):
+            blob.upload_from_string(data, content_type=content_type, timeout=_TIMEOUT, retry=_RETRY)
+
+    def create(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
+        """Store `data` only if `key` is free. Raises `AlreadyExists`; of n concurrent calls one wins."""
+        blob = self._blob(key)
+        token = uuid.uuid4().hex
+        blob.metadata = {_TOKEN: token}
+        with self._errors(f"cannot create {key!r}"):
+            try:
+                blob.upload_from_string(
+                    data, content_type=content_type, if_generation_match=0, timeout=_TIMEOUT, retry=_RETRY
+                )
+            except exceptions.PreconditionFailed:
+                # When the answer to a successful write is lost, the retry meets our own object.
+                winner = self._bucket.get_blob(blob.name, timeout=_TIMEOUT, retry=_RETRY)
+                if winner is None or (winner.metadata or {}).get(_TOKEN) != token:
+                    raise AlreadyExists(f"{key!r} exists already in {self._url}") from None
+
+    def get(self, key: str) -> bytes:
+        """The bytes under `key`. Raises `NotFound`."""
+        blob = self._blob(key)
+        with self._errors(f"cannot read {key!r}"):
+            return blob.download_as_bytes(timeout=_TIMEOUT, retry=_RETRY)
+
+    def exists(self, key: str) -> bool:
+        """Whether `key` is taken."""
+        blob = self._blob(key)
+        try:
+            with self._errors(f"cannot look up {key!r}"):
+                blob.reload(timeout=_TIMEOUT, retry=_RETRY)
+        except NotFound:
+            return False
+        return True
+
+    def list(self, prefix: str) -> list[str]:
+        """All keys that start with `prefix`, sorted."""
+        if "/" in prefix:
+            keys.checked(prefix.rpartition("/")[0])
+        with self._errors(f"cannot list {prefix!r}"):
+            blobs = self._client.list_blobs(
+                self._bucket,
+                prefix=self._prefix + prefix,
+                fields="items(name),nextPageToken",
+                timeout=_TIMEOUT,
+                retry=_RETRY,
+            )
+            names = [blob.name for blob in blobs]
+        # The console marks a folder by an empty object whose name ends in a slash; that is no key.
+        return sorted(name.removeprefix(self._prefix) for name in names if not name.endswith("/"))
+
+    def delete(self, key: str) -> None:
+        """Remove `key`; nothing happens where it is not there."""
+        blob = self._blob(key)
+        with contextlib.suppress(NotFound), self._errors(f"cannot delete {key!r}"):
+            blob.delete(timeout=_TIMEOUT, retry=_RETRY)
+
+    def check(self) -> None:
+        """Raise `Unavailable` unless objects can be listed; the bucket itself may be closed to this account."""
+        with self._errors("the object store cannot be used"):
+            list(
+                self._client.list_blobs(
+                    self._bucket, prefix=self._prefix, max_results=1, fields="items(name)", timeout=5, retry=None
+                )
+            )
+
+    @property
+    def _url(self) -> str:
+        return f"gs://{self._name}/{self._prefix}".rstrip("/")
+
+    @cached_property
+    def _client(self) -> Any:
+        if os.environ.get("STORAGE_EMULATOR_HOST"):
+            return storage.Client(project="emulator", credentials=AnonymousCredentials())
+        return storage.Client()
+
+    @cached_property
+    def _bucket(self) -> Any:
+        with self._errors("the object store cannot be used"):
+            return self._client.bucket(self._name)
+
+    def _blob(self, key: str) -> Any:
+        return self._bucket.blob(self._prefix + keys.checked(key))
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """Google's errors as ours."""
+        fix = f"check the network and that gs://{self._name} can be reached"
+        try:
+            yield
+            return
+        except exceptions.NotFound as error:
+            if _NO_BUCKET not in str(error):
+                raise NotFound(f"{what}, it is not in {self._url}") from None
+            cause: Exception = error
+            fix = f"create it (gcloud storage buckets create gs://{self._name}) or correct the URL"
+        except (exceptions.Forbidden, exceptions.Unauthorized) as error:
+            cause = error
+            fix = f"grant this account the role Storage Object Admin on gs://{self._name}"
+        except GoogleAuthError as error:
+            cause = error
+            fix = "set GOOGLE_APPLICATION_CREDENTIALS, or run gcloud auth application-default login"
+        except (
+            exceptions.GoogleAPIError,
+            InvalidResponse,
+            DataCorruption,
+            RequestException,
+            ConnectionError,
+            OSError,
+        ) as error:
+            cause = error
+        raise Unavailable(f"{what} in {self._url}", why=" ".join(str(cause).split())[:500], fix=fix) from cause

@@ -1,0 +1,329 @@
+"""Experiment tracking and the model registry on an MLflow server.
+
+A version's artifacts are the bundle the platform serves (`bundle/`) and the same network as an MLflow model
+(`model/`, ONNX flavour, no pickle) for whoever wants `mlflow models serve` or `mlflow.pyfunc`. The platform itself
+only ever loads the bundle, whose hashes it checks.
+"""
+
+import contextlib
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version as installed
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from neuroloop.core import keys
+from neuroloop.core.errors import InvalidBundle, NeuroLoopError, NotFound, Unavailable
+from neuroloop.core.schemas import ModelVersion
+
+MODEL = "brain-tumor-classifier"
+_RUN_TAG = "neuroloop.run_id"
+_PATIENCE = 30.0  # seconds a write waits for a server that restarts: a training must not die of a live metric
+_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow answers the latter for an unknown alias
+_Result = TypeVar("_Result")
+
+# MLflow's defaults wait minutes for a server that is down, draw progress bars into logs and report usage.
+_CLIENT_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+class MlflowRegistry:
+    """`ports.Registry` on the MLflow server at `uri`. Thread-safe; MLflow is imported at the first call.
+
+    Reads fail with `Unavailable` within seconds of a server being down; writes wait for it for half a minute.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._opening = threading.Lock()
+
+    def open_run(self, run_id: str, *, experiment: str, tags: Mapping[str, str] = {}) -> str:
+        """The tracking run of a pipeline run; the same `run_id` always gives the same run."""
+        tag = keys.safe_run_id(run_id)
+
+        def find(experiment_id: str) -> str | None:
+            found = self._client.search_runs(
+                [experiment_id], f"tags.`{_RUN_TAG}` = '{tag}'", max_results=1, order_by=["attributes.start_time ASC"]
+            )
+            return found[0].info.run_id if found else None
+
+        def opened() -> str:
+            experiment_id = self._experiment(experiment)
+            run = find(experiment_id)
+            if run is None:
+                made = self._client.create_run(experiment_id, tags={_RUN_TAG: tag}, run_name=run_id).info.run_id
+                run = find(experiment_id) or made
+                if run != made:  # another process was first
+                    self._client.delete_run(made)
+            return run
+
+        with self._opening:
+            run = self._write(opened)
+        self.set_tags(run, tags)
+        return run
+
+    def log_params(self, run: str, params: Mapping[str, Any]) -> None:
+        """Parameters; a repeated key with the same value is fine, another value raises `NeuroLoopError`."""
+        from mlflow.entities import Param
+
+        for some in _batched(params.items(), 100):  # MLflow's limit for one request
+            self._write(self._client.log_batch, run, params=[Param(name, str(value)) for name, value in some])
+
+    def log_metrics(self, run: str, metrics: Mapping[str, float], *, step: int | None = None) -> None:
+        """Metrics, at once (live); `step` counts epochs."""
+        from mlflow.entities import Metric
+
+        at = int(time.time() * 1000)
+        for some in _batched(metrics.items(), 500):
+            entities = [Metric(name, float(value), at, step or 0) for name, value in some]
+            self._write(self._client.log_batch, run, metrics=entities)
+
+    def log_bytes(self, run: str, path: str, data: bytes) -> None:
+        """One artifact file at `path` below the run's artifacts."""
+        above, _, name = keys.checked(path).rpartition("/")
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / name
+            file.write_bytes(data)
+            self._write(self._client.log_artifact, run, str(file), above or None)
+
+    def set_tags(self, run: str, tags: Mapping[str, str]) -> None:
+        """Tags of a run."""
+        from mlflow.entities import RunTag
+
+        for some in _batched(tags.items(), 100):
+            self._write(self._client.log_batch, run, tags=[RunTag(name, str(value)) for name, value in some])
+
+    def close_run(self, run: str, *, failed: bool = False) -> None:
+        """Mark the run finished or failed."""
+        self._write(self._client.set_terminated, run, "FAILED" if failed else "FINISHED")
+
+    def register(self, run: str, bundle: Path, *, tags: Mapping[str, str]) -> ModelVersion:
+        """Register the bundle folder (see `model.bundle`) as a new version; once per run, then the same one.
+
+        Raises `InvalidBundle` where the folder has no readable `model.onnx`, `NotFound` for an unknown run.
+        """
+        existing = self._version_of(run)
+        if existing is None:
+            with tempfile.TemporaryDirectory() as folder:
+                _save_mlflow_model(bundle, Path(folder) / "model")
+                self._write(self._client.log_artifacts, run, str(bundle), "bundle")
+                self._write(self._client.log_artifacts, run, str(Path(folder) / "model"), "model")
+            existing = self._write(self._create_version, run)
+        for name, value in tags.items():
+            self._write(self._client.set_model_version_tag, MODEL, existing, name, str(value))
+        return self._version(existing)
+
+    def by_alias(self, alias: str) -> ModelVersion | None:
+        """The version an alias points to, None where the alias or the model does not exist."""
+        with self._errors():
+            found = _or_none(self._client.get_model_version_by_alias, MODEL, alias)
+            return None if found is None else self._entity(found)
+
+    def set_alias(self, alias: str, version: str) -> None:
+        """Point `alias` at `version`, atomically. Raises `NotFound` for an unknown version."""
+        self._write(self._client.set_registered_model_alias, MODEL, alias, version)
+
+    def versions(self) -> list[ModelVersion]:
+        """All versions with metrics and aliases, newest first."""
+        with self._errors():
+            model = _or_none(self._client.get_registered_model, MODEL)
+            found = list(self._pages(self._client.search_model_versions, f"name = '{MODEL}'"))
+            metrics = self._metrics({each.run_id for each in found})
+        aliases: dict[str, list[str]] = {}
+        for alias, version in sorted((model.aliases if model else {}).items()):
+            aliases.setdefault(str(version), []).append(alias)
+        records = [
+            _record(each, tuple(aliases.get(str(each.version), ())), metrics.get(each.run_id, {})) for each in found
+        ]
+        return sorted(records, key=lambda each: int(each.version), reverse=True)
+
+    def download_bundle(self, version: str, folder: Path) -> Path:
+        """Fetch the bundle of `version` into `folder`; returns the folder that holds `bundle.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._errors():
+            run = self._client.get_model_version(MODEL, version).run_id
+            return Path(self._client.download_artifacts(run, "bundle", str(folder)))
+
+    def check(self) -> None:
+        """Raise `Unavailable` unless the server answers."""
+        with self._errors():
+            self._client.search_experiments(max_results=1)
+
+    @cached_property
+    def _client(self) -> Any:
+        for name, value in _CLIENT_SETTINGS.items():
+            os.environ.setdefault(name, value)  # read at each request; what an operator sets stays
+        from mlflow import MlflowClient
+
+        return MlflowClient(self._uri, self._uri)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """MLflow's errors as ours."""
+        from mlflow.exceptions import MlflowException, RestException
+
+        try:
+            yield
+        except (MlflowException, OSError) as error:
+            message = " ".join(str(error).split())
+            if isinstance(error, RestException) and error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise NotFound(f"the MLflow server {self._uri} does not have it", why=message[:500]) from error
+            if isinstance(error, RestException) and error.get_http_status_code() < 500:
+                raise NeuroLoopError(f"the MLflow server {self._uri} refused a request", why=message[:500]) from error
+            raise Unavailable(
+                f"the MLflow server {self._uri} cannot be used",
+                why=message[-500:],  # the cause stands at the end of a long chain
+                fix="check that it runs and that NEUROLOOP_MLFLOW_TRACKING_URI names it",
+            ) from error
+
+    def _write(self, call: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        """Call, and again while the server is away. Every write here gives the same result when repeated."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                with self._errors():
+                    return call(*args, **kwargs)
+            except Unavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import RestException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return self._client.create_experiment(name)
+            except RestException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = self._client.get_experiment_by_name(name)
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return found.experiment_id
+
+    def _create_version(self, run: str) -> str:
+        """The number of the run's version, made unless another call was first."""
+        from mlflow.exceptions import RestException
+
+        try:
+            self._client.create_registered_model(MODEL, description="Brain-MRI tumour classifier. Research use only.")
+        except RestException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"{self._client.get_run(run).info.artifact_uri}/model"
+        first = self._version_of(run)
+        if first is None:
+            made = str(self._client.create_model_version(MODEL, source, run_id=run).version)
+            first = self._version_of(run) or made
+            if first != made:
+                self._client.delete_model_version(MODEL, made)
+        return first
+
+    def _version_of(self, run: str) -> str | None:
+        """The lowest version that came from `run`."""
+        with self._errors():
+            found = self._client.search_model_versions(f"run_id = '{run}'")
+        return min((str(each.version) for each in found if each.name == MODEL), key=int, default=None)
+
+    def _version(self, version: str) -> ModelVersion:
+        with self._errors():
+            return self._entity(self._client.get_model_version(MODEL, version))
+
+    def _entity(self, found: Any) -> ModelVersion:
+        run = self._client.get_run(found.run_id)
+        return _record(found, tuple(sorted(found.aliases)), dict(run.data.metrics))
+
+    def _metrics(self, runs: set[str]) -> dict[str, dict[str, float]]:
+        """The last value of each metric of each run."""
+        experiments = [each.experiment_id for each in self._pages(self._client.search_experiments)]
+        metrics = {}
+        for some in _batched(sorted(runs), 100):
+            condition = f"attributes.run_id IN ({', '.join(repr(run) for run in some)})"
+            for run in self._client.search_runs(experiments, condition, max_results=len(some)):
+                metrics[run.info.run_id] = dict(run.data.metrics)
+        return metrics
+
+    def _pages(self, search: Callable[..., Any], *args: Any) -> Iterator[Any]:
+        token = None
+        while True:
+            page = search(*args, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+
+def _batched(items: Iterable[_Result], size: int) -> Iterator[tuple[_Result, ...]]:
+    rest = iter(items)
+    while some := tuple(islice(rest, size)):
+        yield some
+
+
+def _or_none(call: Callable[..., Any], *args: Any) -> Any:
+    from mlflow.exceptions import RestException
+
+    try:
+        return call(*args)
+    except RestException as error:
+        if error.error_code in _MISSING:
+            return None
+        raise
+
+
+def _record(found: Any, aliases: tuple[str, ...], metrics: dict[str, float]) -> ModelVersion:
+    return ModelVersion(
+        version=str(found.version),
+        run_id=found.run_id,
+        aliases=aliases,
+        metrics=metrics,
+        tags=dict(found.tags),
+        created_at=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
+    )
+
+
+def _save_mlflow_model(bundle: Path, folder: Path) -> None:
+    """The bundle's network as an MLflow model with signature and input example, read from its own graph."""
+    import mlflow.onnx
+    import numpy as np
+    import onnx
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    try:
+        network = onnx.load(str(bundle / "model.onnx"))
+    except Exception as error:  # onnx raises protobuf's DecodeError, OSError and ValueError
+        raise InvalidBundle(f"{bundle / 'model.onnx'} is no ONNX model", why=str(error)) from error
+
+    def specs(values: Any) -> list[Any]:
+        tensors = []
+        for value in values:
+            tensor = value.type.tensor_type
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+            tensors.append(TensorSpec(dtype, [each.dim_value or -1 for each in tensor.shape.dim], value.name))
+        return tensors
+
+    inputs = specs(network.graph.input)
+    example = {each.name: np.zeros([max(side, 1) for side in each.shape], each.type) for each in inputs}
+    mlflow.onnx.save_model(
+        network,
+        str(folder),
+        signature=ModelSignature(inputs=Schema(inputs), outputs=Schema(specs(network.graph.output))),
+        input_example=example,
+        # Named here because MLflow would otherwise run the model in a new process to find them out.
+        pip_requirements=[f"{name}=={installed(name)}" for name in ("mlflow", "onnx", "onnxruntime", "numpy")],
+        onnx_execution_providers=["CPUExecutionProvider"],
+        save_as_external_data=False,
+    )

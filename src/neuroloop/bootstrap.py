@@ -1,0 +1,99 @@
+"""Composition root: settings become services, chosen by URL scheme. The only place that names adapters."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from neuroloop.core.ports import DataSource, DataVersions, Notifier, ObjectStore, PredictionLog, Registry
+from neuroloop.core.settings import Settings
+
+
+@dataclass(frozen=True)
+class Services:
+    """The outside world of one process; each service is connected at first use."""
+
+    settings: Settings
+
+    @cached_property
+    def store(self) -> ObjectStore:
+        """The object store of `STORE_URL`."""
+        return open_store(self.settings.store)
+
+    @cached_property
+    def log(self) -> PredictionLog:
+        """The database of `DATABASE_URL`, migrated."""
+        from neuroloop.adapters.postgres import PostgresLog
+
+        self.settings.require("database_url")
+        return PostgresLog(self.settings.database_url)
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The MLflow server of `MLFLOW_TRACKING_URI`."""
+        from neuroloop.adapters.mlflow_registry import MlflowRegistry
+
+        return MlflowRegistry(self.settings.mlflow_tracking_uri)
+
+    @cached_property
+    def notifier(self) -> Notifier:
+        """The mail server of `NOTIFY_URL`."""
+        from neuroloop.adapters.smtp import SmtpNotifier
+
+        return SmtpNotifier(self.settings.notify_url, self.settings.notify_from, self.settings.notify_to)
+
+    @cached_property
+    def versions(self) -> DataVersions:
+        """DVC with the object store as its remote."""
+        from neuroloop.adapters.dvc import DvcVersions
+        from neuroloop.core.keys import DVC_REMOTE
+
+        return DvcVersions(f"{self.settings.store}/{DVC_REMOTE}")
+
+    def source(self, url: str, *, seed: int) -> DataSource:
+        """The training source of `url`; `seed` is for simulated scans."""
+        return open_source(url, images=self.settings.simulated_images, seed=seed)
+
+
+def open_store(url: str) -> ObjectStore:
+    """`file:///folder` or `gs://bucket[/prefix]`."""
+    parts = urlsplit(url)
+    if parts.scheme == "gs":
+        from neuroloop.adapters.gcs import GcsStore
+
+        return GcsStore(parts.netloc, parts.path.strip("/"))
+    from neuroloop.adapters.folder import FolderStore
+
+    return FolderStore(parts.path)
+
+
+def open_source(url: str, *, images: int, seed: int) -> DataSource:
+    """`phantom://`, a folder, `gs://bucket/prefix` or `kaggle://owner/dataset`."""
+    from neuroloop.adapters.folder import FolderStore
+    from neuroloop.data import source
+
+    parts = urlsplit(url)
+    match parts.scheme:
+        case "phantom":
+            return source.PhantomSource(images=images, seed=seed)
+        case "gs":
+            return source.ObjectSource(url, open_store(url))
+        case "kaggle":
+            from neuroloop.adapters.kaggle import download
+
+            return source.ObjectSource(url, FolderStore(download(parts.netloc + parts.path)))
+        case "" | "file":
+            return source.ObjectSource(url, FolderStore(str(Path(url.removeprefix("file://")).expanduser().absolute())))
+        case other:
+            from neuroloop.core.errors import InvalidSource
+
+            raise InvalidSource(
+                f"{url!r} cannot be read as a data source",
+                why=f"the scheme {other}:// is unknown",
+                fix="use phantom://, a folder, gs://bucket/prefix or kaggle://owner/dataset",
+            )
+
+
+def services(settings: Settings | None = None) -> Services:
+    """The services of the current settings."""
+    return Services(settings or Settings.load())

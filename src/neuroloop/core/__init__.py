@@ -1,0 +1,1 @@
+"""The vocabulary: schemas, settings, keys, ports and errors. Imports nothing of NeuroLoop."""

@@ -1,0 +1,48 @@
+"""Errors that say what is wrong, why, and how to mend it.
+
+Rejections (an image the gate refuses) are results, not errors; faults are these exceptions.
+"""
+
+
+class NeuroLoopError(Exception):
+    """A fault with three parts in words; `str()` joins them into one line a person can act on."""
+
+    def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
+        self.what, self.why, self.fix = what.rstrip("."), why.rstrip("."), fix.rstrip(".")
+        super().__init__(". ".join(part for part in (self.what, self.why, self.fix) if part) + ".")
+
+
+class InvalidSetting(NeuroLoopError):
+    """A setting is missing, unknown or malformed."""
+
+
+class InvalidImage(NeuroLoopError):
+    """Bytes that cannot be read as an image within the limits."""
+
+
+class UnsupportedImage(InvalidImage):
+    """Bytes in no image format that is read here."""
+
+
+class ImageTooLarge(InvalidImage):
+    """The body or its pixels exceed the limits."""
+
+
+class InvalidSource(NeuroLoopError):
+    """A training source is missing, empty, malformed or out of reach."""
+
+
+class InvalidBundle(NeuroLoopError):
+    """A model bundle is damaged, incomplete or not what its hash says."""
+
+
+class NotFound(NeuroLoopError):
+    """The named object, row, version or alias does not exist."""
+
+
+class AlreadyExists(NeuroLoopError):
+    """A create-once write found the key taken."""
+
+
+class Unavailable(NeuroLoopError):
+    """A store, database, registry or mail server is out of reach for now."""

@@ -1,0 +1,104 @@
+"""Every path in the object store is made here.
+
+```
+data/dvc/files/md5/ab/cdef...                             images, in DVC's own remote layout
+data/versions/<version>/{snapshot.json,split.json,data.dvc}
+runs/<run>/...                                            hand-off between the tasks of one pipeline run
+retraining/batches/000001.json                            corrections used by a retraining, created once
+InferenceLogs/ImageLogs/<class>/<id>.png
+InferenceLogs/ImageLogsWithFeedback/<class>/<id>.png
+InferenceLogs/ImageLogsForInvalidImages/<id>.png
+mail/<time>-<id>.eml                                      the local sink's mails
+```
+"""
+
+import re
+
+from neuroloop.core.errors import NeuroLoopError
+from neuroloop.core.schemas import LABELS
+
+DVC_REMOTE = "data/dvc"
+SPLIT_REGISTRY = "data/split-registry.json"
+BATCHES = "retraining/batches/"
+CORRECTIONS = "InferenceLogs/ImageLogsWithFeedback/"
+PREDICTIONS = "InferenceLogs/ImageLogs/"
+INVALID = "InferenceLogs/ImageLogsForInvalidImages/"
+MAIL = "mail/"
+
+_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+
+
+def _safe(part: str) -> str:
+    if not _SAFE.fullmatch(part):
+        raise NeuroLoopError(
+            f"{part!r} cannot be part of an object key", why="it has characters outside A-Za-z0-9._+=-"
+        )
+    return part
+
+
+def _label(label: str) -> str:
+    if label not in LABELS:
+        raise NeuroLoopError(f"{label!r} is no class", why=f"the classes are {', '.join(LABELS)}")
+    return label
+
+
+def checked(key: str) -> str:
+    """`key` itself; raises `NeuroLoopError` unless it is relative, without NUL and empty, `.` or `..` parts."""
+    if "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise NeuroLoopError(f"{key!r} is no object key", why="a key is relative, without empty, `.` or `..` parts")
+    return key
+
+
+def safe_run_id(run_id: str) -> str:
+    """A pipeline run's id as one path part; Airflow's `manual__2026-01-01T00:00:00+00:00` has colons."""
+    return re.sub(r"[^A-Za-z0-9._+=-]", "-", run_id)
+
+
+def image(md5: str) -> str:
+    """A snapshot image, where `dvc push` puts it."""
+    return f"{DVC_REMOTE}/files/md5/{_safe(md5[:2])}/{_safe(md5[2:])}"
+
+
+def snapshot(version: str) -> str:
+    """The list of images of a data version."""
+    return f"data/versions/{_safe(version)}/snapshot.json"
+
+
+def data_dvc(version: str) -> str:
+    """The `data.dvc` file with which `dvc pull` restores a data version."""
+    return f"data/versions/{_safe(version)}/data.dvc"
+
+
+def split(version: str) -> str:
+    """The grouped split of a data version."""
+    return f"data/versions/{_safe(version)}/split.json"
+
+
+def run(run_id: str, name: str) -> str:
+    """A hand-off object between the tasks of one pipeline run."""
+    return f"runs/{_safe(safe_run_id(run_id))}/{'/'.join(_safe(part) for part in name.split('/'))}"
+
+
+def batch(number: int) -> str:
+    """The manifest of the n-th retraining batch."""
+    return f"{BATCHES}{number:06d}.json"
+
+
+def prediction(label: str, prediction_id: str) -> str:
+    """An accepted upload, under the class the model gave it."""
+    return f"{PREDICTIONS}{_label(label)}/{_safe(prediction_id)}.png"
+
+
+def correction(label: str, prediction_id: str) -> str:
+    """A corrected upload, under the class a reader gave it."""
+    return f"{CORRECTIONS}{_label(label)}/{_safe(prediction_id)}.png"
+
+
+def invalid(prediction_id: str) -> str:
+    """An upload that the gate refused."""
+    return f"{INVALID}{_safe(prediction_id)}.png"
+
+
+def mail(name: str) -> str:
+    """A mail kept by the local sink."""
+    return f"{MAIL}{_safe(name)}.eml"

@@ -1,0 +1,130 @@
+"""What the use cases ask of the outside world. Adapters implement these; one contract suite per port."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from neuroloop.core.schemas import Feedback, ModelVersion, Monitoring, Prediction, Promotion, SourceFile
+
+
+class ObjectStore(Protocol):
+    """Named bytes. Keys are relative, `/`-separated, never absolute, never with `..`."""
+
+    def put(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
+        """Store `data` under `key`, replacing what was there; atomic: a reader sees old or new."""
+
+    def create(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
+        """Store `data` only if `key` is free. Raises `AlreadyExists`; of n concurrent calls one wins."""
+
+    def get(self, key: str) -> bytes:
+        """The bytes under `key`. Raises `NotFound`."""
+
+    def exists(self, key: str) -> bool:
+        """Whether `key` is taken."""
+
+    def list(self, prefix: str) -> list[str]:
+        """All keys that start with `prefix`, sorted."""
+
+    def delete(self, key: str) -> None:
+        """Remove `key`; nothing happens where it is not there."""
+
+    def check(self) -> None:
+        """Raise `Unavailable` unless the store can be reached."""
+
+
+class PredictionLog(Protocol):
+    """The database: predictions, feedback, the promotion ledger."""
+
+    def record_prediction(self, prediction: Prediction) -> None:
+        """Append one row. Raises `AlreadyExists` on a repeated id."""
+
+    def prediction(self, prediction_id: str) -> Prediction:
+        """One row. Raises `NotFound`."""
+
+    def record_feedback(self, feedback: Feedback) -> None:
+        """Insert or replace this reader's verdict. Raises `NotFound` on an unknown prediction."""
+
+    def feedback(self, prediction_id: str) -> list[Feedback]:
+        """All readers' verdicts on one prediction, oldest first."""
+
+    def record_promotion(self, promotion: Promotion) -> None:
+        """Append a ledger row; a repeat of the same `run_id` changes nothing."""
+
+    def promotions(self, limit: int = 100) -> list[Promotion]:
+        """The ledger, newest first."""
+
+    def monitoring(self) -> Monitoring:
+        """Live figures over all rows."""
+
+    def check(self) -> None:
+        """Raise `Unavailable` unless the database answers."""
+
+
+class Registry(Protocol):
+    """Experiment tracking and the model registry. `run` is the tracking server's run id."""
+
+    def open_run(self, run_id: str, *, experiment: str, tags: Mapping[str, str] = {}) -> str:
+        """The tracking run of a pipeline run; the same `run_id` always gives the same run."""
+
+    def log_params(self, run: str, params: Mapping[str, Any]) -> None:
+        """Parameters; a repeated key with the same value is fine."""
+
+    def log_metrics(self, run: str, metrics: Mapping[str, float], *, step: int | None = None) -> None:
+        """Metrics, at once (live); `step` counts epochs."""
+
+    def log_bytes(self, run: str, path: str, data: bytes) -> None:
+        """One artifact file at `path` below the run's artifacts."""
+
+    def set_tags(self, run: str, tags: Mapping[str, str]) -> None:
+        """Tags of a run."""
+
+    def close_run(self, run: str, *, failed: bool = False) -> None:
+        """Mark the run finished or failed."""
+
+    def register(self, run: str, bundle: Path, *, tags: Mapping[str, str]) -> ModelVersion:
+        """Register the bundle folder (see `model.bundle`) as a new version; once per run, then the same one."""
+
+    def by_alias(self, alias: str) -> ModelVersion | None:
+        """The version an alias points to, None where the alias or the model does not exist."""
+
+    def set_alias(self, alias: str, version: str) -> None:
+        """Point `alias` at `version`, atomically."""
+
+    def versions(self) -> list[ModelVersion]:
+        """All versions with metrics and aliases, newest first."""
+
+    def download_bundle(self, version: str, folder: Path) -> Path:
+        """Fetch the bundle of `version` into `folder`; returns the folder that holds `bundle.json`."""
+
+    def check(self) -> None:
+        """Raise `Unavailable` unless the server answers."""
+
+
+class Notifier(Protocol):
+    """Tells people what happened."""
+
+    def send(self, subject: str, body: str) -> None:
+        """Send one plain-text mail. Raises `Unavailable`."""
+
+
+class DataSource(Protocol):
+    """Where training images come from."""
+
+    url: str
+    simulated: bool
+
+    def files(self) -> list[SourceFile]:
+        """All image files with their class, sorted by path. Raises `InvalidSource`."""
+
+    def read(self, file: SourceFile) -> bytes:
+        """The bytes of one file. Raises `InvalidSource`."""
+
+
+class DataVersions(Protocol):
+    """Versions a folder of data."""
+
+    def commit(self, workspace: Path) -> tuple[str, bytes]:
+        """Version `workspace/data` and push it to the remote; (version, bytes of `data.dvc`)."""
+
+    def restore(self, data_dvc: bytes, workspace: Path) -> None:
+        """Bring back exactly the version that `data_dvc` names into `workspace/data`."""

@@ -1,0 +1,218 @@
+"""The records that cross rooms: immutable, validated, JSON-ready."""
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+LABELS: tuple[str, ...] = ("glioma", "meningioma", "notumor", "pituitary")
+"""The four classes in the order of every probability vector."""
+
+NO_TUMOUR = "notumor"
+
+Label = Literal["glioma", "meningioma", "notumor", "pituitary"]
+Part = Literal["train", "validation", "calibration", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "calibration", "test")
+
+RESEARCH_NOTICE = "For research only. Not a medical device; not for diagnosis."
+
+
+def now() -> datetime:
+    """The current time, UTC and aware."""
+    return datetime.now(UTC)
+
+
+class Record(BaseModel):
+    """Base of every record: frozen, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+class SourceFile(Record):
+    """One file of a training source, before it is fetched."""
+
+    path: str = Field(description="Path in the source, as the source spells it")
+    label: Label
+    part: str = Field(default="", description="The source's own part (e.g. Training), empty if none")
+
+
+class ImageEntry(Record):
+    """One image of a frozen snapshot. `path` is `[part/]class/name` below the snapshot's `data/`."""
+
+    path: str
+    label: Label
+    part: str = Field(default="", description="The source's own part, empty if it has none")
+    md5: str = Field(description="Content hash DVC stores the file under")
+    sha256: str
+    size: int = Field(ge=0, description="bytes")
+
+
+class Snapshot(Record):
+    """What `download_data` froze: the images of one data version."""
+
+    version: str = Field(description="DVC's hash of the directory, without the .dir suffix")
+    source: str = Field(description="The data URL it came from")
+    simulated: bool
+    images: tuple[ImageEntry, ...]
+
+
+class Quarantined(Record):
+    """An image kept out of every part, with the reason in words."""
+
+    path: str
+    reason: str
+
+
+class SplitEntry(Record):
+    """Where one image stands after the audit."""
+
+    path: str
+    label: Label
+    md5: str
+    sha256: str
+    group: int = Field(description="Images of one group are identical, near-identical or mirrored twins")
+    part: Part
+
+
+class Split(Record):
+    """The grouped split of one data version; no group stands in two parts."""
+
+    version: str
+    simulated: bool
+    entries: tuple[SplitEntry, ...]
+    quarantined: tuple[Quarantined, ...] = ()
+
+    def of(self, *parts: Part) -> list[SplitEntry]:
+        """The entries of the named parts, in manifest order."""
+        return [entry for entry in self.entries if entry.part in parts]
+
+
+# --- predictions --------------------------------------------------------------------------------
+
+
+class GateResult(Record):
+    """Whether an image is taken for a brain MRI: `score` in [0, 1], accepted at or above `threshold`."""
+
+    accepted: bool
+    score: float = Field(ge=0, le=1)
+    threshold: float = Field(ge=0, le=1)
+    reason: str = Field(description="In words; empty when accepted")
+
+
+class Prediction(Record):
+    """One row of the prediction log. `label` and `probabilities` are empty for a rejected image."""
+
+    id: str = Field(description="uuid4, made by the server")
+    created_at: datetime
+    sha256: str = Field(description="of the uploaded bytes")
+    object_key: str
+    label: Label | None
+    probabilities: dict[str, float]
+    gate: GateResult
+    model_version: str
+    data_version: str
+    simulated_model: bool = Field(description="The model was trained on simulated scans")
+    seconds: float = Field(ge=0, description="From decoded request to stored object")
+    width: int = Field(gt=0, description="pixels of the uploaded image")
+    height: int = Field(gt=0)
+
+
+class Verdict(StrEnum):
+    """What a reader says of a prediction."""
+
+    AGREE = "agree"
+    CORRECT = "correct"
+    NOT_SURE = "not_sure"
+    NOT_BRAIN_MRI = "not_brain_mri"
+
+
+class Feedback(Record):
+    """One reader's verdict on one prediction; a later one by the same reader replaces it."""
+
+    prediction_id: str
+    reader: Annotated[str, Field(min_length=1, max_length=100)]
+    verdict: Verdict
+    label: Label | None = Field(default=None, description="The corrected class, only with verdict `correct`")
+    created_at: datetime = Field(default_factory=now)
+
+
+class ClassMonitoring(Record):
+    """Live figures of one predicted class."""
+
+    predictions: int
+    mean_probability: float
+    mean_seconds: float
+    p95_seconds: float
+
+
+class GatePoint(Record):
+    """One answered request on the gate-score time line."""
+
+    at: datetime
+    score: float
+    accepted: bool
+
+
+class Monitoring(Record):
+    """What the Monitoring page shows. `corrections_waiting` is filled in by the use case, not the log."""
+
+    predictions: int
+    accepted: int
+    rejected: int
+    per_class: dict[str, ClassMonitoring]
+    gate_scores: tuple[GatePoint, ...] = Field(description="The latest 500, oldest first")
+    feedback: dict[str, int] = Field(description="verdict -> count")
+    corrections_waiting: int = 0
+    feedback_threshold: int = 50
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+class ModelVersion(Record):
+    """One registered version of the model."""
+
+    version: str
+    run_id: str = Field(description="MLflow run")
+    aliases: tuple[str, ...] = ()
+    metrics: dict[str, float] = {}
+    tags: dict[str, str] = {}
+    created_at: datetime
+
+
+class Check(Record):
+    """One reason for or against a promotion, in words."""
+
+    name: str
+    passed: bool
+    reason: str
+
+
+class Promotion(Record):
+    """One row of the promotion ledger; one per pipeline run."""
+
+    run_id: str = Field(description="The pipeline run, unique in the ledger")
+    created_at: datetime = Field(default_factory=now)
+    version: str
+    previous: str | None = Field(description="The champion before")
+    promoted: bool
+    checks: tuple[Check, ...]
+    metrics: dict[str, Any] = {}
+
+    @property
+    def reason(self) -> str:
+        """All checks in one sentence each."""
+        return " ".join(check.reason for check in self.checks)
+
+
+class Mail(Record):
+    """A mail the platform sent, as the local sink keeps it."""
+
+    at: datetime
+    to: str
+    subject: str
+    body: str

@@ -1,0 +1,195 @@
+"""Where training images come from: simulated scans, or a folder or bucket of class folders."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from neuroloop.core.errors import InvalidSource, NotFound, Unavailable
+from neuroloop.core.ports import ObjectStore
+from neuroloop.core.schemas import LABELS, Label, SourceFile
+from neuroloop.imaging.decode import encode_png
+from neuroloop.imaging.phantom import SCANNERS, scan
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+"""What `imaging.decode` reads, by the names such files have."""
+
+MINIMUM_PER_CLASS = 10
+"""Fewer images than this cannot be divided into four parts of which each knows every class."""
+
+LAYOUT = "[part/]class/file with the class folders glioma, meningioma, notumor and pituitary"
+
+_ALIASES: dict[str, Label] = {
+    "glioma": "glioma",
+    "gliomatumor": "glioma",
+    "meningioma": "meningioma",
+    "meningiomatumor": "meningioma",
+    "notumor": "notumor",
+    "no": "notumor",
+    "none": "notumor",
+    "healthy": "notumor",
+    "normal": "notumor",
+    "pituitary": "pituitary",
+    "pituitarytumor": "pituitary",
+}
+
+
+def label_of(folder: str) -> Label | None:
+    """The class that a folder name means, None for a name that is no class.
+
+    Case, spaces, `_` and `-` do not matter, nor does British spelling: `No_Tumour`, `no tumor` and `notumor` are one.
+    """
+    name = "".join(character for character in folder.casefold() if character.isalnum())
+    return _ALIASES.get(name.replace("tumour", "tumor"))
+
+
+def snapshot_path(file: SourceFile) -> str:
+    """Where the file stands in a snapshot: `[part/]class/name`, with our class names."""
+    name = file.path.rsplit("/", 1)[-1]
+    return "/".join(piece for piece in (file.part, file.label, name) if piece)
+
+
+def check(files: Iterable[SourceFile]) -> dict[str, Any]:
+    """Whether a source can be trained on: `{"images": n, "classes": {label: n}, "parts": {part: n}}`.
+
+    Raises `InvalidSource` where a class is missing or has fewer than `MINIMUM_PER_CLASS` images.
+    """
+    found = list(files)
+    classes: Counter[str] = Counter(file.label for file in found)
+    parts = Counter(file.part for file in found if file.part)
+    short = [label for label in LABELS if classes[label] < MINIMUM_PER_CLASS]
+    if short:
+        raise InvalidSource(
+            f"The source has too few images of {', '.join(short)}",
+            why=f"expected at least {MINIMUM_PER_CLASS} of each class, "
+            f"found {', '.join(f'{classes[label]} {label}' for label in LABELS)}",
+            fix=f"add the missing images; the layout is {LAYOUT}",
+        )
+    return {
+        "images": len(found),
+        "classes": {label: classes[label] for label in LABELS},
+        "parts": dict(sorted(parts.items())),
+    }
+
+
+class PhantomSource:
+    """Simulated scans, the classes in equal numbers, rendered when they are read; the same for the same seed."""
+
+    simulated = True
+
+    def __init__(self, images: int, seed: int, scanner: str = "A") -> None:
+        if images < MINIMUM_PER_CLASS * len(LABELS):
+            raise InvalidSource(
+                f"{images} simulated scans are too few",
+                why=f"each of the {len(LABELS)} classes needs at least {MINIMUM_PER_CLASS}",
+                fix=f"ask for {MINIMUM_PER_CLASS * len(LABELS)} or more",
+            )
+        if scanner not in SCANNERS:
+            raise InvalidSource(
+                f"There is no simulated scanner {scanner!r}", fix=f"choose one of {', '.join(sorted(SCANNERS))}"
+            )
+        self.images, self.seed, self.scanner = images, seed, scanner
+        self.url = f"phantom://?images={images}&seed={seed}&scanner={scanner}"
+
+    def files(self) -> list[SourceFile]:
+        """`class/sim-000000.png` and so on, sorted by path; the number is the scan's index within its class."""
+        each, rest = divmod(self.images, len(LABELS))
+        return [
+            SourceFile(path=f"{label}/sim-{index:06d}.png", label=label)  # type: ignore[arg-type]
+            for order, label in enumerate(LABELS)
+            for index in range(each + (order < rest))
+        ]
+
+    def read(self, file: SourceFile) -> bytes:
+        """Render one scan as PNG bytes. Raises `InvalidSource` for a path that `files()` does not list."""
+        stem = file.path.removeprefix(f"{file.label}/sim-").removesuffix(".png")
+        if not stem.isdecimal() or file.path != f"{file.label}/sim-{int(stem):06d}.png":
+            raise InvalidSource(f"{file.path!r} is no simulated scan", why="they are named class/sim-000012.png")
+        return encode_png(scan(file.label, int(stem), seed=self.seed, scanner=self.scanner).pixels)
+
+
+class ObjectSource:
+    """Real images in an object store (a folder or a bucket), laid out as `class/file` or `part/class/file`.
+
+    `ignored` counts, by suffix, the files that the last `files()` passed over because they are no images.
+    """
+
+    simulated = False
+
+    def __init__(self, url: str, store: ObjectStore) -> None:
+        self.url, self.store = url, store
+        self.ignored: dict[str, int] = {}
+
+    def files(self) -> list[SourceFile]:
+        """All image files, told by their suffix, sorted by path.
+
+        Raises `InvalidSource` where the source is out of reach, empty, holds no image, an image outside a class folder,
+        or two images that would take the same place in a snapshot.
+        """
+        try:
+            self.store.check()
+            keys = [key for key in self.store.list("") if not _hidden(key)]
+        except (Unavailable, NotFound) as error:
+            raise InvalidSource(
+                f"The source {self.url} cannot be read",
+                why=str(error),
+                fix=f"expected {LAYOUT}; check NEUROLOOP_DATA_URL",
+            ) from error
+        if not keys:
+            raise InvalidSource(
+                f"The source {self.url} holds no files",
+                why=f"it does not exist or is empty; expected {LAYOUT}",
+                fix="check NEUROLOOP_DATA_URL",
+            )
+        images = sorted(key for key in keys if key.lower().endswith(IMAGE_SUFFIXES))
+        self.ignored = dict(
+            sorted(Counter(_suffix(key) for key in keys if not key.lower().endswith(IMAGE_SUFFIXES)).items())
+        )
+        if not images:
+            found = ", ".join(f"{count} {suffix}" for suffix, count in self.ignored.items())
+            raise InvalidSource(
+                f"The source {self.url} holds no images",
+                why=f"expected {', '.join(IMAGE_SUFFIXES)} files as {LAYOUT}, found only {found}",
+                fix="check NEUROLOOP_DATA_URL",
+            )
+        files = [self._file(key) for key in images]
+        taken: dict[str, str] = {}
+        for file in files:
+            other = taken.setdefault(snapshot_path(file), file.path)
+            if other != file.path:
+                raise InvalidSource(
+                    f"{other} and {file.path} are both {snapshot_path(file)} to us",
+                    why="part, class and file name together must be unique",
+                    fix="rename one of them",
+                )
+        return files
+
+    def _file(self, key: str) -> SourceFile:
+        folders = key.split("/")[:-1]
+        label = label_of(folders[-1]) if folders else None
+        if label is None:
+            where = f"the folder {folders[-1]!r}" if folders else "no folder at all"
+            raise InvalidSource(
+                f"The class of {key} in {self.url} is unknown",
+                why=f"expected {LAYOUT} (no_tumor, glioma_tumor and the like will do), found it in {where}",
+                fix="rename the folder to its class, or take it out of the source",
+            )
+        return SourceFile(path=key, label=label, part=folders[-2] if len(folders) > 1 else "")
+
+    def read(self, file: SourceFile) -> bytes:
+        """The bytes of one file. Raises `InvalidSource` where it has gone, `Unavailable` for a fault that may pass."""
+        try:
+            return self.store.get(file.path)
+        except NotFound as error:
+            raise InvalidSource(
+                f"{file.path} is no longer in {self.url}", why="the source changed while it was read", fix="start again"
+            ) from error
+
+
+def _hidden(key: str) -> bool:
+    # Archives unpacked on a Mac bring "__MACOSX/glioma/._image.jpg", which is no image whatever its name says.
+    return any(piece.startswith(".") or piece == "__MACOSX" for piece in key.split("/"))
+
+
+def _suffix(key: str) -> str:
+    name = key.rsplit("/", 1)[-1]
+    return f".{name.rsplit('.', 1)[1].lower()}" if "." in name else "(no suffix)"

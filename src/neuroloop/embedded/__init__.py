@@ -1,0 +1,1 @@
+"""The whole platform on one machine: generated secrets, ports, a supervisor, `make up`."""

@@ -1,0 +1,207 @@
+"""One process of the platform: what it needs before it starts, its environment, and the program it becomes.
+
+`entrypoint.sh ROLE` ends here; the laptop's supervisor, docker-compose and Kubernetes all start the same roles.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from neuroloop.core.errors import InvalidSetting, Unavailable
+from neuroloop.core.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[3]
+"""The repository: `dags/` and `frontend/` stand there."""
+
+WAIT_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Role:
+    """`needs` are waited for in turn; `argv` is what the process becomes."""
+
+    argv: Callable[[Settings], list[str]]
+    needs: tuple[Callable[[Settings], str], ...] = ()
+    first: Callable[[Settings], list[str]] | None = None
+    """A program that must end well before the role starts (a schema migration)."""
+
+
+def _python(*args: str) -> list[str]:
+    return [sys.executable, "-m", *args]
+
+
+def _database(settings: Settings) -> str:
+    return _tcp(settings.database_url)
+
+
+def _airflow_database(settings: Settings) -> str:
+    return _tcp(settings.airflow_database_url)
+
+
+def _mlflow_database(settings: Settings) -> str:
+    return _tcp(settings.mlflow_database_url)
+
+
+def _tcp(url: str) -> str:
+    parts = urlsplit(url)
+    return f"tcp://{parts.hostname}:{parts.port or 5432}"
+
+
+def _mlflow(settings: Settings) -> str:
+    return f"{settings.mlflow_tracking_uri}/health"
+
+
+def _airflow(settings: Settings) -> str:
+    return f"{settings.airflow_url}/api/v2/version"
+
+
+def _api(settings: Settings) -> str:
+    return f"{settings.api_url}/health/live"
+
+
+def _mlflow_argv(settings: Settings) -> list[str]:
+    return [
+        *_python("mlflow", "server", "--workers", "1"),
+        *("--host", settings.bind, "--port", str(settings.mlflow_port)),
+        *("--backend-store-uri", _driver(settings.mlflow_database_url)),
+        *("--artifacts-destination", f"{settings.store}/mlflow", "--serve-artifacts"),
+        *(("--allowed-hosts", "*") if settings.bind != "127.0.0.1" else ()),
+    ]
+
+
+def _api_argv(settings: Settings) -> list[str]:
+    server = _python("uvicorn", "neuroloop.serving.api:app", "--factory", "--no-access-log", "--no-server-header")
+    return [*server, "--host", settings.bind, "--port", str(settings.api_port), "--timeout-graceful-shutdown", "10"]
+
+
+def _ui_argv(settings: Settings) -> list[str]:
+    server = _python("streamlit", "run", str(ROOT / "frontend" / "app.py"), "--server.headless", "true")
+    address = ["--server.address", settings.bind, "--server.port", str(settings.ui_port)]
+    return [*server, *address, "--server.maxUploadSize", str(max(1, round(settings.max_upload_mb)))]
+
+
+def _airflow_role(*args: str) -> Role:
+    return Role(lambda _: _python("airflow", *args), needs=(_airflow_database, _airflow))
+
+
+ROLES: dict[str, Role] = {
+    "postgres": Role(lambda _: _python("neuroloop.embedded.postgres")),
+    "mail": Role(lambda _: _python("neuroloop.cli", "mail-sink")),
+    "mlflow": Role(_mlflow_argv, needs=(_mlflow_database,)),
+    "airflow-api": Role(
+        lambda settings: _python(
+            "airflow", "api-server", "--host", settings.bind, "--port", str(settings.airflow_port)
+        ),
+        needs=(_airflow_database,),
+        first=lambda _: _python("airflow", "db", "migrate"),
+    ),
+    "scheduler": _airflow_role("scheduler", "--skip-serve-logs"),
+    "dag-processor": _airflow_role("dag-processor"),
+    "triggerer": _airflow_role("triggerer", "--skip-serve-logs"),
+    "api": Role(_api_argv, needs=(_database,)),
+    "ui": Role(_ui_argv, needs=(_api,)),
+}
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The variables every role gets: Airflow's and MLflow's own settings, derived from NeuroLoop's."""
+    home = settings.home / "airflow"
+    airflow = {
+        "CORE__EXECUTOR": "LocalExecutor",
+        "CORE__DAGS_FOLDER": str(ROOT / "dags"),
+        "CORE__LOAD_EXAMPLES": "False",
+        "CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+        # Two cores: the default of 32 forked workers costs gigabytes and gains nothing.
+        "CORE__PARALLELISM": "4",
+        "CORE__FERNET_KEY": settings.airflow_fernet_key,
+        "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{settings.airflow_user}:admin",
+        "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(home / "passwords.json"),
+        "CORE__EXECUTION_API_SERVER_URL": f"{settings.airflow_url}/execution/",
+        "DATABASE__SQL_ALCHEMY_CONN": _driver(settings.airflow_database_url),
+        "API__BASE_URL": settings.airflow_url,
+        "API__WORKERS": "1",
+        "API__SECRET_KEY": settings.airflow_jwt_secret,
+        "API_AUTH__JWT_SECRET": settings.airflow_jwt_secret,
+        "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.1",
+        "DAG_PROCESSOR__REFRESH_INTERVAL": "60",
+        "DAG_PROCESSOR__PARSING_PROCESSES": "1",
+        "LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
+        "USAGE_DATA_COLLECTION__ENABLED": "False",
+    }
+    return {
+        "NEUROLOOP_HOME": str(settings.home),
+        "AIRFLOW_HOME": str(home),
+        **{f"AIRFLOW__{key}": value for key, value in airflow.items()},
+        "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
+        "DVC_NO_ANALYTICS": "1",
+        "DO_NOT_TRACK": "1",
+        "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def wait_for(target: str, seconds: float = WAIT_SECONDS) -> None:
+    """Return once `target` (`tcp://host:port`, or an HTTP URL that answers 200) is there; else `Unavailable`."""
+    parts = urlsplit(target)
+    deadline, reason = time.monotonic() + seconds, ""
+    while time.monotonic() < deadline:
+        try:
+            if parts.scheme == "tcp":
+                socket.create_connection((str(parts.hostname), int(parts.port or 0)), timeout=2).close()
+                return
+            with urllib.request.urlopen(target, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (OSError, urllib.error.URLError) as error:
+            reason = str(error)
+        time.sleep(0.25)
+    raise Unavailable(f"{target} did not answer in {seconds:.0f} s", why=reason, fix="see the logs of that part")
+
+
+def become(name: str) -> None:
+    """Wait for what the role needs, then replace this process by it."""
+    if name not in ROLES:
+        raise InvalidSetting(f"{name!r} is no role", fix=f"the roles are {', '.join(ROLES)}")
+    settings, role = Settings.load(), ROLES[name]
+    if name in ("airflow-api", "scheduler", "dag-processor", "triggerer"):
+        settings.require("airflow_database_url", "airflow_jwt_secret", "airflow_fernet_key", "airflow_password")
+        _write_airflow_login(settings)
+    if name == "mlflow":
+        settings.require("mlflow_database_url")
+    os.environ.update(environment(settings))
+    for need in role.needs:
+        wait_for(need(settings))
+    if role.first:
+        argv = role.first(settings)
+        status = os.spawnv(os.P_WAIT, argv[0], argv)
+        if status:
+            raise Unavailable(f"{' '.join(argv[1:])} failed with status {status}", fix="see the lines above")
+    argv = role.argv(settings)
+    os.execv(argv[0], argv)
+
+
+def _write_airflow_login(settings: Settings) -> None:
+    file = settings.home / "airflow" / "passwords.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_name(f".passwords.{os.getpid()}")
+    fresh.touch(mode=0o600)
+    fresh.write_text(json.dumps({settings.airflow_user: settings.airflow_password}))
+    fresh.replace(file)
+
+
+def _driver(url: str) -> str:
+    """`postgresql://` as SQLAlchemy wants it, with the driver named."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(scheme="postgresql+psycopg2")) if url else ""

@@ -1,0 +1,337 @@
+"""`make up`, `down`, `status`, `logs`: the whole platform on one machine, supervised, in one folder.
+
+First start: passwords and free ports are written to `$NEUROLOOP_HOME/env` (mode 600), from which every process and
+every later command reads them. The supervisor restarts what crashes; each role waits for what it needs.
+"""
+
+import configparser
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import xmlrpc.client
+from base64 import urlsafe_b64encode
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from neuroloop.core.errors import InvalidSetting, NeuroLoopError, Unavailable
+from neuroloop.core.settings import PREFIX, Settings, explicit
+from neuroloop.embedded import postgres
+from neuroloop.embedded.airflow import AirflowClient
+from neuroloop.embedded.roles import ROLES, ROOT
+
+PORTS = ("postgres", "mlflow", "airflow", "api", "ui", "mail", "supervisor")
+SHOWN = ("airflow", "mlflow", "api", "ui")
+Say = Callable[[str], None]
+
+
+class Stack:
+    """The platform of one `NEUROLOOP_HOME`. `say` gets one line of progress at a time."""
+
+    def __init__(self, environ: Mapping[str, str] | None = None, say: Say = lambda line: None) -> None:
+        self.environ = dict(os.environ if environ is None else environ)
+        self.say = say
+        self.settings = Settings.load(self.environ)
+
+    # --- commands -------------------------------------------------------------------------------
+
+    def up(self, *, build: bool = True) -> None:
+        """Start what is not running, wait until all parts are healthy, and build a first model when there is none."""
+        if not self.running():
+            self._generate()
+            self._start_supervisor()
+        started = time.monotonic()
+        self._wait_healthy()
+        self.say(f"all parts healthy after {time.monotonic() - started:.0f} s")
+        if build:
+            self.ensure_champion()
+
+    def down(self) -> None:
+        """Stop all parts and the supervisor; end whatever process of this home is left."""
+        pid = self._supervisor_pid()
+        if pid:
+            with contextlib.suppress(OSError, xmlrpc.client.Error):
+                self._supervisor().supervisor.shutdown()
+            _until(lambda: not _alive(pid), 90)
+        leftovers = self.processes()
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            for leftover in leftovers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(leftover, sign)
+            if _until(lambda: not self.processes(), 10):
+                break
+        (self.settings.home / "supervisord.pid").unlink(missing_ok=True)
+
+    def status(self) -> dict[str, str]:
+        """Each role and its state in words: `running, healthy`, `starting`, `stopped`..."""
+        if not self.running():
+            return dict.fromkeys(ROLES, "stopped")
+        infos: Any = self._supervisor().supervisor.getAllProcessInfo()
+        states = {info["name"]: str(info["statename"]).lower() for info in infos}
+        return {
+            name: f"{states.get(name, 'unknown')}, {'healthy' if self._healthy(name) else 'not ready'}"
+            for name in ROLES
+        }
+
+    def running(self) -> bool:
+        """Whether this home's supervisor lives."""
+        return self._supervisor_pid() is not None
+
+    def processes(self) -> list[int]:
+        """Ids of all processes, but this one, that were started for this home."""
+        mark = f"NEUROLOOP_STACK={self.settings.home}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                with contextlib.suppress(OSError):
+                    dead = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+                    if not dead and mark in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
+        return found
+
+    def airflow(self) -> AirflowClient:
+        """Airflow's REST API, logged in."""
+        return AirflowClient(self.settings.airflow_url, self.settings.airflow_user, self.settings.airflow_password)
+
+    def summary(self) -> str:
+        """URLs and logins."""
+        s = self.settings
+        return "\n".join(
+            [
+                f"  frontend  http://127.0.0.1:{s.ui_port}",
+                f"  API       {s.api_url}/docs",
+                f"  Airflow   {s.airflow_url}   login {s.airflow_user} / {s.airflow_password}",
+                f"  MLflow    {s.mlflow_tracking_uri}",
+                f"  state     {s.home}   logs: make logs   stop: make down",
+            ]
+        )
+
+    # --- first start ----------------------------------------------------------------------------
+
+    def _generate(self) -> None:
+        home = self.settings.home
+        home.mkdir(parents=True, exist_ok=True)
+        file, set_by_user = home / "env", explicit(self.environ)
+        values: dict[str, str] = {}
+        if file.exists():
+            values = dict(line.split("=", 1) for line in file.read_text().splitlines() if "=" in line)
+        for name in ("postgres", "airflow", "supervisor"):
+            values.setdefault(f"{PREFIX}{name.upper()}_PASSWORD", secrets.token_urlsafe(12))
+        values.setdefault(f"{PREFIX}AIRFLOW_JWT_SECRET", secrets.token_urlsafe(32))
+        values.setdefault(f"{PREFIX}AIRFLOW_FERNET_KEY", urlsafe_b64encode(secrets.token_bytes(32)).decode())
+        ports = self._ports(set_by_user)
+        for name, port in ports.items():
+            values[f"{PREFIX}{name.upper()}_PORT"] = str(port)
+        urls = {
+            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['mlflow']}",
+            "AIRFLOW_URL": f"http://127.0.0.1:{ports['airflow']}",
+            "API_URL": f"http://127.0.0.1:{ports['api']}",
+            "NOTIFY_URL": f"smtp://127.0.0.1:{ports['mail']}",
+        }
+        for name, role in (("", "neuroloop"), ("AIRFLOW_", "airflow"), ("MLFLOW_", "mlflow")):
+            key = f"{PREFIX}{name}DATABASE_URL"
+            old = values.get(key, "")
+            password = old.split(":", 2)[2].rsplit("@", 1)[0] if old else secrets.token_urlsafe(16)
+            urls[f"{name}DATABASE_URL"] = postgres.url(role, password, ports["postgres"])
+        values |= {PREFIX + key: value for key, value in urls.items()}
+        values = {key: value for key, value in values.items() if key not in set_by_user}
+        fresh = file.with_name("env.new")
+        fresh.unlink(missing_ok=True)
+        fresh.touch(mode=0o600)
+        fresh.write_text("".join(f"{key}={value}\n" for key, value in sorted(values.items())))
+        fresh.replace(file)
+        self.settings = Settings.load(self.environ)
+
+    def _ports(self, set_by_user: Mapping[str, str]) -> dict[str, int]:
+        """A port for each server: the setting's where the user gave one, else the usual or a free one."""
+        ports: dict[str, int] = {}
+        for name in PORTS:
+            key, wanted = f"{PREFIX}{name.upper()}_PORT", int(getattr(self.settings, f"{name}_port"))
+            if not _free(wanted):
+                if key in set_by_user:
+                    raise InvalidSetting(
+                        f"{key}={wanted} is in use",
+                        why="another program listens there",
+                        fix="stop it or set another port",
+                    )
+                previous, wanted = wanted, _free_port(ports.values())
+                self.say(f"port {previous} is in use; {name} takes {wanted}")
+            ports[name] = wanted
+        return ports
+
+    # --- supervisor -----------------------------------------------------------------------------
+
+    def _start_supervisor(self) -> None:
+        home = self.settings.home
+        (home / "logs").mkdir(exist_ok=True)
+        config = configparser.RawConfigParser()
+        config["supervisord"] = {
+            "nodaemon": "false",
+            "logfile": str(home / "logs" / "supervisord.log"),
+            "pidfile": str(home / "supervisord.pid"),
+            "childlogdir": str(home / "logs"),
+            **({"user": "root"} if os.geteuid() == 0 else {}),
+        }
+        config["inet_http_server"] = {
+            "port": f"127.0.0.1:{self.settings.supervisor_port}",
+            "username": "neuroloop",
+            "password": self.settings.supervisor_password.replace("%", "%%"),
+        }
+        config["rpcinterface:supervisor"] = {
+            "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+        }
+        for name in ROLES:
+            config[f"program:{name}"] = {
+                "command": f'"{ROOT / "entrypoint.sh"}" {name}',
+                "directory": str(home),
+                "autorestart": "true",
+                "startsecs": "1",
+                "startretries": "1000",
+                "stopasgroup": "true",
+                "killasgroup": "true",
+                "stopsignal": "INT" if name == "postgres" else "TERM",
+                "stopwaitsecs": "20",
+                # PostgreSQL and MLflow stop last: what writes to them ends first.
+                "priority": {"postgres": "1", "mail": "1", "mlflow": "2"}.get(name, "10"),
+                "redirect_stderr": "true",
+                "stdout_logfile": str(home / "logs" / f"{name}.log"),
+                "stdout_logfile_maxbytes": "10MB",
+                "stdout_logfile_backups": "1",
+            }
+        file = home / "supervisord.conf"
+        file.touch(mode=0o600)
+        with file.open("w") as stream:
+            config.write(stream)
+        env_file = Path(self.environ.get(f"{PREFIX}ENV_FILE") or ".env").absolute()
+        marks = {"NEUROLOOP_HOME": str(home), "NEUROLOOP_STACK": str(home), "NEUROLOOP_ENV_FILE": str(env_file)}
+        environ = {**self.environ, **marks}
+        # The supervisor's switch from parent to child keeps no terminal: make up may end, the platform stays.
+        done = subprocess.run(
+            [sys.executable, "-m", "supervisor.supervisord", "-c", str(file)],
+            env=environ,
+            cwd=home,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise NeuroLoopError("the supervisor did not start", why=(done.stdout + done.stderr)[-500:])
+        if not _until(self.running, 10):
+            raise NeuroLoopError("the supervisor did not start", fix=f"see {home / 'logs' / 'supervisord.log'}")
+
+    def _supervisor(self) -> Any:
+        login = f"neuroloop:{self.settings.supervisor_password}"
+        return xmlrpc.client.ServerProxy(f"http://{login}@127.0.0.1:{self.settings.supervisor_port}/RPC2")
+
+    def _supervisor_pid(self) -> int | None:
+        try:
+            pid = int((self.settings.home / "supervisord.pid").read_text())
+        except (OSError, ValueError):
+            return None
+        return pid if pid in self.processes() else None
+
+    # --- health ---------------------------------------------------------------------------------
+
+    def _healthy(self, role: str) -> bool:
+        s = self.settings
+        match role:
+            case "postgres" | "mail":
+                return not _free(s.postgres_port if role == "postgres" else s.mail_port)
+            case "mlflow":
+                return _answers(f"{s.mlflow_tracking_uri}/health")
+            case "api":
+                return _answers(f"{s.api_url}/health/live")
+            case "ui":
+                return _answers(f"http://127.0.0.1:{s.ui_port}/_stcore/health")
+            case "airflow-api":
+                return _answers(f"{s.airflow_url}/api/v2/version")
+            case _:
+                return self.airflow().health().get(role.replace("-", "_")) == "healthy"
+
+    def _wait_healthy(self, seconds: float = 300) -> None:
+        waiting, deadline = list(ROLES), time.monotonic() + seconds
+        while waiting:
+            for role in list(waiting):
+                if self._healthy(role):
+                    waiting.remove(role)
+                    self.say(f"{role} is healthy")
+            if waiting and time.monotonic() > deadline:
+                logs = self.settings.home / "logs"
+                raise Unavailable(
+                    f"{', '.join(waiting)} not healthy after {seconds:.0f} s", fix=f"read {logs}/{waiting[0]}.log"
+                )
+            time.sleep(0.5)
+
+    # --- first model ----------------------------------------------------------------------------
+
+    def ensure_champion(self) -> None:
+        """Trigger the build DAG where no model serves, and show its progress until one does."""
+        if self._serving():
+            return
+        airflow = self.airflow()
+        run = airflow.active_run("data_and_model_build")
+        if run is None:
+            self.say("no model yet: building one")
+            minutes = self.settings.first_build_minutes
+            conf = {"minutes": minutes} if self.settings.data_url.startswith("phantom://") else {}
+            run = airflow.trigger("data_and_model_build", conf)
+        airflow.follow("data_and_model_build", run, self.say)
+        if not _until(self._serving, 60):
+            raise Unavailable(
+                "the build ended but no model serves", fix="see the run's promote_model task and logs/api.log"
+            )
+        self.say("the model serves")
+
+    def _serving(self) -> bool:
+        return _answers(f"{self.settings.api_url}/v1/model")
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_port(taken: Any) -> int:
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in taken:
+            return port
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True

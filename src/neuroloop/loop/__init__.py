@@ -1,0 +1,1 @@
+"""Offline use cases: one function per DAG task."""

@@ -1,0 +1,102 @@
+"""From piled-up corrections to one batch that is used once."""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from neuroloop.core import keys
+from neuroloop.core.errors import AlreadyExists
+from neuroloop.core.ports import ObjectStore
+from neuroloop.core.schemas import Record
+from neuroloop.data import corrections
+
+HELD_OUT_OF = 5
+"""One correction in five, by hash, is never trained on: the feedback test set."""
+SHARE = 0.25
+"""Corrections are repeated until they make up about this share of the training images."""
+MOST_REPEATS = 8
+
+
+class Batch(Record):
+    """The corrections that one retraining used, by store key at the time of the claim."""
+
+    number: int
+    run_id: str
+    corrections: tuple[str, ...]
+
+
+class Correction(Record):
+    """One corrected image as it stands in the store now."""
+
+    key: str
+    label: str
+    sha256: str
+    held_out: bool
+
+
+def waiting(store: ObjectStore) -> list[str]:
+    """Keys of the corrected images that no batch has used."""
+    return corrections.unused(store.list(keys.CORRECTIONS), (store.get(key) for key in store.list(keys.BATCHES)))
+
+
+def batches(store: ObjectStore) -> list[Batch]:
+    """All batches so far, oldest first."""
+    return [Batch.model_validate_json(store.get(key)) for key in store.list(keys.BATCHES)]
+
+
+def claim(store: ObjectStore, run_id: str, threshold: int) -> Batch | None:
+    """Make the batch of a run, exactly once; None where no more than `threshold` corrections are unused.
+
+    The manifest's number follows the last one and is created only if it is free, so of several claimants one wins and
+    the others count anew without its images. A run that already has a batch gets the same one again.
+    """
+    while True:
+        taken = batches(store)
+        for batch in taken:
+            if batch.run_id == run_id:
+                return batch
+        unused = waiting(store)
+        if len(unused) <= threshold:
+            return None
+        number = max((batch.number for batch in taken), default=0) + 1
+        batch = Batch(number=number, run_id=run_id, corrections=tuple(unused))
+        try:
+            store.create(keys.batch(number), batch.model_dump_json().encode(), content_type="application/json")
+        except AlreadyExists:
+            continue
+        return batch
+
+
+def used(store: ObjectStore) -> list[Correction]:
+    """All corrections of all batches, with the class a reader gives them now; erased ones are left out."""
+    now = {key.rsplit("/", 1)[-1]: key for key in store.list(keys.CORRECTIONS)}
+    names: dict[str, None] = {}
+    for batch in batches(store):
+        for correction in batch.corrections:
+            names[correction.rsplit("/", 1)[-1]] = None
+    found = []
+    for name in names:
+        if name in now:
+            sha256 = hashlib.sha256(store.get(now[name])).hexdigest()
+            label = now[name].split("/")[-2]
+            found.append(Correction(key=now[name], label=label, sha256=sha256, held_out=is_held_out(sha256)))
+    return found
+
+
+def is_held_out(sha256: str) -> bool:
+    """Whether a correction belongs to the feedback test set: decided by its content, so for ever."""
+    return int(sha256[:8], 16) % HELD_OUT_OF == 0
+
+
+def repeats(corrections: int, training_images: int) -> int:
+    """How often each correction enters an epoch, so that few of them are heard among many old images."""
+    if not corrections:
+        return 0
+    return int(np.clip(round(SHARE * training_images / corrections), 1, MOST_REPEATS))
+
+
+def summary(found: Iterable[Correction]) -> dict[str, int]:
+    """How many are trained on and how many are held out."""
+    held_out = [correction.held_out for correction in found]
+    return {"trained_on": len(held_out) - sum(held_out), "held_out": sum(held_out)}

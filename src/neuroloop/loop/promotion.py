@@ -1,0 +1,93 @@
+"""Whether a candidate becomes the champion: every check with its reason in words."""
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel
+
+from neuroloop.core.schemas import LABELS, Check
+
+ACCURACY_LOSS = 0.005
+"""A retrained model may lose at most this much overall accuracy on the frozen test part."""
+RECALL_LOSS = 0.02
+"""... and at most this much recall in any class."""
+BASELINES = ("majority", "border", "thumbnail", "nearest")
+
+
+class Scores(BaseModel, frozen=True):
+    """Scores of one model on the frozen test part and, where there are any, on the held-out corrections."""
+
+    test: dict[str, float]
+    feedback: dict[str, float] = {}
+    simulated: bool
+
+
+def decide(
+    candidate: Scores, champion: Scores | None, baselines: Mapping[str, float], *, retraining: bool
+) -> tuple[bool, tuple[Check, ...]]:
+    """Promote or not, with a check per reason.
+
+    A first model must beat every trivial baseline in macro-F1. Later ones must not be worse than the champion on the
+    frozen test part (`ACCURACY_LOSS`, `RECALL_LOSS`) and must be better where it counts: a retraining on the held-out
+    corrections, a new build in test macro-F1. A model trained on simulated scans never replaces one trained on real
+    ones. `baselines` has `<name>_macro_f1` for each of `BASELINES`.
+    """
+    checks = [_beats_baselines(candidate, baselines)]
+    if champion is not None:
+        checks += [_same_world(candidate, champion), _accuracy(candidate, champion)]
+        checks += [_recall(label, candidate, champion) for label in LABELS if f"recall_{label}" in champion.test]
+        checks.append(_learned(candidate, champion) if retraining else _better(candidate, champion))
+    return all(check.passed for check in checks), tuple(checks)
+
+
+def _beats_baselines(candidate: Scores, baselines: Mapping[str, float]) -> Check:
+    best = max(BASELINES, key=lambda name: baselines[f"{name}_macro_f1"])
+    score, bar = candidate.test["macro_f1"], baselines[f"{best}_macro_f1"]
+    verb = "beats" if score > bar else "does not beat"
+    reason = f"Test macro-F1 {score:.3f} {verb} the best trivial baseline ({best}, {bar:.3f})."
+    return Check(name="baselines", passed=score > bar, reason=reason)
+
+
+def _same_world(candidate: Scores, champion: Scores) -> Check:
+    passed = champion.simulated or not candidate.simulated
+    reason = (
+        "It may replace the champion as far as its data goes."
+        if passed
+        else "It was trained on simulated scans and the champion on real ones: it cannot replace it."
+    )
+    return Check(name="data", passed=passed, reason=reason)
+
+
+def _accuracy(candidate: Scores, champion: Scores) -> Check:
+    now, before = candidate.test["accuracy"], champion.test["accuracy"]
+    passed = now >= before - ACCURACY_LOSS - 1e-9
+    verdict = "within" if passed else "beyond"
+    reason = (
+        f"Test accuracy {now:.3f} against the champion's {before:.3f}: {verdict} the {ACCURACY_LOSS:.1%} it may lose."
+    )
+    return Check(name="accuracy", passed=passed, reason=reason)
+
+
+def _recall(label: str, candidate: Scores, champion: Scores) -> Check:
+    now, before = candidate.test[f"recall_{label}"], champion.test[f"recall_{label}"]
+    passed = now >= before - RECALL_LOSS - 1e-9
+    verdict = "within" if passed else "beyond"
+    reason = f"Recall of {label} {now:.3f} against {before:.3f}: {verdict} the {RECALL_LOSS:.0%} it may lose."
+    return Check(name=f"recall_{label}", passed=passed, reason=reason)
+
+
+def _learned(candidate: Scores, champion: Scores) -> Check:
+    if not candidate.feedback:
+        return Check(
+            name="feedback", passed=True, reason="No correction is held out yet, so only the test part decided."
+        )
+    now, before = candidate.feedback["accuracy"], champion.feedback["accuracy"]
+    verb = "better than" if now > before else "not better than"
+    reason = f"Accuracy on the held-out corrections {now:.3f}, {verb} the champion's {before:.3f}."
+    return Check(name="feedback", passed=now > before, reason=reason)
+
+
+def _better(candidate: Scores, champion: Scores) -> Check:
+    now, before = candidate.test["macro_f1"], champion.test["macro_f1"]
+    verb = "better than" if now > before else "not better than"
+    reason = f"Test macro-F1 {now:.3f}, {verb} the champion's {before:.3f}."
+    return Check(name="macro_f1", passed=now > before, reason=reason)

@@ -1,0 +1,158 @@
+"""The retraining, step by step: one function per task of `model_retraining` that is not the build's own."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from neuroloop.bootstrap import Services
+from neuroloop.core.errors import NotFound
+from neuroloop.core.schemas import LABELS
+from neuroloop.data import dataset
+from neuroloop.data.audit import thumbnail, twins
+from neuroloop.data.dataset import Arrays
+from neuroloop.imaging.canonical import canonicalize
+from neuroloop.imaging.decode import decode
+from neuroloop.loop import feedback, pipeline
+from neuroloop.loop.feedback import Correction
+from neuroloop.loop.pipeline import RETRAINING, Result, log
+from neuroloop.model.bundle import Bundle
+
+LEARNING_RATE = 1e-3
+"""A third of a fresh training's: the champion's weights are a start, not noise to be burnt away."""
+
+
+def check_source_flag(services: Services, run_id: str) -> Result:
+    """Count the unused corrections; `go` when there are strictly more than the threshold, or this run has its batch."""
+    threshold = services.settings.feedback_threshold
+    waiting = len(feedback.waiting(services.store))
+    mine = any(batch.run_id == run_id for batch in feedback.batches(services.store))
+    verb = "more than" if waiting > threshold else "not more than"
+    reason = f"{waiting} corrections wait, {verb} {threshold}."
+    result = {"waiting": waiting, "threshold": threshold, "go": mine or waiting > threshold, "reason": reason}
+    return pipeline.keep(services, run_id, "check_source_flag", result)
+
+
+def flag_false(services: Services, run_id: str, *, by_hand: bool) -> Result:
+    """End without a retraining; only a person who triggered the run gets a mail, so that a schedule does not spam."""
+    found = pipeline.kept(services, run_id, "check_source_flag")
+    if by_hand:
+        body = f"Run {run_id} of {RETRAINING} did not retrain: {found['reason']}"
+        services.notifier.send(f"NeuroLoop {RETRAINING}: not enough corrections yet", body)
+    return pipeline.keep(services, run_id, "flag_false", {"waiting": found["waiting"], "reason": found["reason"]})
+
+
+def flag_true(services: Services, run_id: str) -> Result:
+    """Make this run's batch exactly once; empty when another run took the corrections first."""
+    batch = feedback.claim(services.store, run_id, services.settings.feedback_threshold)
+    if batch is None:
+        log.info("another run has taken the corrections: nothing is left to do")
+        return {}
+    result = {"batch": batch.number, "corrections": len(batch.corrections)}
+    return pipeline.keep(services, run_id, "flag_true", result)
+
+
+def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: int | None, seed: int) -> Result:
+    """Train the champion further on its own training part plus the corrections that are not held out."""
+    champion = services.registry.by_alias("champion")
+    if champion is None:
+        raise NotFound("no champion to retrain", fix=f"run {pipeline.BUILD} first")
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Bundle.load(services.registry.download_bundle(champion.version, Path(folder)))
+        version, size = bundle.manifest.data_version, bundle.image_size
+        statistics_json, weights = bundle.statistics, bundle.weights
+    found = feedback.used(services.store)
+    kept, left_out = _trainable(services, version, found)
+    pipeline.write_held_out(services, run_id, version, size)
+    split = pipeline.read_split(services, version)
+    base = dataset.canonical_arrays(split.of("train"), pipeline.image_reader(services), size)
+    times = feedback.repeats(len(kept), len(set(base.groups.tolist())))
+    arrays = _joined(base, corrections_arrays(services, kept, size), times)
+    pipeline.write_shards(services, run_id, arrays, seed, RETRAINING)
+    run = pipeline.tracked(services, run_id, RETRAINING)
+    services.registry.set_tags(run, {"data_version": version, "warm_start_version": champion.version})
+    counts = {**feedback.summary(found), "left_out": len(left_out)}
+    services.registry.log_params(
+        run,
+        {"data_version": version, "corrections_repeats": times}
+        | {f"corrections_{name}": count for name, count in counts.items()},
+    )
+    corrections = {"corrections": [each.model_dump() for each in found], "left_out": left_out}
+    services.registry.log_bytes(run, "data/corrections.json", json.dumps(corrections, indent=1).encode())
+    result = pipeline.fit(
+        services,
+        run_id,
+        version=version,
+        statistics_json=statistics_json,
+        size=size,
+        seed=seed,
+        epochs=epochs,
+        minutes=minutes,
+        warm_start=weights,
+        learning_rate=LEARNING_RATE,
+        experiment=RETRAINING,
+    )
+    return pipeline.keep(services, run_id, "retrain_model", {**result, "from_version": champion.version, **counts})
+
+
+def evaluate_model(services: Services, run_id: str) -> Result:
+    """As in the build, and champion and candidate on the held-out corrections too."""
+    result = pipeline.evaluate_model(services, run_id, RETRAINING)
+    held_out = [correction for correction in feedback.used(services.store) if correction.held_out]
+    if held_out and result["champion"] is not None:
+        with pipeline.open_bundle(services, run_id) as candidate:
+            arrays = corrections_arrays(services, held_out, candidate.image_size)
+            result["feedback"] = pipeline.score(candidate, arrays)
+        with tempfile.TemporaryDirectory() as folder:
+            version = result["champion"]["version"]
+            champion = Bundle.load(services.registry.download_bundle(version, Path(folder)))
+            if champion.image_size != candidate.image_size:
+                arrays = corrections_arrays(services, held_out, champion.image_size)
+            result["champion"]["feedback"] = pipeline.score(champion, arrays)
+        run = pipeline.tracked(services, run_id, RETRAINING)
+        services.registry.log_metrics(run, {f"feedback_{name}": value for name, value in result["feedback"].items()})
+    return pipeline.keep(services, run_id, "evaluate_model", result)
+
+
+def corrections_arrays(services: Services, found: list[Correction], size: int) -> Arrays:
+    """Canonical arrays of corrected images; each is its own group."""
+    images = [canonicalize(decode(services.store.get(correction.key)), size) for correction in found]
+    return Arrays(
+        images=np.array(images, np.uint8).reshape(len(found), size, size),
+        labels=np.array([LABELS.index(correction.label) for correction in found], np.int64),
+        groups=np.arange(len(found), dtype=np.int64),
+        paths=tuple(correction.key for correction in found),
+    )
+
+
+def _trainable(services: Services, version: str, found: list[Correction]) -> tuple[list[Correction], dict[str, str]]:
+    """The corrections to train on, and those left out because a twin of theirs is held out: path -> reason."""
+    split = pipeline.read_split(services, version)
+    read = pipeline.image_reader(services)
+    entries = split.of("validation", "calibration", "test")
+    held_out = [correction for correction in found if correction.held_out]
+    candidates = [correction for correction in found if not correction.held_out]
+    if not candidates:
+        return [], {}
+    known = [thumbnail(decode(read(entry))) for entry in entries]
+    known += [thumbnail(decode(services.store.get(correction.key))) for correction in held_out]
+    names = [f"{entry.path} ({entry.part})" for entry in entries] + [correction.key for correction in held_out]
+    mine = [thumbnail(decode(services.store.get(correction.key))) for correction in candidates]
+    pairs = twins(np.array(mine), np.array(known))
+    left_out = {candidates[i].key: f"twin of {names[j]}, which is held out" for i, j in pairs}
+    for key, reason in left_out.items():
+        log.info("%s is not trained on: %s", key, reason)
+    return [correction for correction in candidates if correction.key not in left_out], left_out
+
+
+def _joined(base: Arrays, corrections: Arrays, times: int) -> Arrays:
+    """The training part and each correction `times` over, every copy a group of its own."""
+    copies = np.tile(np.arange(len(corrections.images)), times)
+    first = int(base.groups.max(initial=-1)) + 1
+    return Arrays(
+        images=np.concatenate([base.images, corrections.images[copies]]),
+        labels=np.concatenate([base.labels, corrections.labels[copies]]),
+        groups=np.concatenate([base.groups, first + np.arange(len(copies))]),
+        paths=base.paths + tuple(corrections.paths[index] for index in copies),
+    )

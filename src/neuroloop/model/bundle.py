@@ -1,0 +1,276 @@
+"""A bundle: the folder that holds everything one model version needs to be served, and nothing that runs code.
+
+| file | what |
+| --- | --- |
+| `bundle.json` | the manifest: labels, image size, versions, temperature, metrics, sha256 of every other file |
+| `model.onnx` | the network; outputs `logits`, `cam`, `features` |
+| `gate.json` | the input gate |
+| `statistics.json` | statistics of the training data, the reference for drift |
+| `weights.npz` | weights for the warm start of a retraining; optional |
+
+Needs ONNX Runtime, not TensorFlow.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from neuroloop.core.errors import InvalidBundle
+from neuroloop.core.schemas import LABELS, Record, now
+from neuroloop.imaging.canonical import CANONICAL_VERSION
+from neuroloop.model.calibration import softmax
+from neuroloop.model.gate import Gate
+
+Images = NDArray[np.uint8]
+
+MANIFEST, MODEL, GATE, STATISTICS, WEIGHTS = "bundle.json", "model.onnx", "gate.json", "statistics.json", "weights.npz"
+FORMAT = 1
+_BATCH = 64  # images a forward pass; bounds the memory of a large set
+
+
+class Manifest(Record):
+    """What `bundle.json` says."""
+
+    format: int = FORMAT
+    labels: tuple[str, ...]
+    image_size: int = Field(gt=0, description="Side of the canonical image, pixels")
+    canonical_version: str = Field(description="Of the canonical form the model was trained on")
+    temperature: Annotated[float, Field(gt=0)]
+    data_version: str
+    simulated: bool = Field(description="Trained on simulated scans")
+    metrics: dict[str, float]
+    created_at: datetime
+    files: dict[str, str] = Field(description="name -> sha256 of the other files")
+
+
+class RawOutputs(NamedTuple):
+    """What the network says of n images, all float32."""
+
+    logits: NDArray[np.float32]
+    """(n, classes)"""
+    cam: NDArray[np.float32]
+    """(n, h, w, classes); its mean over h and w is `logits`"""
+    features: NDArray[np.float32]
+    """(n, f)"""
+
+
+class Outputs(NamedTuple):
+    """What a bundle says of n images, all float32."""
+
+    logits: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
+    """(n, classes), calibrated, rows sum to 1"""
+    cam: NDArray[np.float32]
+    features: NDArray[np.float32]
+
+
+class OnnxModel:
+    """An exported network in ONNX Runtime on the CPU; may be used from several threads at once."""
+
+    def __init__(self, onnx: bytes, *, threads: int = 1) -> None:
+        """Load `onnx`; `threads` is the number of cores one call may use. Raises `InvalidBundle`."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a dozen unrelated types for a bad file
+            raise InvalidBundle("the network cannot be loaded", why=str(error), fix="build the model again") from error
+        outputs = tuple(output.name for output in self._session.get_outputs())
+        inputs = [(value.name, len(value.shape)) for value in self._session.get_inputs()]
+        if outputs != RawOutputs._fields or inputs != [("image", 4)]:
+            raise InvalidBundle(
+                "the network has other inputs or outputs than expected",
+                why=f"it takes {inputs} and gives {outputs}; expected image -> {RawOutputs._fields}",
+            )
+        self.size = int(self._session.get_inputs()[0].shape[1])
+
+    def run(self, images: Images) -> RawOutputs:
+        """Forward pass of `images` uint8 (n, size, size), n >= 1. Raises `ValueError` on another shape or type."""
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 3
+            or images.shape[1:] != (self.size, self.size)
+            or not len(images)
+        ):
+            raise ValueError(f"expected uint8 (n, {self.size}, {self.size}), not {images.dtype} {images.shape}")
+        parts = []
+        for start in range(0, len(images), _BATCH):
+            batch = images[start : start + _BATCH, :, :, None].astype(np.float32)
+            parts.append(self._session.run(list(RawOutputs._fields), {"image": batch}))
+        return RawOutputs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+class Bundle:
+    """A verified model version in memory. Immutable; `predict` may be called from several threads at once."""
+
+    def __init__(self, manifest: Manifest, files: Mapping[str, bytes], sha256: str, *, threads: int = 1) -> None:
+        """From verified parts; use `Bundle.load`."""
+        self.manifest = manifest
+        self.sha256 = sha256
+        """Identity of the whole bundle: the hash of `bundle.json`, which holds the hashes of the rest."""
+        self._files = files
+        try:
+            self.gate = Gate.model_validate_json(files[GATE])
+        except ValidationError as error:
+            raise InvalidBundle(f"{GATE} is not valid", why=str(error.errors()[0]["msg"])) from error
+        self._network = OnnxModel(files[MODEL], threads=threads)
+        if self._network.size != manifest.image_size:
+            raise InvalidBundle(
+                "the network takes another image size than the manifest says",
+                why=f"{self._network.size} is not {manifest.image_size}",
+            )
+        # One pass on an empty image: allocates, and shows that network, labels and gate fit together.
+        empty = np.zeros((1, manifest.image_size, manifest.image_size), np.uint8)
+        outputs = self._network.run(empty)
+        classes = len(manifest.labels)
+        if outputs.logits.shape != (1, classes) or outputs.cam.shape[0::3] != (1, classes):
+            raise InvalidBundle(
+                "the network has another number of classes than the manifest",
+                why=f"its logits are {outputs.logits.shape} for {classes} labels",
+            )
+        try:
+            self.gate.judge(outputs.features[0], empty[0])
+        except ValueError as error:
+            raise InvalidBundle("the gate does not fit the network", why=str(error)) from error
+
+    @classmethod
+    def load(cls, folder: Path, *, threads: int = 1) -> "Bundle":
+        """Read and verify the bundle in `folder`; `threads` is the number of cores one prediction may use.
+
+        Raises `InvalidBundle` on a missing or altered file, labels other than this program's, a canonical form of
+        another version, or a network or gate that does not fit.
+        """
+        raw = _read(folder / MANIFEST)
+        try:
+            manifest = Manifest.model_validate_json(raw)
+        except ValidationError as error:
+            raise InvalidBundle(f"{folder / MANIFEST} is not valid", why=str(error.errors()[0]["msg"])) from error
+        fix = "build the model again with this version of NeuroLoop"
+        if manifest.format != FORMAT:
+            raise InvalidBundle(f"the bundle has format {manifest.format}", why=f"this program reads {FORMAT}", fix=fix)
+        if manifest.labels != LABELS:
+            raise InvalidBundle(f"the bundle's labels are {manifest.labels}", why=f"expected {LABELS}", fix=fix)
+        if manifest.canonical_version != CANONICAL_VERSION:
+            raise InvalidBundle(
+                f"the bundle was trained on canonical form {manifest.canonical_version}",
+                why=f"this program makes {CANONICAL_VERSION}, so predictions would be skewed",
+                fix=fix,
+            )
+        unnamed = {MODEL, GATE, STATISTICS} - manifest.files.keys()
+        if unnamed:
+            raise InvalidBundle(f"the manifest does not name {', '.join(sorted(unnamed))}")
+        files = {}
+        for name, sha256 in manifest.files.items():
+            if name != Path(name).name:
+                raise InvalidBundle(f"the manifest names {name!r}", why="a bundle has no sub-folders")
+            files[name] = _read(folder / name)
+            if _sha256(files[name]) != sha256:
+                raise InvalidBundle(
+                    f"{folder / name} is damaged", why="its hash is not the manifest's", fix="fetch the bundle again"
+                )
+        return cls(manifest, files, _sha256(raw), threads=threads)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the canonical image, pixels."""
+        return self.manifest.image_size
+
+    @property
+    def statistics(self) -> bytes:
+        """The JSON of the training data's statistics."""
+        return self._files[STATISTICS]
+
+    @property
+    def weights(self) -> bytes | None:
+        """The weights for a warm start (`training.load_weights`), None where the bundle has none."""
+        return self._files.get(WEIGHTS)
+
+    def predict(self, images: Images) -> Outputs:
+        """Classify canonical `images`, uint8 (n, image_size, image_size). Raises `ValueError` on another shape."""
+        raw = self._network.run(images)
+        probabilities = softmax(raw.logits, self.manifest.temperature).astype(np.float32)
+        return Outputs(raw.logits, probabilities, raw.cam, raw.features)
+
+    def heat(self, cam: NDArray[np.float32], class_index: int) -> NDArray[np.float32]:
+        """The class-activation map of one class, float32 (image_size, image_size) in 0..1.
+
+        `cam` (h, w, classes) as in `Outputs`. What speaks for the class beyond the mean of all classes is shown,
+        scaled so that the strongest place is 1; all zero where nothing does.
+        """
+        relative = cam[..., class_index] - cam.mean(axis=-1)
+        positive = np.maximum(relative, 0.0)
+        if not positive.max() > 0:
+            return np.zeros((self.image_size, self.image_size), np.float32)
+        weights = [_interpolation(side, self.image_size) for side in positive.shape]
+        large = weights[0] @ (positive / positive.max()) @ weights[1].T
+        return np.asarray(large / large.max(), np.float32)
+
+
+def write(
+    folder: Path,
+    *,
+    onnx: bytes,
+    gate: Gate,
+    statistics: bytes,
+    image_size: int,
+    temperature: float,
+    data_version: str,
+    simulated: bool,
+    metrics: Mapping[str, float],
+    weights: bytes | None = None,
+    created_at: datetime | None = None,
+) -> Path:
+    """Write a bundle into `folder` (made if missing) and return it; the manifest comes last, so a torn write shows.
+
+    Raises `InvalidBundle` where the parts do not fit together.
+    """
+    files = {MODEL: onnx, GATE: gate.model_dump_json().encode(), STATISTICS: statistics}
+    if weights is not None:
+        files[WEIGHTS] = weights
+    manifest = Manifest(
+        labels=LABELS,
+        image_size=image_size,
+        canonical_version=CANONICAL_VERSION,
+        temperature=temperature,
+        data_version=data_version,
+        simulated=simulated,
+        metrics=dict(metrics),
+        created_at=created_at or now(),
+        files={name: _sha256(data) for name, data in sorted(files.items())},
+    )
+    raw = json.dumps(manifest.model_dump(mode="json"), indent=1).encode()
+    Bundle(manifest, files, _sha256(raw))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for name, data in (*files.items(), (MANIFEST, raw)):
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def _interpolation(small: int, large: int) -> NDArray[np.float32]:
+    """The (large, small) matrix of a linear interpolation between cell centres."""
+    position = np.clip((np.arange(large) + 0.5) * small / large - 0.5, 0, small - 1)
+    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(small))).astype(np.float32)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidBundle(
+            f"{path} cannot be read", why=error.strerror or str(error), fix="fetch the bundle again"
+        ) from error
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,299 @@
+"""Training, export and weights. Imports TensorFlow: for the offline side only."""
+
+import io
+import math
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+from sklearn.metrics import f1_score
+
+from neuroloop.core.errors import InvalidBundle
+
+Images = NDArray[np.uint8]
+Labels = NDArray[np.integer]
+
+OUTPUTS = ("logits", "cam", "features")
+_MIN_STEPS = 8  # an epoch of few images uses smaller batches instead of one or two huge steps
+_WARM_UP = 0.04  # share of the training with a rising learning rate; 2 epochs of 50
+_CLIP = 2.0  # largest global gradient norm
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. At least one of `epochs` and `minutes` is set; whichever ends first ends the training."""
+
+    epochs: int | None = None
+    minutes: float | None = None
+    batch: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.08
+    label_smoothing: float = 0.03
+    mixup: float = 0.15
+    """Share of the batches that are mixed pairwise (Zhang et al., ICLR 2018)."""
+    erasing: float = 0.2
+    """Share of the images that lose a rectangle (Zhong et al., AAAI 2020)."""
+    ema: float = 0.998
+    patience: int = 30
+    """Epochs without a better validation score after which training stops."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs is None and self.minutes is None:
+            raise ValueError("training needs an end: set epochs, minutes or both")
+        if (self.epochs is not None and self.epochs < 1) or (self.minutes is not None and self.minutes <= 0):
+            raise ValueError("epochs and minutes must be positive")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What happened. `history` has one mapping an epoch, as given to `on_epoch`; `best_epoch` counts from 0."""
+
+    epochs: int
+    seconds: float
+    best_epoch: int
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(
+    model: keras.Model,
+    shards: Sequence[Callable[[], tuple[Images, Labels]]],
+    validation: tuple[Images, Labels],
+    config: TrainConfig,
+    *,
+    on_epoch: Callable[[int, dict[str, float]], None],
+) -> TrainResult:
+    """Train `model` in place; it ends with the averaged weights that did best on `validation`.
+
+    Epoch e reads `shards[e % len(shards)]()`: images uint8 (n, s, s), labels (n,). `on_epoch(e, metrics)` is called
+    after each epoch with loss, accuracy, val_loss, val_accuracy, val_macro_f1, learning_rate, seconds,
+    images_per_second. With `epochs` alone the result is fixed by `seed` (same machine, same number of threads).
+
+    AdamW (no decay on biases and norms), warm-up and cosine to zero. Under a time budget the cosine follows the
+    clock, not an estimate of the number of epochs, so a busy neighbour makes the training shorter, never cut off
+    half-annealed. Validation and the result use an exponential average of all weights, norm statistics included.
+    "Best" is the highest macro-F1, of equal ones the lowest loss. Raises `ValueError` where there is no image.
+    """
+    start = time.monotonic()
+    budget = None if config.minutes is None else config.minutes * 60
+    trainer = _Trainer(model, config)
+    generator = np.random.default_rng(config.seed)
+    best: tuple[tuple[float, float], int, list[NDArray[Any]]] | None = None
+    history: list[dict[str, float]] = []
+    reserve = 0.0  # seconds the last validation took, kept free of the budget
+    epoch, done = 0, False
+    while not done:
+        began = time.monotonic()
+        images, labels = shards[epoch % len(shards)]()
+        if len(images) == 0 or len(validation[0]) == 0:
+            raise ValueError("training and validation need at least one image each")
+        steps = max(round(len(images) / config.batch), min(_MIN_STEPS, len(images) // 8), 1)
+        losses, hits, seen = [], 0, 0
+        for step, chosen in enumerate(np.array_split(generator.permutation(len(images)), steps)):
+            progress = 0.0
+            if config.epochs is not None:
+                progress = (epoch + step / steps) / config.epochs
+            if budget is not None:
+                progress = max(progress, (time.monotonic() - start + reserve) / budget)
+            if progress >= 1 and (epoch or step):
+                done = True
+                break
+            rate = config.learning_rate * _schedule(progress)
+            loss, correct = trainer.step(images[chosen], labels[chosen], rate)
+            losses.append(loss)
+            hits, seen = hits + correct, seen + len(chosen)
+        if not losses:
+            break  # the budget ended between two epochs
+        tested = time.monotonic()
+        metrics = {"loss": float(np.mean(losses)), "accuracy": hits / seen, **trainer.validate(*validation)}
+        now = time.monotonic()
+        reserve = now - tested
+        metrics |= {
+            "learning_rate": rate,
+            "seconds": now - began,
+            "images_per_second": seen / max(tested - began, 1e-9),
+        }
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"the training loss became {metrics['loss']} in epoch {epoch}")
+        score = (metrics["val_macro_f1"], -metrics["val_loss"])
+        if best is None or score > best[0]:
+            best = (score, epoch, trainer.averaged())
+        history.append(metrics)
+        on_epoch(epoch, metrics)
+        epoch += 1
+        done = done or epoch == config.epochs or epoch - best[1] > config.patience
+    assert best is not None  # the first step is always taken
+    model.set_weights(best[2])
+    return TrainResult(len(history), time.monotonic() - start, best[1], history)
+
+
+def _schedule(progress: float) -> float:
+    """Learning-rate factor at `progress` in 0..1: a linear warm-up, then half a cosine down to 0."""
+    warm = min(1.0, (progress + 0.002) / _WARM_UP)
+    return warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class _Trainer:
+    """A model with its optimiser and the average of its weights."""
+
+    def __init__(self, model: keras.Model, config: TrainConfig) -> None:
+        self.model, self.config = model, config
+        self.optimizer = keras.optimizers.AdamW(
+            config.learning_rate, weight_decay=config.weight_decay, beta_2=0.99, global_clipnorm=_CLIP
+        )
+        plain = [v for v in model.trainable_variables if len(v.shape) < 2]
+        self.optimizer.exclude_from_weight_decay(var_list=plain)
+        self.optimizer.build(model.trainable_variables)
+        self.average = [tf.Variable(weight, trainable=False) for weight in model.get_weights()]
+        self.steps = 0
+        size = model.inputs[0].shape[1]
+        image_spec = tf.TensorSpec((None, size, size), tf.uint8)
+        self._step = tf.function(
+            self._step_body,
+            input_signature=[image_spec, tf.TensorSpec((None,), tf.int64), *[tf.TensorSpec((), tf.float32)] * 2,
+                             tf.TensorSpec((2,), tf.int32)],
+        )  # fmt: skip
+        self._logits = tf.function(self._logits_body, input_signature=[image_spec])
+
+    def step(self, images: Images, labels: Labels, rate: float) -> tuple[float, int]:
+        """One update; the loss and the number of images whose (possibly mixed) main class was hit."""
+        # The average forgets the random start quickly and reaches its full length as training goes on.
+        decay = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
+        loss, correct = self._step(
+            tf.constant(images), tf.constant(labels.astype(np.int64)), tf.constant(rate, tf.float32),
+            tf.constant(decay, tf.float32), tf.constant([self.config.seed, self.steps], tf.int32),
+        )  # fmt: skip
+        self.steps += 1
+        return float(loss), int(correct)
+
+    def _step_body(self, images: Any, labels: Any, rate: Any, decay: Any, seed: Any) -> tuple[Any, Any]:
+        config = self.config
+        classes = self.model.output["logits"].shape[-1]
+        target = tf.one_hot(labels, classes) * (1 - config.label_smoothing) + config.label_smoothing / classes
+        x = _disturb(tf.cast(images, tf.float32)[..., None], seed, config.erasing)
+        x, target = _mix(x, target, seed, config.mixup)
+        with tf.GradientTape() as tape:
+            logits = self.model(x, training=True)["logits"]
+            loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, logits))
+        variables = self.model.trainable_variables
+        gradients = tape.gradient(loss, [v.value for v in variables])
+        self.optimizer.learning_rate.assign(rate)
+        self.optimizer.apply(gradients, variables)
+        for average, weight in zip(self.average, self.model.weights, strict=True):
+            if average.dtype.is_floating:
+                average.assign_sub((1 - decay) * (average - weight.value))
+            else:
+                average.assign(weight.value)  # the state of the dropout generator
+        hit = tf.argmax(logits, axis=1) == tf.argmax(target, axis=1)
+        return loss, tf.reduce_sum(tf.cast(hit, tf.int32))
+
+    def _logits_body(self, images: Any) -> Any:
+        return self.model(tf.cast(images, tf.float32)[..., None], training=False)["logits"]
+
+    def averaged(self) -> list[NDArray[Any]]:
+        """A copy of the averaged weights, in the order of `model.get_weights()`."""
+        return [average.numpy() for average in self.average]
+
+    def validate(self, images: Images, labels: Labels) -> dict[str, float]:
+        """Loss, accuracy and macro-F1 of the averaged weights; the model keeps its own."""
+        own = self.model.get_weights()
+        self.model.set_weights(self.averaged())
+        parts = [self._logits(tf.constant(images[i : i + 256])).numpy() for i in range(0, len(images), 256)]
+        self.model.set_weights(own)
+        logits = np.concatenate(parts)
+        log_p = logits - logits.max(axis=1, keepdims=True)
+        log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+        predicted = logits.argmax(axis=1)
+        return {
+            "val_loss": float(-log_p[np.arange(len(labels)), labels].mean()),
+            "val_accuracy": float((predicted == labels).mean()),
+            "val_macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+        }
+
+
+def _disturb(x: Any, seed: Any, erasing: float) -> Any:
+    """Light changes a scanner could make: gamma, gain, noise; and a grey rectangle on a share of the images."""
+    n, size = tf.shape(x)[0], tf.shape(x)[1]
+
+    def uniform(low: float, high: float, offset: int) -> Any:
+        return tf.random.stateless_uniform((n, 1, 1, 1), seed + [offset, 0], low, high)
+
+    x = 255 * tf.pow(tf.clip_by_value(x / 255, 1e-4, 1), tf.exp(uniform(-0.25, 0.25, 1000)))
+    noise = tf.random.stateless_normal(tf.shape(x), seed + [2000, 0])
+    x = x * uniform(0.9, 1.1, 3000) + noise * uniform(0, 6, 4000)
+    place = tf.cast(tf.range(size), tf.float32) / tf.cast(size, tf.float32)
+    rows, columns = place[None, :, None, None], place[None, None, :, None]
+    inside = tf.abs(rows - uniform(0, 1, 5000)) < uniform(0.05, 0.17, 6000)
+    inside &= tf.abs(columns - uniform(0, 1, 7000)) < uniform(0.05, 0.17, 8000)
+    inside &= uniform(0, 1, 9000) < erasing
+    return tf.where(inside, uniform(0, 128, 10000), tf.clip_by_value(x, 0, 255))
+
+
+def _mix(x: Any, target: Any, seed: Any, share: float) -> tuple[Any, Any]:
+    """Mix a share of the images with their batch neighbour, the image itself keeping the larger part."""
+    n = tf.shape(x)[0]
+    chosen = tf.random.stateless_uniform((n,), seed + [11000, 0]) < share
+    other = tf.random.stateless_uniform((n,), seed + [12000, 0], 0.0, 0.5)
+    weight = tf.where(chosen, other, 0.0)
+    x = x * (1 - weight[:, None, None, None]) + tf.roll(x, 1, 0) * weight[:, None, None, None]
+    return x, target * (1 - weight[:, None]) + tf.roll(target, 1, 0) * weight[:, None]
+
+
+def export_onnx(model: keras.Model) -> bytes:
+    """The network as an ONNX file, for serving without TensorFlow.
+
+    Input `image` float32 (n, s, s, 1), values 0..255; outputs `logits`, `cam`, `features` as in `network.build`;
+    the batch size is free.
+    """
+    import tf2onnx
+
+    spec = [tf.TensorSpec((None, *model.inputs[0].shape[1:]), tf.float32, name="image")]
+
+    @tf.function(input_signature=spec)
+    def forward(image: Any) -> Any:
+        outputs = model(image, training=False)
+        return [outputs[name] for name in OUTPUTS]
+
+    proto, _ = tf2onnx.convert.from_function(forward, input_signature=spec, opset=17)
+    # tf2onnx calls the outputs Identity:0 and so on, and each free dimension something else.
+    names = {output.name: name for output, name in zip(proto.graph.output, OUTPUTS, strict=True)}
+    for node in proto.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.name = names.get(value.name, value.name)
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    return cast(bytes, proto.SerializeToString())
+
+
+def save_weights(model: keras.Model) -> bytes:
+    """All weights as an npz archive without pickle, keyed by the variables' paths."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{weight.path: np.asarray(weight) for weight in model.weights})  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def load_weights(model: keras.Model, data: bytes) -> None:
+    """Set the weights that `save_weights` wrote, for a warm start; the image size may differ.
+
+    Raises `InvalidBundle` where the archive is damaged or of another architecture; the model is then unchanged.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidBundle("the weights cannot be read", why=str(error), fix="train from scratch") from error
+    wanted = {weight.path: tuple(weight.shape) for weight in model.weights}
+    found = {name: array.shape for name, array in arrays.items()}
+    if wanted != found:
+        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise InvalidBundle(
+            "the weights are of another architecture", why=f"they differ in {differing[0]}", fix="train from scratch"
+        )
+    model.set_weights([arrays[weight.path] for weight in model.weights])

@@ -1,0 +1,1 @@
+"""Online use cases: predict, take feedback, follow the champion."""

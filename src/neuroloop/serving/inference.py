@@ -1,0 +1,304 @@
+"""The online use cases: predict, explain, record, take feedback, report. One object a server process."""
+
+import base64
+import contextlib
+import email
+import email.policy
+import email.utils
+import hashlib
+import logging
+import time
+import uuid
+from datetime import UTC, datetime
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+
+from neuroloop.bootstrap import Services
+from neuroloop.core import keys
+from neuroloop.core.errors import NotFound
+from neuroloop.core.schemas import (
+    LABELS,
+    NO_TUMOUR,
+    RESEARCH_NOTICE,
+    Feedback,
+    GateResult,
+    Label,
+    Mail,
+    ModelVersion,
+    Monitoring,
+    Prediction,
+    Promotion,
+    Record,
+    Verdict,
+    now,
+)
+from neuroloop.data.corrections import unused
+from neuroloop.imaging.canonical import Box, canonicalize, head_box, place
+from neuroloop.imaging.decode import decode, encode_png
+from neuroloop.serving import feedback as verdicts
+from neuroloop.serving.champion import Champion, Served
+from neuroloop.serving.metrics import Metrics
+
+SHOWN_SIDE = 512  # pixels of the longer side of the images in an answer
+MAILS = 100
+_LOG = logging.getLogger(__name__)
+
+
+class Answer(Record):
+    """What a client gets for an accepted image. The images are base64 PNGs, 8-bit grey, in the same frame."""
+
+    id: str
+    label: Label
+    probabilities: dict[str, float] = Field(description="class -> calibrated probability; they sum to 1")
+    tumour: bool
+    gate: GateResult
+    model_version: str
+    data_version: str
+    simulated_model: bool = Field(description="The model was trained on simulated scans")
+    seconds: float
+    width: int = Field(description="pixels of the uploaded image")
+    height: int
+    heatmap: str | None = Field(
+        description="Where the network found what speaks for the class, 0..255; null for notumor, where nothing is "
+        "shown that a reader could take for a finding"
+    )
+    image: str = Field(description=f"The upload as the platform read it, at most {SHOWN_SIDE} px a side")
+    notice: str = RESEARCH_NOTICE
+
+
+class Rejection(Record):
+    """What a client gets for an image that the gate refused. It is recorded, but no class is given."""
+
+    id: str
+    gate: GateResult
+    model_version: str
+
+
+class RecordedPrediction(Prediction):
+    """A prediction with what readers said of it."""
+
+    feedback: tuple[Feedback, ...]
+
+
+class FeedbackReceipt(Record):
+    """A verdict as it was recorded."""
+
+    prediction_id: str
+    verdict: Verdict
+    label: Label | None
+    corrections_waiting: int = Field(description="Corrected images that no retraining has used yet")
+
+
+class ServedModel(Record):
+    """The model being served."""
+
+    version: str
+    data_version: str
+    simulated: bool
+    image_size: int
+    labels: tuple[str, ...]
+    metrics: dict[str, float]
+    loaded_at: datetime
+    sha256: str
+
+
+class Models(Record):
+    """Everything that has been registered, and why it was promoted or not."""
+
+    serving: str | None = Field(description="The version this server answers with")
+    versions: tuple[ModelVersion, ...]
+    promotions: tuple[Promotion, ...]
+    mlflow_url: str
+
+
+class InferenceService:
+    """Predictions and everything around them. Thread-safe; every method may block on the store or the database."""
+
+    def __init__(self, services: Services, champion: Champion, metrics: Metrics) -> None:
+        self._services, self._champion, self._metrics = services, champion, metrics
+
+    def predict(self, data: bytes) -> Answer | Rejection:
+        """Classify the bytes of an uploaded image; stored and recorded before it returns.
+
+        What is stored is a PNG made of the decoded pixels, so metadata, names in it included, ends here. Raises
+        `InvalidImage` (nothing is stored) and `Unavailable` (no model, store or database; nothing is recorded).
+        """
+        pixels = decode(data, max_bytes=self._services.settings.max_upload_bytes)
+        started = time.perf_counter()
+        served = self._champion.require()
+        bundle = served.bundle
+        canonical = canonicalize(pixels, bundle.image_size)
+        outputs = bundle.predict(canonical[None])
+        gate = bundle.gate.judge(outputs.features[0], canonical)
+        prediction_id = str(uuid.uuid4())
+        index = int(outputs.probabilities[0].argmax())
+        label = LABELS[index] if gate.accepted else None
+        key = keys.prediction(label, prediction_id) if label else keys.invalid(prediction_id)
+        self._services.store.put(key, encode_png(pixels), content_type="image/png")
+        probabilities = outputs.probabilities[0].astype(float).tolist()
+        prediction = Prediction.model_validate(
+            {
+                "id": prediction_id,
+                "created_at": now(),
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "object_key": key,
+                "label": label,
+                "probabilities": dict(zip(LABELS, probabilities, strict=True)) if label else {},
+                "gate": gate,
+                "model_version": served.version.version,
+                "data_version": bundle.manifest.data_version,
+                "simulated_model": bundle.manifest.simulated,
+                "seconds": time.perf_counter() - started,
+                "width": pixels.shape[1],
+                "height": pixels.shape[0],
+            }
+        )
+        self._record(prediction)
+        if label is None:
+            return Rejection(id=prediction_id, gate=gate, model_version=prediction.model_version)
+        heat = None if label == NO_TUMOUR else bundle.heat(outputs.cam[0], index)
+        return _answer(prediction, pixels, heat)
+
+    def give_feedback(self, prediction_id: str, verdict: Verdict, label: Label | None, reader: str) -> FeedbackReceipt:
+        """Record a reader's verdict (see `serving.feedback`). Raises `NotFound`, `InvalidFeedback`, `Unavailable`."""
+        log, store = self._services.log, self._services.store
+        prediction = self._prediction(prediction_id)
+        verdict, label = verdicts.normalise(prediction, verdict, label)
+        given = Feedback(prediction_id=prediction.id, reader=reader, verdict=verdict, label=label)
+        verdicts.record(log, store, prediction, given)
+        self._metrics.feedback.labels(verdict.value).inc()
+        return FeedbackReceipt(
+            prediction_id=prediction.id, verdict=verdict, label=label, corrections_waiting=self._corrections_waiting()
+        )
+
+    def prediction(self, prediction_id: str) -> RecordedPrediction:
+        """One row with its feedback. Raises `NotFound`, `Unavailable`."""
+        row = self._prediction(prediction_id)
+        return RecordedPrediction(**dict(row), feedback=tuple(self._services.log.feedback(row.id)))
+
+    def image(self, prediction_id: str) -> bytes:
+        """The stored PNG of one prediction. Raises `NotFound`, `Unavailable`."""
+        return self._services.store.get(self._prediction(prediction_id).object_key)
+
+    def model(self) -> ServedModel:
+        """The model being served. Raises `Unavailable` before the first one."""
+        served = self._champion.require()
+        manifest = served.bundle.manifest
+        return ServedModel(
+            version=served.version.version,
+            data_version=manifest.data_version,
+            simulated=manifest.simulated,
+            image_size=manifest.image_size,
+            labels=manifest.labels,
+            metrics=manifest.metrics,
+            loaded_at=served.loaded_at,
+            sha256=served.bundle.sha256,
+        )
+
+    def models(self) -> Models:
+        """All registered versions and the promotion ledger. Raises `Unavailable`."""
+        served = self._champion.served
+        return Models(
+            serving=served.version.version if served else None,
+            versions=tuple(self._services.registry.versions()),
+            promotions=tuple(self._services.log.promotions()),
+            mlflow_url=self._services.settings.mlflow_tracking_uri,
+        )
+
+    def monitoring(self) -> Monitoring:
+        """Live figures. Raises `Unavailable`."""
+        return self._services.log.monitoring().model_copy(
+            update={
+                "corrections_waiting": self._corrections_waiting(),
+                "feedback_threshold": self._services.settings.feedback_threshold,
+            }
+        )
+
+    def mails(self) -> list[Mail]:
+        """The latest mails that the local sink kept, newest first. Raises `Unavailable`."""
+        store = self._services.store
+        return [_mail(store.get(key)) for key in reversed(store.list(keys.MAIL)[-MAILS:])]  # keys begin with the time
+
+    def check_database(self) -> None:
+        """Raise `Unavailable` unless the database answers."""
+        self._services.log.check()
+
+    def check_store(self) -> None:
+        """Raise `Unavailable` unless the store can be reached."""
+        self._services.store.check()
+
+    def check_model(self) -> Served:
+        """The served model. Raises `Unavailable` unless there is one."""
+        return self._champion.require()
+
+    def _prediction(self, prediction_id: str) -> Prediction:
+        """The row; an id that no server of ours can have made is not even looked up."""
+        known = False
+        with contextlib.suppress(ValueError):
+            known = str(uuid.UUID(prediction_id)) == prediction_id
+        if not known:
+            raise NotFound("There is no prediction with this id", fix="use the id of an answer, as it was given")
+        return self._services.log.prediction(prediction_id)
+
+    def _record(self, prediction: Prediction) -> None:
+        """Write the row of a stored object; without a row the object goes too."""
+        try:
+            self._services.log.record_prediction(prediction)
+        except Exception:
+            try:
+                self._services.store.delete(prediction.object_key)
+            except Exception as error:
+                _LOG.warning("%s could not be removed after its row failed: %s", prediction.object_key, error)
+            raise
+        self._metrics.predictions.labels(prediction.label or "rejected").inc()
+        self._metrics.prediction_seconds.observe(prediction.seconds)
+
+    def _corrections_waiting(self) -> int:
+        store = self._services.store
+        return len(unused(store.list(keys.CORRECTIONS), (store.get(key) for key in store.list(keys.BATCHES))))
+
+
+def _answer(prediction: Prediction, pixels: NDArray[np.uint8], heat: NDArray[np.float32] | None) -> Answer:
+    """The answer, its images reduced to `SHOWN_SIDE`; the heat map is placed in that size, which is what is seen."""
+    scale = min(1.0, SHOWN_SIDE / max(pixels.shape))
+    height, width = (max(1, round(side * scale)) for side in pixels.shape)
+    shown = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX)) if scale < 1 else pixels
+    overlay = None
+    if heat is not None:
+        top, left, tall, wide = head_box(pixels)
+        box = Box(round(top * scale), round(left * scale), max(1, round(tall * scale)), max(1, round(wide * scale)))
+        overlay = np.rint(np.clip(place(heat, box, (height, width)), 0, 1) * 255).astype(np.uint8)
+    return Answer(
+        **prediction.model_dump(include=set(Answer.model_fields) & set(Prediction.model_fields) - {"gate"}),
+        gate=prediction.gate,
+        tumour=prediction.label != NO_TUMOUR,
+        heatmap=None if overlay is None else _base64(overlay),
+        image=_base64(shown),
+    )
+
+
+def _base64(pixels: NDArray[np.uint8]) -> str:
+    return base64.b64encode(encode_png(pixels)).decode("ascii")
+
+
+def _mail(raw: bytes) -> Mail:
+    message = email.message_from_bytes(raw, policy=email.policy.default)
+    body = message.get_body(("plain",))
+    return Mail(
+        at=_date(str(message["Date"] or "")),
+        to=str(message["To"] or ""),
+        subject=str(message["Subject"] or ""),
+        body=str(body.get_content()) if body else "",
+    )
+
+
+def _date(text: str) -> datetime:
+    """The time in a Date header, UTC; mails are ours and have one, a broken one must not hide the others."""
+    try:
+        at = email.utils.parsedate_to_datetime(text)
+    except ValueError:
+        return datetime.fromtimestamp(0, UTC)
+    return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)

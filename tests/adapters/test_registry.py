@@ -1,0 +1,217 @@
+"""The contract of `ports.Registry`, on a real MLflow server."""
+
+import json
+import subprocess
+import sys
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from neuroloop.adapters.mlflow_registry import MODEL, MlflowRegistry
+from neuroloop.core.errors import InvalidBundle, NeuroLoopError, NotFound, Unavailable
+
+SIDE = 8
+
+
+@pytest.fixture
+def registry(mlflow_uri: str) -> MlflowRegistry:
+    return MlflowRegistry(mlflow_uri)
+
+
+@pytest.fixture
+def run(registry: MlflowRegistry) -> str:
+    return registry.open_run(f"run-{uuid.uuid4()}", experiment="tests")
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of a bundle; its network gives each image's mean as four logits."""
+    shape = ["n", SIDE, SIDE, 1]
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceMean", ["image", "axes"], ["mean"], keepdims=0),
+            helper.make_node("Unsqueeze", ["mean", "last"], ["column"]),
+            helper.make_node("Concat", ["column"] * 4, ["logits"], axis=1),
+        ],
+        "mean",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 4])],
+        [
+            helper.make_tensor("axes", TensorProto.INT64, [3], [1, 2, 3]),
+            helper.make_tensor("last", TensorProto.INT64, [1], [1]),
+        ],
+    )
+    folder = tmp_path_factory.mktemp("bundle")
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, folder / "model.onnx")
+    (folder / "bundle.json").write_text(json.dumps({"labels": ["a"]}))
+    return folder
+
+
+def client(uri: str):
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def test_the_same_pipeline_run_always_opens_the_same_tracking_run(mlflow_uri: str):
+    run_id = f"manual__2026-01-01T00:00:00+00:00 'quoted' {uuid.uuid4()}"
+    first = MlflowRegistry(mlflow_uri).open_run(run_id, experiment="tests", tags={"data": "1"})
+    assert MlflowRegistry(mlflow_uri).open_run(run_id, experiment="tests", tags={"seed": "0"}) == first
+    tags = client(mlflow_uri).get_run(first).data.tags
+    assert (tags["data"], tags["seed"]) == ("1", "0")
+
+
+def test_threads_that_open_the_same_run_get_one(registry: MlflowRegistry):
+    run_id = str(uuid.uuid4())
+    with ThreadPoolExecutor(4) as pool:
+        opened = set(pool.map(lambda _: registry.open_run(run_id, experiment="tests"), range(4)))
+    assert opened == {registry.open_run(run_id, experiment="tests")}
+
+
+def test_parameters_metrics_tags_and_artifacts_arrive_on_the_run(registry: MlflowRegistry, run: str, mlflow_uri: str):
+    registry.log_params(run, {"seed": 0, "augment": {"rotation": 10}})
+    registry.log_params(run, {"seed": 0})
+    for epoch in range(3):
+        registry.log_metrics(run, {"loss": 1.0 / (epoch + 1)}, step=epoch)
+    registry.set_tags(run, {"simulated": "true"})
+    registry.log_bytes(run, "plots/grid.png", b"\x89PNG")
+    registry.close_run(run)
+    stored = client(mlflow_uri).get_run(run)
+    assert stored.data.params["seed"] == "0"
+    assert stored.data.metrics["loss"] == pytest.approx(1 / 3)
+    assert [point.step for point in client(mlflow_uri).get_metric_history(run, "loss")] == [0, 1, 2]
+    assert stored.data.tags["simulated"] == "true"
+    assert stored.info.status == "FINISHED"
+    assert [file.path for file in client(mlflow_uri).list_artifacts(run, "plots")] == ["plots/grid.png"]
+
+
+def test_a_failed_run_is_marked_so(registry: MlflowRegistry, run: str, mlflow_uri: str):
+    registry.close_run(run, failed=True)
+    assert client(mlflow_uri).get_run(run).info.status == "FAILED"
+
+
+def test_a_parameter_does_not_change_its_value(registry: MlflowRegistry, run: str):
+    registry.log_params(run, {"seed": 0})
+    with pytest.raises(NeuroLoopError, match="seed"):
+        registry.log_params(run, {"seed": 1})
+
+
+def test_an_artifact_path_cannot_leave_the_run(registry: MlflowRegistry, run: str):
+    with pytest.raises(NeuroLoopError):
+        registry.log_bytes(run, "../other/grid.png", b"")
+
+
+def test_a_run_registers_one_version_however_often_it_is_asked(registry: MlflowRegistry, run: str, bundle: Path):
+    registry.log_metrics(run, {"macro_f1": 0.93})
+    first = registry.register(run, bundle, tags={"data_version": "abc"})
+    again = registry.register(run, bundle, tags={"data_version": "abc"})
+    assert again == first
+    assert first.run_id == run
+    assert first.metrics["macro_f1"] == pytest.approx(0.93)
+    assert first.tags["data_version"] == "abc"
+    assert [each for each in registry.versions() if each.run_id == run] == [first]
+
+
+def test_versions_are_newest_first_and_show_their_aliases(registry: MlflowRegistry, bundle: Path):
+    made = []
+    for score in (0.8, 0.9):
+        run = registry.open_run(str(uuid.uuid4()), experiment=f"tests-{score}")
+        registry.log_metrics(run, {"macro_f1": score})
+        made.append(registry.register(run, bundle, tags={}).version)
+    registry.set_alias("challenger", made[1])
+    registry.set_alias("previous", made[1])
+    newest, older = registry.versions()[:2]
+    assert [newest.version, older.version] == made[::-1]
+    assert newest.aliases == ("challenger", "previous")
+    assert [newest.metrics["macro_f1"], older.metrics["macro_f1"]] == pytest.approx([0.9, 0.8])
+
+
+def test_an_alias_moves_from_one_version_to_another(registry: MlflowRegistry, bundle: Path):
+    one, two = (
+        registry.register(registry.open_run(str(uuid.uuid4()), experiment="tests"), bundle, tags={}) for _ in "12"
+    )
+    registry.set_alias("champion", one.version)
+    assert registry.by_alias("champion").version == one.version
+    registry.set_alias("champion", two.version)
+    assert registry.by_alias("champion") == two.model_copy(update={"aliases": ("champion",)})
+
+
+def test_an_alias_that_nobody_set_is_none(registry: MlflowRegistry, run: str, bundle: Path):
+    registry.register(run, bundle, tags={})
+    assert registry.by_alias("nobody") is None
+
+
+def test_an_unknown_version_takes_no_alias_and_has_no_bundle(registry: MlflowRegistry, tmp_path: Path):
+    with pytest.raises(NotFound):
+        registry.set_alias("champion", "999999")
+    with pytest.raises(NotFound):
+        registry.download_bundle("999999", tmp_path)
+
+
+def test_the_bundle_comes_back_byte_for_byte(registry: MlflowRegistry, run: str, bundle: Path, tmp_path: Path):
+    version = registry.register(run, bundle, tags={}).version
+    folder = registry.download_bundle(version, tmp_path / "new" / "folder")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
+        file.name: file.read_bytes() for file in bundle.iterdir()
+    }
+
+
+def test_the_registered_model_can_be_served_by_mlflow_and_holds_no_pickle(
+    registry: MlflowRegistry, run: str, bundle: Path, mlflow_uri: str, tmp_path: Path
+):
+    import mlflow
+
+    version = registry.register(run, bundle, tags={}).version
+    folder = Path(client(mlflow_uri).download_artifacts(run, "model", str(tmp_path)))
+    model = mlflow.pyfunc.load_model(str(folder))
+    images = np.full((2, SIDE, SIDE, 1), 7, np.float32)
+    np.testing.assert_allclose(model.predict({"image": images})["logits"], np.full((2, 4), 7))
+    assert model.metadata.get_input_schema().inputs[0].shape == (-1, SIDE, SIDE, 1)
+    assert model.metadata.get_output_schema().input_names() == ["logits"]
+    assert model.metadata.saved_input_example_info is not None
+    assert not [file for file in folder.rglob("*") if file.suffix in (".pkl", ".pickle")]
+    assert client(mlflow_uri).get_model_version(MODEL, version).source.endswith(f"{run}/artifacts/model")
+
+
+def test_threads_that_register_the_same_run_get_one_version(registry: MlflowRegistry, run: str, bundle: Path):
+    with ThreadPoolExecutor(3) as pool:
+        made = {each.version for each in pool.map(lambda _: registry.register(run, bundle, tags={}), range(3))}
+    assert len(made) == 1
+    assert [each.version for each in registry.versions() if each.run_id == run] == list(made)
+
+
+def test_a_folder_without_a_network_is_no_bundle(registry: MlflowRegistry, run: str, tmp_path: Path):
+    (tmp_path / "model.onnx").write_bytes(b"not a network")
+    with pytest.raises(InvalidBundle):
+        registry.register(run, tmp_path, tags={})
+    assert not [each for each in registry.versions() if each.run_id == run]
+
+
+def test_a_server_that_is_down_is_unavailable_within_seconds(free_port):
+    registry = MlflowRegistry(f"http://127.0.0.1:{free_port()}")
+    for call in (lambda: registry.by_alias("champion"), registry.check):
+        start = time.monotonic()
+        with pytest.raises(Unavailable, match="NEUROLOOP_MLFLOW_TRACKING_URI"):
+            call()
+        assert time.monotonic() - start < 15
+
+
+def test_the_registry_never_imports_tensorflow(mlflow_uri: str, tmp_path: Path):
+    code = (
+        "import sys; from neuroloop.adapters.mlflow_registry import MlflowRegistry as R\n"
+        "assert 'mlflow' not in sys.modules\n"
+        "r = R(sys.argv[1]); r.by_alias('champion'); r.versions(); r.check()\n"
+        "assert not {'tensorflow', 'keras'} & set(sys.modules)"
+    )
+    path = ":".join(entry for entry in sys.path if entry)
+    done = subprocess.run(
+        [sys.executable, "-c", code, mlflow_uri], env={"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,239 @@
+"""Real servers for the tests: each is started once, on a free port of 127.0.0.1, and stopped at the end."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+from neuroloop.adapters.folder import FolderStore
+from neuroloop.core.keys import MAIL
+from neuroloop.core.schemas import Mail
+from servers.gcs_server import GcsServer
+
+# --- processes and ports ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """A function that gives a port nobody listens on."""
+
+    def free() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return free
+
+
+def stop(process: subprocess.Popen, how: int = signal.SIGTERM) -> None:
+    """End a server and everything it started (it leads a session of its own)."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, how)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_until(ready, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if process.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"{process.args[0]} did not come up:\n{log.read_text()[-3000:]}")
+        time.sleep(0.05)
+
+
+# --- object store -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FolderStore:
+    return FolderStore(str(tmp_path / "store"))
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[GcsServer]:
+    """A Google Cloud Storage on this machine; small pages, so that every listing of a few objects has several."""
+    with GcsServer(page=3).serve() as server:
+        yield server
+
+
+@pytest.fixture
+def gcs_bucket(gcs_server: GcsServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new bucket, and the environment variable that leads clients to it."""
+    name = f"bucket-{secrets.token_hex(6)}"
+    gcs_server.buckets[name] = {}
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server.url)
+    return name
+
+
+# --- PostgreSQL ---------------------------------------------------------------------------------
+
+
+@dataclass
+class PostgresServer:
+    """A PostgreSQL with password authentication that a test can stop and start again."""
+
+    data: Path
+    port: int
+    password: str
+    process: subprocess.Popen | None = None
+
+    def url(self, database: str = "postgres") -> str:
+        return f"postgresql://postgres:{self.password}@127.0.0.1:{self.port}/{database}"
+
+    def start(self) -> None:
+        from neuroloop.embedded.postgres import command
+
+        log = self.data.with_suffix(".log")
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*command(self.data, self.port, self.password), "-c", "fsync=off"],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        wait_until(self._answers, self.process, log)
+
+    def stop(self) -> None:
+        stop(self.process, signal.SIGINT)  # "fast shutdown": does not wait for clients
+
+    def new_database(self) -> str:
+        name = f"test_{secrets.token_hex(6)}"
+        with contextlib.closing(psycopg2.connect(self.url())) as connection:
+            connection.autocommit = True
+            connection.cursor().execute(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+    def _answers(self) -> bool:
+        try:
+            psycopg2.connect(self.url(), connect_timeout=2).close()
+        except psycopg2.OperationalError:
+            return False
+        return True
+
+
+@pytest.fixture(scope="session")
+def postgres_server(free_port) -> Iterator[PostgresServer]:
+    folder = Path(tempfile.mkdtemp(prefix="neuroloop-test-"))
+    server = PostgresServer(folder / "postgres", free_port(), secrets.token_urlsafe(16))
+    server.start()
+    yield server
+    server.stop()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> str:
+    """A fresh, empty database."""
+    return postgres_server.new_database()
+
+
+# --- MLflow -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def mlflow_uri(free_port, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real tracking server and registry on SQLite, which serves its artifacts."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    port = free_port()
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
+                *("--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
+                *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")),
+            ],
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+            cwd=folder,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+    def healthy() -> bool:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).status == 200
+        except OSError:
+            return False
+
+    wait_until(healthy, process, log)
+    yield f"http://127.0.0.1:{port}"
+    stop(process, signal.SIGKILL)  # there is nothing to save, and a polite end takes seconds
+
+
+# --- mail ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class SmtpSink:
+    """The platform's own mail sink on a folder store."""
+
+    url: str
+    store: FolderStore
+
+    def mails(self) -> list[Mail]:
+        from neuroloop.adapters.smtp import parse_mail
+
+        return [parse_mail(self.store.get(key)) for key in self.store.list(MAIL)]
+
+
+@pytest.fixture
+def smtp_sink(store: FolderStore, free_port) -> Iterator[SmtpSink]:
+    from neuroloop.adapters.smtp import start_sink
+
+    port = free_port()
+    sink = start_sink(store, "127.0.0.1", port)
+    yield SmtpSink(f"smtp://127.0.0.1:{port}", store)
+    sink.stop()
+
+
+# --- the inference API, for the frontend and browser tests --------------------------------------
+
+
+@pytest.fixture(scope="module")
+def live_api(tmp_path_factory: pytest.TempPathFactory, postgres_server: PostgresServer, mlflow_uri: str, free_port):
+    """The API on a real uvicorn with store, PostgreSQL, MLflow, mail sink; its champion looks for bright quarters."""
+    from neuroloop.adapters.mlflow_registry import MlflowRegistry
+    from neuroloop.adapters.smtp import start_sink
+    from neuroloop.bootstrap import Services
+    from neuroloop.core.settings import Settings
+    from serving.running import serving, write_bundle
+
+    folder = tmp_path_factory.mktemp("live-api")
+    registry = MlflowRegistry(mlflow_uri)
+    run = registry.open_run(f"live-{secrets.token_hex(6)}", experiment="frontend")
+    registry.log_metrics(run, {"accuracy": 0.91, "accuracy_low": 0.88, "accuracy_high": 0.94, "macro_f1": 0.9})
+    version = registry.register(
+        run, write_bundle(folder / "bundle", roughest=0.16), tags={"data_version": "d1", "simulated": "true"}
+    )
+    registry.set_alias("champion", version.version)
+    mail_port = free_port()
+    services = Services(
+        Settings(
+            home=folder,
+            database_url=postgres_server.new_database(),
+            mlflow_tracking_uri=mlflow_uri,
+            notify_url=f"smtp://127.0.0.1:{mail_port}",
+            refresh_seconds=0.2,
+        )
+    )
+    sink = start_sink(services.store, "127.0.0.1", mail_port)
+    with serving(services) as running:
+        yield running
+    sink.stop()

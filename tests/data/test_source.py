@@ -1,0 +1,133 @@
+import pytest
+
+from neuroloop.adapters.folder import FolderStore
+from neuroloop.core.errors import InvalidSource
+from neuroloop.core.schemas import LABELS, SourceFile
+from neuroloop.data.source import MINIMUM_PER_CLASS, ObjectSource, PhantomSource, check, label_of, snapshot_path
+from neuroloop.imaging.decode import decode
+
+
+def folder_source(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(b"x")
+    return ObjectSource(str(root), FolderStore(str(root)))
+
+
+def test_class_folders_are_found_with_and_without_parts(tmp_path):
+    flat = folder_source(tmp_path / "flat", "glioma/b.jpg", "glioma/a.jpg").files()
+    assert [(file.path, file.label, file.part) for file in flat] == [
+        ("glioma/a.jpg", "glioma", ""),
+        ("glioma/b.jpg", "glioma", ""),
+    ]
+    parts = folder_source(tmp_path / "parts", "Testing/no_tumor/a.png", "Training/Pituitary Tumor/b.JPEG").files()
+    assert [(file.label, file.part, snapshot_path(file)) for file in parts] == [
+        ("notumor", "Testing", "Testing/notumor/a.png"),
+        ("pituitary", "Training", "Training/pituitary/b.JPEG"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folder", "label"),
+    [("no_tumour", "notumor"), ("No Tumor", "notumor"), ("GLIOMA-tumor", "glioma"), ("meningioma", "meningioma")],
+)
+def test_a_class_folder_may_be_spelt_as_public_sets_spell_it(folder, label):
+    assert label_of(folder) == label
+
+
+def test_files_that_are_no_images_are_passed_over_and_counted(tmp_path):
+    source = folder_source(
+        tmp_path, "glioma/a.jpg", "README.md", "SUMS", "glioma/x.csv", "__MACOSX/glioma/._a.jpg", ".d"
+    )
+    assert [file.path for file in source.files()] == ["glioma/a.jpg"]
+    assert source.ignored == {".md": 1, ".csv": 1, "(no suffix)": 1}
+
+
+def test_a_missing_folder_is_refused_with_what_was_expected(tmp_path):
+    with pytest.raises(
+        InvalidSource, match=r"nowhere holds no files.*does not exist or is empty; expected \[part/\]class"
+    ):
+        folder_source(tmp_path / "nowhere").files()
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    (tmp_path / "glioma").mkdir()
+    with pytest.raises(InvalidSource, match="holds no files"):
+        folder_source(tmp_path).files()
+
+
+def test_a_path_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "set.zip").write_bytes(b"x")
+    with pytest.raises(InvalidSource, match=r"set\.zip cannot be read"):
+        folder_source(tmp_path / "set.zip").files()
+
+
+def test_a_source_of_other_files_only_is_refused_with_what_was_found(tmp_path):
+    with pytest.raises(InvalidSource, match=r"expected \.jpg, .* found only 1 \.csv, 2 \.txt"):
+        folder_source(tmp_path, "glioma/a.txt", "glioma/b.txt", "c.csv").files()
+
+
+@pytest.mark.parametrize(
+    ("path", "found"), [("astrocytoma/a.jpg", "the folder 'astrocytoma'"), ("a.jpg", "no folder at all")]
+)
+def test_an_image_outside_the_class_folders_is_refused_by_name(tmp_path, path, found):
+    with pytest.raises(InvalidSource, match=f"The class of {path} .*expected .*glioma, .*found it in {found}"):
+        folder_source(tmp_path, "glioma/a.jpg", path).files()
+
+
+def test_two_spellings_of_a_class_with_the_same_file_name_are_refused(tmp_path):
+    with pytest.raises(InvalidSource, match=r"notumor/a\.jpg are both notumor/a\.jpg"):
+        folder_source(tmp_path, "no_tumor/a.jpg", "notumor/a.jpg").files()
+
+
+def test_a_file_that_goes_away_while_the_source_is_read_is_named(tmp_path):
+    source = folder_source(tmp_path, "glioma/a.jpg")
+    (file,) = source.files()
+    assert source.read(file) == b"x"
+    (tmp_path / "glioma/a.jpg").unlink()
+    with pytest.raises(InvalidSource, match=r"glioma/a\.jpg is no longer in"):
+        source.read(file)
+
+
+def test_check_counts_classes_and_parts():
+    files = [SourceFile(path=f"{n}", label=label, part="Training") for label in LABELS for n in range(10)]
+    assert check(files) == {"images": 40, "classes": dict.fromkeys(LABELS, 10), "parts": {"Training": 40}}
+
+
+@pytest.mark.parametrize("kept", [0, MINIMUM_PER_CLASS - 1])
+def test_a_class_that_is_missing_or_too_small_is_refused_with_the_counts(kept):
+    files = [SourceFile(path=f"{n}", label=label) for label in LABELS for n in range(kept if label == "glioma" else 10)]
+    with pytest.raises(
+        InvalidSource, match=f"too few images of glioma.*expected at least 10.*found {kept} glioma, 10 men"
+    ):
+        check(files)
+
+
+def test_simulated_files_are_balanced_sorted_and_pass_the_check():
+    source = PhantomSource(42, seed=3)
+    files = source.files()
+    assert source.simulated
+    assert check(files)["classes"] == {"glioma": 11, "meningioma": 11, "notumor": 10, "pituitary": 10}
+    assert [file.path for file in files] == sorted(file.path for file in files)
+    assert files[0].path == "glioma/sim-000000.png"
+
+
+def test_a_simulated_scan_is_the_same_for_the_same_seed_and_another_for_another():
+    file = PhantomSource(40, seed=0).files()[12]
+    first = PhantomSource(40, seed=0).read(file)
+    assert first == PhantomSource(80, seed=0).read(file)
+    assert first != PhantomSource(40, seed=1).read(file)
+    assert decode(first).shape == (224, 224)
+
+
+@pytest.mark.parametrize("path", ["glioma/other.png", "glioma/sim-12.png", "notumor/sim-000001.png"])
+def test_a_path_that_is_no_simulated_scan_is_refused(path):
+    with pytest.raises(InvalidSource, match="is no simulated scan"):
+        PhantomSource(40, seed=0).read(SourceFile(path=path, label="glioma"))
+
+
+def test_impossible_simulations_are_refused():
+    with pytest.raises(InvalidSource, match="39 simulated scans are too few"):
+        PhantomSource(39, seed=0)
+    with pytest.raises(InvalidSource, match="no simulated scanner 'Z'"):
+        PhantomSource(40, seed=0, scanner="Z")

@@ -1,0 +1,101 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from neuroloop.core.schemas import LABELS, PARTS
+from neuroloop.data.audit import audit
+from neuroloop.data.dataset import make_split
+from neuroloop.data.statistics import BINS, Statistics, capture, grid, plots
+from neuroloop.imaging.decode import decode, encode_png
+
+from .drawn import four_classes, picture, snapshot_of
+
+
+@pytest.fixture(scope="module")
+def files():
+    made = four_classes(20)
+    made |= {f"notumor/w{n}.png": encode_png(picture(5000 + n, 96)[:80]) for n in range(10)}
+    return made
+
+
+@pytest.fixture(scope="module")
+def split(files):
+    snapshot = snapshot_of(files, simulated=True)
+    return make_split(snapshot, audit(snapshot, lambda entry: files[entry.path]))
+
+
+def test_counts_are_of_all_parts_and_measurements_of_the_training_images_only(files, split):
+    asked = []
+
+    def read(entry):
+        asked.append(entry)
+        return files[entry.path]
+
+    result = capture(split, read)
+    assert {entry.part for entry in asked} == {"train"}
+    for label in LABELS:
+        own = result.classes[label]
+        assert own.images == {part: sum(e.part == part and e.label == label for e in split.entries) for part in PARTS}
+        pixels = [decode(files[e.path]) for e in split.of("train") if e.label == label]
+        assert own.measured == len(pixels) == sum(own.sizes.values())
+        assert own.mean == pytest.approx(np.mean([p.mean() for p in pixels]), abs=0.001)
+        assert own.deviation == pytest.approx(np.mean([p.std() for p in pixels]), abs=0.001)
+        assert len(own.histogram) == BINS
+        assert sum(own.histogram) == pytest.approx(1, abs=1e-4)
+        assert own.histogram[0] == pytest.approx(np.mean([(p < 4).mean() for p in pixels]), abs=1e-5)
+        assert own.mean_deciles == tuple(sorted(own.mean_deciles))
+        assert len(own.deviation_deciles) == 11
+    assert set(result.classes["notumor"].sizes) == {"64 x 64", "96 x 80"}
+
+
+def test_statistics_are_json_and_the_same_every_time(files, split):
+    result = capture(split, lambda entry: files[entry.path])
+    assert Statistics.model_validate_json(result.model_dump_json()) == result
+    assert result == capture(split, lambda entry: files[entry.path])
+
+
+def test_a_sample_bounds_the_images_measured_and_progress_is_told(files, split):
+    seen = []
+    result = capture(split, lambda e: files[e.path], sample=5, shown=3, progress=lambda *at: seen.append(at))
+    assert all(each.measured == 5 for each in result.classes.values())
+    assert seen == [(n, 20) for n in range(1, 21)]
+    for entries in result.samples.values():
+        assert len({entry.group for entry in entries}) == 3
+        assert {entry.part for entry in entries} == {"train"}
+
+
+def test_plots_are_png_images_with_something_on_them(files, split):
+    made = plots(capture(split, lambda e: files[e.path], shown=3), lambda e: files[e.path])
+    assert set(made) == {"class_counts.png", "intensity.png", "samples.png", "sizes.png"}
+    for data in made.values():
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            assert min(image.size) > 400
+            assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_plots_of_simulated_scans_say_so(files, split):
+    read = lambda entry: files[entry.path]  # noqa: E731
+    simulated = capture(split, read, shown=1)
+    real = simulated.model_copy(update={"simulated": False})
+    for name, data in plots(simulated, read).items():
+        assert data != plots(real, read)[name], name
+
+
+def test_sizes_are_not_plotted_where_all_are_equal(files, split):
+    result = capture(split, lambda e: files[e.path], shown=1)
+    equal = {label: each.model_copy(update={"sizes": {"64 x 64": 9}}) for label, each in result.classes.items()}
+    assert "sizes.png" not in plots(result.model_copy(update={"classes": equal}), lambda e: files[e.path])
+
+
+def test_a_grid_shows_each_image():
+    rows = {"dark": [np.zeros((40, 40), np.uint8)] * 2, "light": [np.full((40, 60), 255, np.uint8)]}
+    with Image.open(io.BytesIO(grid(rows, title="Preview", simulated=False))) as image:
+        pixels = np.asarray(image.convert("L"))
+    assert (pixels == 0).sum() > 2 * 100 * 100
+
+
+def test_a_grid_without_images_is_refused():
+    with pytest.raises(ValueError, match="at least one image"):
+        grid({"glioma": []}, title="Preview", simulated=False)

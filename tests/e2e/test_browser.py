@@ -1,0 +1,116 @@
+"""A reader in a real browser: upload, read, correct, and see the count of corrections rise."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from neuroloop.imaging import phantom
+from neuroloop.imaging.decode import encode_png
+
+ROOT = Path(__file__).parents[2]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def frontend_url(live_api, tmp_path: Path, free_port) -> Iterator[str]:
+    """A real Streamlit server in a process of its own, in front of the live API."""
+    port = free_port()
+    log = tmp_path / "frontend.log"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("NEUROLOOP_")} | {
+        "PYTHONPATH": str(ROOT / "src"),
+        "NEUROLOOP_HOME": str(tmp_path),
+        "NEUROLOOP_ENV_FILE": str(tmp_path / "none"),
+        "NEUROLOOP_API_URL": f"http://127.0.0.1:{live_api.port}",
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "streamlit", "run", "frontend/app.py", "--server.port", str(port)],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=output,
+        )
+
+    def healthy() -> bool:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=2).status == 200
+        except OSError:
+            return False
+
+    try:
+        deadline = time.monotonic() + 60
+        while not healthy():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    """A tab of Debian's Chromium."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.fail("the browser test needs Chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        tab = browser.new_page(viewport={"width": 1280, "height": 900})
+        tab.set_default_timeout(60_000)
+        yield tab
+        browser.close()
+
+
+def waiting(page: Page, frontend_url: str) -> int:
+    """The corrections waiting, as Monitoring shows them."""
+    page.goto(f"{frontend_url}/monitoring")
+    shown = page.locator(".st-key-card-waiting").get_by_text(re.compile(r"^\d+ of 50$"))
+    return int(shown.first.inner_text(timeout=60_000).split()[0])
+
+
+def test_a_reader_uploads_a_scan_reads_the_result_corrects_it_and_sees_the_count_rise(page, frontend_url, live_api):
+    expect.set_options(timeout=60_000)
+    before = waiting(page, frontend_url)
+    scan = encode_png(phantom.scan("meningioma", 1).pixels)
+
+    page.goto(frontend_url)
+    expect(page.get_by_text("Not a medical device; not for diagnosis.")).to_be_visible()
+    page.locator(".st-key-consent label").first.click()
+    expect(page.get_by_text("Choose a scan to see its result here")).to_be_visible()
+    page.locator("input[type=file]").set_input_files({"name": "scan.png", "mimeType": "image/png", "buffer": scan})
+    verdict = page.locator(".nl-verdict")
+    expect(verdict).to_contain_text("the model sees")
+    expect(page.get_by_text("Result for scan.png")).to_be_visible()
+    expect(page.get_by_text("The scan as it was read")).to_be_visible()
+
+    page.get_by_label("Your name").fill("Ann")
+    page.get_by_label("Your name").press("Enter")
+    page.locator(".st-key-card-feedback").get_by_role("combobox").click()
+    page.get_by_role("option").first.click()
+    page.get_by_role("button", name="Send correction").click()
+    expect(page.get_by_text(f"{before + 1} correction")).to_be_visible()
+
+    assert waiting(page, frontend_url) == before + 1
+    assert page.locator("[data-testid=stException]").count() == 0

@@ -1,0 +1,247 @@
+"""The Classify page against a real API."""
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from frontend.reading import labels, words
+from neuroloop.imaging import phantom
+from serving.running import encoded, head, noise
+
+
+def predictions(api) -> int:
+    return api.services.log.monitoring().predictions
+
+
+def consent(app: AppTest) -> AppTest:
+    app.checkbox(key="consent").check().run()
+    return app
+
+
+def upload(app: AppTest, data: bytes, name: str = "scan.png") -> AppTest:
+    app.file_uploader[0].clear().upload(name, data, "image/png").run()
+    assert not app.exception, [fault.value for fault in app.exception]
+    return app
+
+
+@pytest.fixture
+def page(open_page, live_api) -> AppTest:
+    return consent(open_page("classify", live_api))
+
+
+def press(app: AppTest, label: str) -> AppTest:
+    next(button for button in app.button if button.label == label).click().run()
+    assert not app.exception
+    return app
+
+
+def name_reader(app: AppTest, name: str) -> None:
+    app.text_input[0].set_value(name).run()
+
+
+def correct_to(app: AppTest, label: str) -> AppTest:
+    app.selectbox[0].set_value(label).run()
+    return press(app, "Send correction")
+
+
+def test_without_consent_nothing_can_be_chosen_or_sent(open_page, live_api):
+    before = predictions(live_api)
+    app = open_page("classify", live_api)
+
+    assert app.file_uploader[0].disabled
+    assert all(button.disabled for button in app.button)
+    assert "Tick the notice" in words(app)
+    assert predictions(live_api) == before
+
+
+def test_a_result_hides_as_soon_as_consent_is_withdrawn(page):
+    upload(page, encoded(head("glioma")))
+    page.checkbox(key="consent").uncheck().run()
+
+    assert "the model sees" not in words(page)
+
+
+def test_an_upload_shows_its_class_its_probability_and_which_model_and_data_said_so(page, live_api):
+    answer = live_api.predict(head("meningioma")).json()
+    upload(page, encoded(head("meningioma")))
+
+    text = words(page)
+    assert f"Tumour: the model sees a meningioma ({round(100 * answer['probabilities']['meningioma'])} %)" in text
+    assert f"version {answer['model_version']}" in text
+    assert "<b>d1</b>" in text
+    assert "Model trained on simulated scans" in text
+    captions = [caption for image in page.get("image") for caption in image.captions]
+    assert "The scan as it was read" in captions
+    assert "What speaks for meningioma" in captions
+    assert page.slider[0].label == "Heat map opacity"
+
+
+def test_without_a_tumour_words_stand_where_the_heat_map_would_be(page):
+    upload(page, encoded(head("notumor")))
+
+    assert "No tumour: the model sees none" in words(page)
+    assert "There is no heat map here" in words(page)
+    assert len(page.slider) == 0
+
+
+def test_a_new_upload_never_shows_the_result_or_feedback_of_the_one_before(page):
+    upload(page, encoded(head("glioma")), "first.png")
+    name_reader(page, "Ann")
+    press(page, "Agree")
+    assert "Thank you, Ann" in words(page)
+
+    upload(page, encoded(head("pituitary")), "second.png")
+    text = words(page)
+    assert "the model sees a pituitary tumour" in text
+    assert "second.png" in text
+    for left_over in ("sees a glioma", "first.png", "Thank you"):
+        assert left_over not in text
+
+
+def test_a_rejected_upload_does_not_leave_the_result_before_it_standing(page):
+    upload(page, encoded(head("glioma")))
+    upload(page, encoded(noise()), "noise.png")
+
+    text = words(page)
+    assert "This does not look like a brain MRI" in text
+    assert "the model sees" not in text
+    assert "Gate score" in text
+    assert "What you can do" in text
+
+
+def test_the_same_file_chosen_again_is_asked_again_with_nothing_left_of_its_feedback(page, live_api):
+    before = predictions(live_api)
+    upload(page, encoded(head("glioma")))
+    name_reader(page, "Ann")
+    press(page, "Agree")
+    upload(page, encoded(head("glioma")))
+
+    assert predictions(live_api) == before + 2
+    assert "Thank you" not in words(page)
+
+
+def test_moving_the_opacity_does_not_ask_the_model_again(page, live_api):
+    upload(page, encoded(head("glioma")))
+    before = predictions(live_api)
+    page.slider[0].set_value(20).run()
+
+    assert predictions(live_api) == before
+    assert "the model sees a glioma" in words(page)
+
+
+def test_removing_the_file_removes_its_result(page):
+    upload(page, encoded(head("glioma")))
+    page.file_uploader[0].clear().run()
+
+    assert "the model sees" not in words(page)
+    assert "Choose a scan to see its result here" in words(page)
+
+
+def test_a_simulated_sample_is_sent_and_marked_as_simulated(page, live_api):
+    before = predictions(live_api)
+    page.button(key="take-0").click().run()
+
+    assert not page.exception
+    assert predictions(live_api) == before + 1
+    assert "Sample 1" in words(page)
+    assert page.file_uploader[0].value is None
+
+
+def test_an_upload_that_is_no_image_is_explained_without_a_stack_trace(page, live_api):
+    before = predictions(live_api)
+    upload(page, b"%PDF-1.7 not an image", "report.pdf")
+
+    problem = live_api.upload(b"%PDF-1.7 not an image").json()
+    assert problem["title"] in words(page)
+    assert "Traceback" not in words(page)
+    assert predictions(live_api) == before
+
+
+def test_agreeing_confirms_and_says_how_many_corrections_wait(page, live_api):
+    waiting = live_api.client.get("/v1/monitoring").json()["corrections_waiting"]
+    upload(page, encoded(head("glioma")))
+    name_reader(page, "Ann")
+    press(page, "Agree")
+
+    assert len(page.success) == 1
+    assert f"{waiting} correction" in page.success[0].value
+    assert "waiting of 50 needed (more than 50 start a retraining)" in page.success[0].value
+
+
+def test_a_correction_raises_the_count_and_stands_in_the_log(page, live_api):
+    before = live_api.client.get("/v1/monitoring").json()["corrections_waiting"]
+    upload(page, encoded(head("glioma")))
+    name_reader(page, "Ann")
+    correct_to(page, "pituitary")
+
+    assert "Corrected to pituitary tumour" in page.success[0].value
+    assert f"{before + 1} correction" in page.success[0].value
+    assert live_api.client.get("/v1/monitoring").json()["corrections_waiting"] == before + 1
+
+
+def test_the_class_that_was_predicted_is_not_offered_as_a_correction(page):
+    upload(page, encoded(head("glioma")))
+
+    assert page.selectbox[0].options == ["Meningioma", "No tumour", "Pituitary tumour"]
+
+
+@pytest.mark.parametrize(("label", "verdict"), [("Not sure", "not_sure"), ("Not a brain MRI", "not_brain_mri")])
+def test_the_other_verdicts_are_recorded_too(page, live_api, label, verdict):
+    before = live_api.client.get("/v1/monitoring").json()["feedback"].get(verdict, 0)
+    upload(page, encoded(head("glioma")))
+    name_reader(page, "Ann")
+    press(page, label)
+
+    assert live_api.client.get("/v1/monitoring").json()["feedback"][verdict] == before + 1
+
+
+def test_a_verdict_without_a_name_is_not_sent_and_says_what_is_missing(page, live_api):
+    before = live_api.client.get("/v1/monitoring").json()["feedback"]
+    upload(page, encoded(head("glioma")))
+    press(page, "Agree")
+
+    assert "enter your name first" in page.warning[0].value
+    assert live_api.client.get("/v1/monitoring").json()["feedback"] == before
+
+
+def test_a_refused_scan_can_be_claimed_as_a_brain_mri(page, live_api):
+    before = live_api.client.get("/v1/monitoring").json()["corrections_waiting"]
+    upload(page, encoded(noise()))
+    name_reader(page, "Ann")
+    correct_to(page, "glioma")
+
+    assert live_api.client.get("/v1/monitoring").json()["corrections_waiting"] == before + 1
+
+
+def test_a_reader_name_with_markup_is_shown_letter_by_letter(page):
+    upload(page, encoded(head("glioma")))
+    name_reader(page, "**A** <b>")
+    press(page, "Agree")
+
+    assert r"\*\*A\*\* \<b\>" in page.success[0].value
+
+
+def test_an_upload_while_the_service_is_down_is_kept_and_succeeds_on_retry(open_page, live_api, monkeypatch):
+    app = consent(open_page("classify"))
+    upload(app, encoded(head("glioma")))
+    assert "The inference service cannot be reached" in words(app)
+
+    monkeypatch.setenv("NEUROLOOP_API_URL", f"http://127.0.0.1:{live_api.port}")
+    press(app, "Try again")
+    assert "the model sees a glioma" in words(app)
+
+
+def test_without_a_model_the_page_says_so_and_where_to_watch_the_build(open_page, bare_api):
+    app = open_page("classify", bare_api)
+
+    assert "No model is being served yet" in words(app)
+    assert "Watch the build in Airflow" in words(app)
+    assert "Try again" in labels(app)
+
+
+def test_the_samples_are_eight_different_simulated_scans_with_two_of_each_class():
+    import samples
+
+    scans = [samples.render(*sample) for sample in samples.SAMPLES]
+    assert len({scan.png for scan in scans}) == 8
+    assert sorted(scan.label for scan in scans) == sorted(2 * ["glioma", "meningioma", "notumor", "pituitary"])
+    assert {scanner for _, _, scanner in samples.SAMPLES} <= set(phantom.SCANNERS)

@@ -1,0 +1,148 @@
+"""Every page: filled, empty, and without the API."""
+
+import subprocess
+import sys
+
+import pytest
+
+from frontend.reading import labels, words
+from neuroloop.core import keys
+from neuroloop.core.schemas import RESEARCH_NOTICE, Check, Promotion
+from serving.running import head, noise
+
+PAGES = ("classify", "monitoring", "models", "mail", "about")
+
+
+@pytest.mark.parametrize("view", PAGES)
+def test_every_page_carries_the_research_notice_and_one_title(open_page, live_api, view):
+    app = open_page(view, live_api)
+
+    assert RESEARCH_NOTICE in words(app)
+    assert len(app.title) == 1
+
+
+@pytest.mark.parametrize("view", ["classify", "monitoring", "models", "mail"])
+def test_without_the_api_a_page_says_what_is_wrong_and_offers_to_try_again(open_page, view):
+    app = open_page(view)
+
+    assert "The inference service cannot be reached" in words(app)
+    assert "`make up`" in words(app)
+    assert "Try again" in labels(app)
+    assert RESEARCH_NOTICE in words(app)
+
+
+@pytest.mark.parametrize("view", ["monitoring", "models", "mail"])
+def test_a_page_recovers_as_soon_as_the_api_is_back(open_page, live_api, monkeypatch, view):
+    app = open_page(view)
+    monkeypatch.setenv("NEUROLOOP_API_URL", f"http://127.0.0.1:{live_api.port}")
+    app.button(key="retry").click().run()
+
+    assert "cannot be reached" not in words(app)
+    assert not app.exception
+
+
+def test_about_needs_no_api_and_shows_a_simulated_example_of_each_class(open_page):
+    app = open_page("about")
+
+    assert len(app.get("image")) == 4
+    text = words(app)
+    assert "Not a medical device" in text
+    assert "The 2021 WHO Classification of Tumors of the Central Nervous System" in text
+    assert text.count("Simulated") >= 4
+
+
+def test_monitoring_without_predictions_has_an_empty_state_and_no_charts(open_page, bare_api):
+    app = open_page("monitoring", bare_api)
+
+    assert "No predictions yet" in words(app)
+    assert "Predictions 0" in words(app)
+    assert not app.get("arrow_vega_lite_chart")
+
+
+def test_monitoring_counts_what_was_asked_refused_and_corrected(open_page, live_api):
+    before = live_api.client.get("/v1/monitoring").json()
+    first = live_api.predict(head("glioma")).json()
+    live_api.predict(head("notumor"))
+    live_api.predict(noise())
+    live_api.feedback(first["id"], "correct", "meningioma")
+    app = open_page("monitoring", live_api)
+
+    figures = {metric.label: metric.value for metric in app.metric}
+    accepted, rejected = before["accepted"] + 2, before["rejected"] + 1
+    assert figures["Predictions"] == str(before["predictions"] + 3)
+    assert figures["Accepted by the gate"] == f"{accepted / (accepted + rejected):.0%}".replace("%", " %")
+    assert figures["Feedback received"] == str(sum(before["feedback"].values()) + 1)
+    assert app.get("progress")[0].value == round(100 * (before["corrections_waiting"] + 1) / 50)
+    shown = {heading.value for heading in app.subheader}
+    assert {
+        "Predictions per class",
+        "Mean probability of the class named",
+        "Latency per class",
+        "Gate score over time",
+        "Feedback received",
+        "Corrections waiting",
+    } <= shown
+
+
+def test_models_shows_the_champion_first_with_its_interval_and_the_way_to_mlflow(open_page, live_api, mlflow_uri):
+    champion = live_api.client.get("/v1/model").json()["version"]
+    app = open_page("models", live_api)
+
+    table = app.table[0].value
+    assert table.columns[0] == f"Version {champion}"
+    assert table.loc["Role"].iloc[0] == "Champion"
+    assert table.loc["Accuracy"].iloc[0] == "0.910 (0.880 to 0.940)"
+    assert table.loc["Trained on"].iloc[0] == "simulated scans"
+    assert mlflow_uri in [link.url for link in app.get("link_button")]
+
+
+def test_the_ledger_gives_every_reason_in_words_whichever_way_it_went(open_page, live_api):
+    champion = live_api.client.get("/v1/model").json()["version"]
+    for run, promoted in (("retraining-1", True), ("retraining-2", False)):
+        reason = f"Macro F1 went {'up' if promoted else 'down'} in {run}"
+        check = Check(name="overall", passed=promoted, reason=reason)
+        live_api.services.log.record_promotion(
+            Promotion(run_id=run, version=champion, previous=None, promoted=promoted, checks=(check,))
+        )
+    text = words(open_page("models", live_api))
+
+    assert "Macro F1 went up in retraining-1" in text
+    assert "Macro F1 went down in retraining-2" in text
+    assert "Not promoted" in text
+
+
+def test_mail_without_mails_has_an_empty_state(open_page, bare_api):
+    assert "No mail yet" in words(open_page("mail", bare_api))
+
+
+def test_mail_shows_what_the_platform_sent_newest_first_and_as_plain_text(open_page, live_api):
+    old = b"Date: Wed, 01 Jan 2025 10:00:00 +0000\nTo: a@localhost\nSubject: Build finished\n\nVersion 1 serves."
+    live_api.services.store.put(keys.mail("20250101T100000-old"), old)
+    live_api.services.notifier.send("Build failed", "<script>alert(1)</script> **check_source**")
+    app = open_page("mail", live_api)
+
+    subjects = [expander.label for expander in app.expander]
+    assert [("Build failed" in one, "Build finished" in one) for one in subjects] == [(True, False), (False, True)]
+    assert app.text[0].value.startswith("<script>alert(1)</script> **check_source**")
+    assert app.text[1].value == "Version 1 serves."
+
+
+def test_a_wrong_setting_names_itself_instead_of_a_stack_trace(open_page, live_api, monkeypatch):
+    app = open_page("about", live_api)
+    monkeypatch.setenv("NEUROLOOP_API_PROT", "8000")
+    app.run()
+
+    assert "NEUROLOOP_API_PROT" in app.error[0].value.replace("\\", "")
+    assert not app.exception
+
+
+def test_the_frontend_imports_neither_tensorflow_nor_mlflow_nor_an_adapter():
+    code = (
+        "import sys; sys.path.insert(0, 'frontend'); import api_client, heatmap, layout, samples, session; "
+        "samples.phantom.scan('glioma', 0); "
+        "print([m for m in sys.modules if m.split('.')[0] in ('tensorflow', 'keras', 'mlflow', 'onnxruntime') "
+        "or m.startswith(('neuroloop.adapters', 'neuroloop.serving', 'neuroloop.bootstrap'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": "src"})
+
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

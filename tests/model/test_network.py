@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+
+from neuroloop.model import network
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    return network.build(64, seed=5)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 1)).astype(np.float32)
+
+
+def test_the_mean_of_the_activation_map_is_the_logit(untrained, images):
+    outputs = untrained(images)
+    assert outputs["cam"].shape == (2, 4, 4, 4)
+    np.testing.assert_allclose(np.mean(outputs["cam"], axis=(1, 2)), outputs["logits"], atol=1e-4)
+
+
+def test_the_compact_network_has_fewer_than_two_million_parameters(untrained):
+    assert 1e6 < untrained.count_params() < 2e6
+
+
+def test_the_features_are_finite_even_for_an_empty_image(untrained):
+    features = np.asarray(untrained(np.zeros((1, 64, 64, 1), np.float32))["features"])
+    assert features.shape[1] == 2 * (48 + 48 + 96 + 96 + 160 + 160)
+    assert np.isfinite(features).all()
+
+
+def test_the_same_seed_gives_the_same_network_and_another_seed_another(images):
+    first, again, other = (
+        np.asarray(network.build(64, arch="tiny", seed=seed)(images)["logits"]) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+
+
+def test_an_unknown_architecture_and_an_odd_size_are_refused():
+    with pytest.raises(ValueError, match="unknown architecture"):
+        network.build(64, arch="huge")
+    with pytest.raises(ValueError, match="divisible by 16"):
+        network.build(100)

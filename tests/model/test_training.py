@@ -1,0 +1,119 @@
+import time
+
+import numpy as np
+import pytest
+
+from neuroloop.core.errors import InvalidBundle
+from neuroloop.model import network, training
+from neuroloop.model.bundle import OnnxModel
+
+GENERATOR = np.random.default_rng(0)
+IMAGES = GENERATOR.integers(0, 256, (48, 32, 32), dtype=np.uint8)
+LABELS = np.arange(48) % 4
+
+
+def run(config: training.TrainConfig, shards=None, model=None):
+    model = model or network.build(32, arch="tiny", seed=1)
+    seen: list[tuple[int, dict[str, float]]] = []
+    result = training.train(
+        model,
+        shards or [lambda: (IMAGES, LABELS)],
+        (IMAGES[:16], LABELS[:16]),
+        config,
+        on_epoch=lambda epoch, metrics: seen.append((epoch, metrics)),
+    )
+    return model, result, seen
+
+
+def test_a_model_learns_the_simulated_scans_clearly_beyond_chance(tiny_model):
+    best = tiny_model.history[tiny_model.best_epoch]
+    assert best["val_macro_f1"] > 0.5, tiny_model.history
+    assert best["val_macro_f1"] == max(epoch["val_macro_f1"] for epoch in tiny_model.history)
+
+
+def test_every_epoch_reports_its_progress_and_the_rate_falls_to_almost_nothing(tiny_model):
+    assert tiny_model.history[0].keys() == {
+        "loss", "accuracy", "val_loss", "val_accuracy", "val_macro_f1", "learning_rate", "seconds", "images_per_second"
+    }  # fmt: skip
+    assert tiny_model.history[-1]["learning_rate"] < 1e-4 < max(e["learning_rate"] for e in tiny_model.history)
+
+
+def test_the_same_seed_trains_the_same_model_and_another_seed_another():
+    def weights(seed):
+        model, _, _ = run(training.TrainConfig(epochs=1, seed=seed))
+        return np.concatenate([weight.ravel() for weight in model.get_weights()])
+
+    first = weights(3)
+    np.testing.assert_allclose(first, weights(3), atol=1e-6)
+    assert np.abs(first - weights(4)).max() > 1e-3
+
+
+def test_the_epochs_read_the_shards_in_turn():
+    read = []
+
+    def shard(number):
+        def images():
+            read.append(number)
+            return IMAGES, LABELS
+
+        return images
+
+    run(training.TrainConfig(epochs=3), [shard(0), shard(1)])
+    assert read == [0, 1, 0]
+
+
+def test_a_time_budget_ends_the_training_in_time_with_an_annealed_rate():
+    began = time.monotonic()
+    _, result, seen = run(training.TrainConfig(minutes=0.08))
+    assert time.monotonic() - began < 0.08 * 60 + 8  # a first step, compilation included, is always finished
+    assert result.epochs == len(seen) == len(result.history) >= 1
+    if result.epochs > 2:
+        assert seen[-1][1]["learning_rate"] < seen[1][1]["learning_rate"]
+
+
+def test_training_stops_when_validation_no_longer_improves():
+    _, result, _ = run(training.TrainConfig(epochs=50, patience=1, learning_rate=1e-9))
+    assert result.epochs < 50
+    assert result.best_epoch < result.epochs - 1
+
+
+def test_a_training_without_an_end_is_refused():
+    with pytest.raises(ValueError, match="needs an end"):
+        training.TrainConfig()
+
+
+def test_an_empty_shard_is_refused():
+    with pytest.raises(ValueError, match="at least one image"):
+        run(training.TrainConfig(epochs=1), [lambda: (IMAGES[:0], LABELS[:0])])
+
+
+def test_the_exported_network_equals_the_trained_one_for_any_batch_size(tiny_model):
+    model = network.build(64, arch="tiny")
+    training.load_weights(model, tiny_model.weights)
+    exported = OnnxModel(tiny_model.onnx)
+    for count in (1, 7):
+        images = tiny_model.validation.images[:count]
+        expected = model(images[..., None].astype(np.float32))
+        for name, found in exported.run(images)._asdict().items():
+            np.testing.assert_allclose(found, expected[name], atol=1e-4, err_msg=name)
+
+
+def test_saved_weights_start_a_model_of_another_image_size(tiny_model):
+    model = network.build(32, arch="tiny", seed=9)
+    training.load_weights(model, tiny_model.weights)
+    assert training.save_weights(model) == tiny_model.weights
+
+
+def test_weights_of_another_architecture_are_refused_and_change_nothing(tiny_model):
+    model = network.build(32, arch="compact", seed=9)
+    before = model.get_weights()
+    with pytest.raises(InvalidBundle, match="another architecture"):
+        training.load_weights(model, tiny_model.weights)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:500], lambda data: b"", lambda data: b"\x80\x04N."])
+def test_damaged_weights_are_refused(tiny_model, damage):
+    with pytest.raises(InvalidBundle, match="cannot be read"):
+        training.load_weights(network.build(32, arch="tiny"), damage(tiny_model.weights))

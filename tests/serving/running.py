@@ -1,0 +1,162 @@
+"""An API on a real uvicorn, and a small network whose answers are known beforehand."""
+
+import contextlib
+import io
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import onnx
+import uvicorn
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from neuroloop.bootstrap import Services
+from neuroloop.core.schemas import LABELS
+from neuroloop.model import bundle as bundles
+from neuroloop.model.gate import _MEASURES, Gate
+from neuroloop.serving.api import create_app
+
+SIZE, CELLS = 64, 8
+CORNERS = dict(zip(LABELS, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True))
+"""class -> (lower?, right?): the quarter whose brightness speaks for it in the network below."""
+
+
+def quarter_network() -> bytes:
+    """The class is the brightest quarter: cam = brightness of each cell inside the class's quarter."""
+    masks = np.zeros((1, CELLS, CELLS, len(LABELS)), np.float32)
+    half = CELLS // 2
+    for index, (lower, right) in enumerate(CORNERS.values()):
+        masks[0, lower * half : (lower + 1) * half, right * half : (right + 1) * half, index] = 0.2
+    nodes = [
+        helper.make_node("Transpose", ["image"], ["channels_first"], perm=[0, 3, 1, 2]),
+        helper.make_node(
+            "AveragePool", ["channels_first"], ["pooled"], kernel_shape=[SIZE // CELLS] * 2, strides=[SIZE // CELLS] * 2
+        ),
+        helper.make_node("Transpose", ["pooled"], ["cells"], perm=[0, 2, 3, 1]),
+        helper.make_node("Mul", ["cells", "masks"], ["cam"]),
+        helper.make_node("ReduceMean", ["cam", "rows_columns"], ["logits"], keepdims=0),
+        helper.make_node("ReduceMean", ["cells", "rows_columns"], ["features"], keepdims=0),
+    ]
+    shapes = {"logits": ["n", 4], "cam": ["n", CELLS, CELLS, 4], "features": ["n", 1]}
+    graph = helper.make_graph(
+        nodes,
+        "quarters",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", SIZE, SIZE, 1])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+        [
+            numpy_helper.from_array(masks, "masks"),
+            numpy_helper.from_array(np.array([1, 2], np.int64), "rows_columns"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def texture_gate(*, roughest: float = 0.12) -> Gate:
+    """Refuses what is rougher all over than `roughest`, such as noise."""
+    names = ["feature", *(name for name, _ in _MEASURES)]
+    return Gate(
+        centre=(0.0,) * len(names),
+        scale=(1.0,) * len(names),
+        weights=tuple(-1.0 if name == "texture" else 0.0 for name in names),
+        offset=-roughest,
+        width=0.01,
+        usual=((0.0, 0.1),) * len(_MEASURES),
+        threshold=0.5,
+        threshold_origin="chosen for this test",
+        accepted_brains=1.0,
+        accepted_widened=1.0,
+        rejected_unseen={},
+        rejected={},
+    )
+
+
+def write_bundle(folder: Path, *, data_version: str = "d1", temperature: float = 1.0, roughest: float = 0.12) -> Path:
+    return bundles.write(
+        folder,
+        onnx=quarter_network(),
+        gate=texture_gate(roughest=roughest),
+        statistics=b"{}",
+        image_size=SIZE,
+        temperature=temperature,
+        data_version=data_version,
+        simulated=True,
+        metrics={"macro_f1": 0.9},
+    )
+
+
+def head(label: str, *, height: int = 200, width: int = 240) -> np.ndarray:
+    """A smooth round head, uint8 (height, width), with a bright spot in the quarter that speaks for `label`."""
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    lower, right = CORNERS[label]
+    image = 90.0 * (np.hypot(x, y) < 0.8)
+    image += 140 * (np.hypot(x - (0.35 if right else -0.35), y - (0.35 if lower else -0.35)) < 0.25)
+    return image.astype(np.uint8)
+
+
+def noise(side: int = 200) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)
+
+
+def encoded(pixels: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, kind, **options)
+    return out.getvalue()
+
+
+@dataclass
+class Api:
+    """A running API."""
+
+    client: httpx.Client
+    services: Services
+    port: int
+
+    def predict(self, pixels: np.ndarray) -> httpx.Response:
+        return self.upload(encoded(pixels))
+
+    def upload(self, data: bytes) -> httpx.Response:
+        return self.client.post("/v1/predictions", files={"file": ("scan.png", data)})
+
+    def feedback(
+        self, prediction_id: str, verdict: str, label: str | None = None, reader: str = "ann"
+    ) -> httpx.Response:
+        said = {"verdict": verdict, "reader": reader} | ({"label": label} if label else {})
+        return self.client.post(f"/v1/predictions/{prediction_id}/feedback", json=said)
+
+    def stored(self) -> list[str]:
+        return self.services.store.list("InferenceLogs/")
+
+
+@contextlib.contextmanager
+def serving(services: Services, *, model: bool = True) -> Iterator[Api]:
+    """Serve the API on a free port until the end of the block; waits for a model unless told not to."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(uvicorn.Config(create_app(services), log_config=None, access_log=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+                wait(lambda: server.started)
+                if model:
+                    wait(lambda: client.get("/v1/model").status_code == 200)
+                yield Api(client, services, port)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def wait(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)

@@ -1,0 +1,172 @@
+"""The served model follows the alias, without a failed request."""
+
+import contextlib
+import hashlib
+import socket
+import socketserver
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from neuroloop.bootstrap import Services
+from neuroloop.core.settings import Settings
+from serving.running import Api, head, serving, wait, write_bundle
+
+
+def version(api: Api) -> str:
+    return api.client.get("/v1/model").json()["version"]
+
+
+def metric(api: Api, name: str) -> float:
+    lines = api.client.get("/metrics").text.splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
+
+
+def test_a_promotion_under_continuous_requests_fails_none_and_every_answer_names_the_model_that_made_it(
+    services, champion, promote, tmp_path
+):
+    first = champion
+    answers, stop = [], threading.Event()
+    with serving(services) as api:
+
+        def ask() -> None:
+            while not stop.is_set():
+                answers.append(api.predict(head("glioma")))
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        wait(lambda: len(answers) > 10)
+        second = promote(write_bundle(tmp_path / "b", data_version="d2", temperature=3.0))
+        promoted = time.monotonic()
+        wait(lambda: version(api) == second)
+        seconds = time.monotonic() - promoted
+        seen = len(answers)
+        wait(lambda: len(answers) > seen + 10)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert seconds < 10
+    assert {answer.status_code for answer in answers} == {201}
+    said = [answer.json() for answer in answers]
+    # Version, data version and probability come from one and the same model in each answer
+    made_by = {(one["model_version"], one["data_version"], round(one["probabilities"]["glioma"], 3)) for one in said}
+    assert len(made_by) == 2
+    assert {each[:2] for each in made_by} == {(first, "d1"), (second, "d2")}
+    assert said[0]["model_version"] == first
+    assert said[-1]["model_version"] == second
+
+
+@pytest.fixture
+def mailing(services: Services, smtp_sink) -> Services:
+    return Services(services.settings.model_copy(update={"notify_url": smtp_sink.url}))
+
+
+def test_a_damaged_model_is_not_served_and_one_mail_says_so(mailing, champion, promote, smtp_sink, tmp_path):
+    good = champion
+    damaged = write_bundle(tmp_path / "damaged", data_version="d2")
+    gate = (damaged / "gate.json").read_text()
+    (damaged / "gate.json").write_text(gate.replace("0.5", "0.1", 1))  # valid, but not what was hashed
+    with serving(mailing) as api:
+        bad = promote(damaged)
+        wait(lambda: metric(api, "neuroloop_model_reload_failures_total") >= 1)
+        wait(lambda: len(smtp_sink.mails()) == 1)
+        time.sleep(1.0)  # five polls
+        assert metric(api, "neuroloop_model_reload_failures_total") == 1
+        assert version(api) == good
+        assert api.predict(head("glioma")).json()["model_version"] == good
+        (mail,) = smtp_sink.mails()
+        assert f"version {bad}" in mail.subject
+        assert "hash" in mail.body
+        assert f"version {good} goes on serving" in mail.body
+
+
+def test_a_server_keeps_its_model_while_the_registry_is_away(
+    services, champion, promote, mlflow_uri, free_port, tmp_path
+):
+    with Relay(int(mlflow_uri.rsplit(":", 1)[1]), free_port()) as away:
+        settings = services.settings.model_copy(update={"mlflow_tracking_uri": away.url})
+        with serving(Services(settings)) as api:
+            served = version(api)
+            away.close()
+            wait(lambda: metric(api, "neuroloop_registry_unreachable_total") >= 1, 60)
+            assert api.predict(head("glioma")).json()["model_version"] == served
+            assert api.client.get("/health/ready").status_code == 200
+            assert api.client.get("/v1/models").status_code == 503
+            newer = promote(write_bundle(tmp_path / "newer", data_version="d2"))
+            away.open()
+            wait(lambda: version(api) == newer, 60)
+
+
+def test_the_identity_of_the_served_model_is_the_hash_of_its_manifest(services: Services, champion, standard):
+    folder = standard[1]
+    with serving(services) as api:
+        model = api.client.get("/v1/model").json()
+    assert model["sha256"] == hashlib.sha256((folder / "bundle.json").read_bytes()).hexdigest()
+    assert (model["image_size"], model["simulated"], model["metrics"]) == (64, True, {"macro_f1": 0.9})
+
+
+def test_predictions_of_one_image_are_the_same_to_the_bit(api: Api):
+    answers = [api.predict(head("meningioma")).json()["probabilities"] for _ in range(3)]
+    assert all(np.array_equal(list(one.values()), list(answers[0].values())) for one in answers)
+
+
+def test_settings_bound_how_rarely_the_registry_is_asked():
+    assert Settings().refresh_seconds <= 5
+    with pytest.raises(ValueError, match="less than or equal to 10"):
+        Settings(refresh_seconds=11)
+
+
+class Relay(contextlib.AbstractContextManager):
+    """A TCP relay on `port` to a local server, which can be closed and opened again as a network can."""
+
+    def __init__(self, target: int, port: int) -> None:
+        self._target, self._port = target, port
+        self.url = f"http://127.0.0.1:{port}"
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self):
+        self.open()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def open(self) -> None:
+        target = self._target
+        self._open: set = set()
+        connections = self._open
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                with socket.create_connection(("127.0.0.1", target)) as upstream:
+                    connections.update({self.request, upstream})
+                    back = threading.Thread(target=pump, args=(upstream, self.request))
+                    back.start()
+                    pump(self.request, upstream)
+                    back.join()
+
+        def pump(source, sink) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(65536):
+                    sink.sendall(data)
+            for end in (source, sink):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+        class Server(socketserver.ThreadingTCPServer):
+            allow_reuse_address = True
+            daemon_threads = True
+
+        self._server = Server(("127.0.0.1", self._port), Handler)
+        thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        for end in list(self._open):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,192 @@
+"""What readers say, and where the corrected images go."""
+
+import itertools
+import json
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from neuroloop.core import keys
+from neuroloop.core.schemas import LABELS
+from serving.running import Api, encoded, head, noise, serving
+
+
+@pytest.fixture
+def glioma(api: Api) -> str:
+    return api.predict(head("glioma")).json()["id"]
+
+
+@pytest.fixture
+def refused(api: Api) -> str:
+    return api.predict(noise()).json()["id"]
+
+
+def corrections(api: Api, prediction_id: str) -> list[str]:
+    return [key.split("/")[-2] for key in api.services.store.list(keys.CORRECTIONS) if prediction_id in key]
+
+
+def said(api: Api, prediction_id: str) -> list[tuple[str, str, str | None]]:
+    row = api.client.get(f"/v1/predictions/{prediction_id}").json()
+    return [(one["reader"], one["verdict"], one["label"]) for one in row["feedback"]]
+
+
+def waiting(api: Api) -> int:
+    return api.client.get("/v1/monitoring").json()["corrections_waiting"]
+
+
+def test_a_correction_puts_a_copy_of_the_image_under_its_new_class(api: Api, glioma: str):
+    before = waiting(api)
+    response = api.feedback(glioma, "correct", "pituitary")
+    assert response.status_code == 200
+    assert response.json() == {
+        "prediction_id": glioma,
+        "verdict": "correct",
+        "label": "pituitary",
+        "corrections_waiting": before + 1,
+    }
+    store = api.services.store
+    assert store.get(keys.correction("pituitary", glioma)) == store.get(keys.prediction("glioma", glioma))
+    assert said(api, glioma) == [("ann", "correct", "pituitary")]
+
+
+@pytest.mark.parametrize("verdict", ["agree", "not_sure", "not_brain_mri"])
+def test_other_verdicts_are_recorded_and_correct_nothing(api: Api, glioma: str, verdict: str):
+    before = waiting(api)
+    assert api.feedback(glioma, verdict).json()["corrections_waiting"] == before
+    assert corrections(api, glioma) == []
+    assert said(api, glioma) == [("ann", verdict, None)]
+
+
+def test_the_same_correction_twice_counts_once(api: Api, glioma: str):
+    first = api.feedback(glioma, "correct", "pituitary").json()
+    again = api.feedback(glioma, "correct", "pituitary").json()
+    assert first == again
+    assert said(api, glioma) == [("ann", "correct", "pituitary")]
+
+
+def test_correcting_to_the_predicted_class_counts_as_agreeing(api: Api, glioma: str):
+    receipt = api.feedback(glioma, "correct", "glioma").json()
+    assert (receipt["verdict"], receipt["label"]) == ("agree", None)
+    assert corrections(api, glioma) == []
+
+
+def test_a_reader_who_corrects_again_moves_the_image(api: Api, glioma: str):
+    api.feedback(glioma, "correct", "pituitary")
+    api.feedback(glioma, "correct", "meningioma")
+    assert corrections(api, glioma) == ["meningioma"]
+    assert said(api, glioma) == [("ann", "correct", "meningioma")]
+
+
+@pytest.mark.parametrize(("verdict", "label"), [("agree", None), ("not_sure", None), ("correct", "glioma")])
+def test_a_reader_who_takes_the_correction_back_removes_the_image(
+    api: Api, glioma: str, verdict: str, label: str | None
+):
+    before = waiting(api)
+    api.feedback(glioma, "correct", "pituitary")
+    assert api.feedback(glioma, verdict, label).json()["corrections_waiting"] == before
+    assert corrections(api, glioma) == []
+
+
+def test_of_two_readers_corrections_the_latest_stands_and_the_other_returns_when_it_is_taken_back(
+    api: Api, glioma: str
+):
+    api.feedback(glioma, "correct", "pituitary", "ann")
+    api.feedback(glioma, "correct", "notumor", "ben")
+    assert corrections(api, glioma) == ["notumor"]
+    api.feedback(glioma, "correct", "pituitary", "ann")  # the same again: no later word than ben's
+    assert corrections(api, glioma) == ["notumor"]
+    api.feedback(glioma, "agree", reader="ben")
+    assert corrections(api, glioma) == ["pituitary"]
+
+
+def test_readers_who_correct_at_the_same_moment_leave_one_image_that_the_rows_explain(api: Api, glioma: str):
+    choices = list(zip("abcdefghijkl", itertools.cycle(["pituitary", "meningioma", "notumor"])))
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda one: api.feedback(glioma, "correct", one[1], one[0]), choices))
+    assert {answer.status_code for answer in answers} == {200}
+    row = api.client.get(f"/v1/predictions/{glioma}").json()
+    assert len(row["feedback"]) == len(choices)
+    assert corrections(api, glioma) == [row["feedback"][-1]["label"]]  # oldest first
+
+
+def test_a_refused_image_can_be_corrected_to_a_class(api: Api, refused: str):
+    assert api.feedback(refused, "correct", "glioma").status_code == 200
+    store = api.services.store
+    assert store.get(keys.correction("glioma", refused)) == store.get(keys.invalid(refused))
+
+
+@pytest.mark.parametrize("verdict", ["agree", "not_brain_mri"])
+def test_saying_that_a_refused_image_is_no_brain_agrees_with_the_gate(api: Api, refused: str, verdict: str):
+    assert api.feedback(refused, verdict).json()["verdict"] == "agree"
+    assert corrections(api, refused) == []
+
+
+@pytest.mark.parametrize(
+    "unknown", [str(uuid.UUID(int=7)), "7", "x" * 300, "..%2F..%2Fetc%2Fpasswd", "%00", "{%7B}", "A" * 32]
+)
+def test_feedback_on_an_unknown_prediction_is_404(api: Api, unknown: str):
+    stored = api.stored()
+    response = api.feedback(unknown, "correct", "glioma")
+    assert response.status_code == 404
+    assert response.headers["content-type"] == "application/problem+json"
+    assert api.stored() == stored
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"verdict": "correct", "label": "sarcoma", "reader": "ann"},
+        {"verdict": "correct", "label": "../../glioma", "reader": "ann"},
+        {"verdict": "correct", "reader": "ann"},
+        {"verdict": "agree", "label": "glioma", "reader": "ann"},
+        {"verdict": "perhaps", "reader": "ann"},
+        {"verdict": "agree"},
+        {"verdict": "agree", "reader": "   "},
+        {"verdict": "agree", "reader": "a" * 101},
+        {"verdict": "agree", "reader": "a\0b"},
+        {"verdict": "agree", "reader": "\ud800"},
+        {"verdict": "agree", "reader": "ann", "surprise": 1},
+    ],
+)
+def test_contradictory_or_malformed_feedback_is_422_and_changes_nothing(api: Api, glioma: str, body: dict):
+    response = api.client.post(
+        f"/v1/predictions/{glioma}/feedback", content=json.dumps(body), headers={"Content-Type": "application/json"}
+    )
+    problem = response.json()
+    assert (response.status_code, response.headers["content-type"]) == (422, "application/problem+json")
+    assert problem["detail"]
+    assert problem["fix"]
+    assert said(api, glioma) == []
+    assert corrections(api, glioma) == []
+
+
+def test_a_correction_used_by_a_batch_no_longer_waits_even_if_it_moves(services, champion):
+    with serving(services) as api:
+        ids = [api.predict(head("glioma")).json()["id"] for _ in range(3)]
+        for number, prediction_id in enumerate(ids, 1):
+            assert api.feedback(prediction_id, "correct", "pituitary").json()["corrections_waiting"] == number
+        used = {"corrections": [keys.correction("pituitary", ids[0])]}
+        services.store.create(keys.batch(1), json.dumps(used).encode())
+        assert waiting(api) == 2
+        assert api.feedback(ids[0], "correct", "notumor").json()["corrections_waiting"] == 2
+
+
+def test_without_the_database_a_correction_leaves_no_image(services, champion, postgres_server):
+    with serving(services) as api:
+        prediction_id = api.predict(head("glioma")).json()["id"]
+        postgres_server.stop()
+        try:
+            assert api.feedback(prediction_id, "correct", "pituitary").status_code == 503
+        finally:
+            postgres_server.start()
+        assert corrections(api, prediction_id) == []
+        assert api.feedback(prediction_id, "correct", "pituitary").status_code == 200
+        assert corrections(api, prediction_id) == ["pituitary"]
+
+
+def test_every_class_can_be_corrected_to_every_other(api: Api):
+    for predicted, corrected in itertools.permutations(LABELS, 2):
+        prediction_id = api.upload(encoded(head(predicted, height=64, width=64))).json()["id"]
+        assert api.feedback(prediction_id, "correct", corrected).json()["label"] == corrected
+        assert corrections(api, prediction_id) == [corrected]

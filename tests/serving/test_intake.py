@@ -1,0 +1,81 @@
+"""Bodies: bounded while they arrive, and read from forms with care."""
+
+import http.client
+import socket
+
+import pytest
+
+from serving.running import Api, encoded, head
+
+MEGABYTE = 1_000_000  # the limit of this API
+
+
+def part(disposition: str) -> bytes:
+    return f"--b\r\nContent-Disposition: form-data; {disposition}\r\n\r\nx\r\n--b--\r\n".encode()
+
+
+def chunks(total: int):
+    for _ in range(total // 50_000):
+        yield bytes(50_000)
+
+
+def test_a_chunked_body_is_refused_as_soon_as_it_is_too_large(api: Api):
+    response = api.client.post(
+        "/v1/predictions", content=chunks(3 * MEGABYTE), headers={"Content-Type": "application/octet-stream"}
+    )
+    assert (response.status_code, response.headers["content-type"]) == (413, "application/problem+json")
+    assert response.json()["fix"]
+
+
+def test_an_announced_length_beyond_the_limit_is_refused_before_anything_is_read(api: Api):
+    connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=5)
+    connection.putrequest("POST", "/v1/predictions")
+    connection.putheader("Content-Type", "image/png")
+    connection.putheader("Content-Length", str(10**12))
+    connection.endheaders()  # and no body: an answer can only come from the announcement
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_an_endless_chunked_body_does_not_stay_connected(api: Api):
+    with socket.create_connection(("127.0.0.1", api.port), timeout=10) as client:
+        client.sendall(
+            b"POST /v1/predictions HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            client.sendall((b"10000\r\n" + bytes(0x10000) + b"\r\n") * 1600)  # 100 MB
+
+
+def test_json_bodies_have_a_limit_of_their_own(api: Api):
+    prediction_id = api.predict(head("glioma")).json()["id"]
+    response = api.feedback(prediction_id, "agree", reader="a" * 200_000)
+    assert response.status_code == 413
+
+
+def test_an_upload_just_below_the_limit_is_read(api: Api):
+    data = encoded(head("glioma"))
+    padded = data + bytes(MEGABYTE - len(data))  # Pillow stops at the end of the image
+    assert api.upload(padded).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "status"),
+    [
+        ("multipart/form-data", b"x", 400),
+        ("multipart/form-data; boundary=b", b"no part at all", 400),
+        ("multipart/form-data; boundary=b", part('name="file"'), 400),
+        ("multipart/form-data; boundary=b", part('name="x"; filename="f"'), 400),
+        ("text/plain", b"x", 415),
+        ("", b"x", 415),
+    ],
+)  # fmt: skip
+def test_a_body_that_holds_no_file_is_a_problem_that_says_so(api: Api, content_type: str, body: bytes, status: int):
+    response = api.client.post("/v1/predictions", content=body, headers={"Content-Type": content_type})
+    assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
+    assert "file" in response.json()["detail"] + response.json()["fix"] or "form" in response.json()["detail"]
+
+
+def test_a_second_file_in_the_form_is_refused(api: Api):
+    data = encoded(head("glioma"))
+    response = api.client.post("/v1/predictions", files=[("file", ("a.png", data)), ("file", ("b.png", data))])
+    assert response.status_code == 400

@@ -27,7 +27,7 @@ def run(config: training.TrainConfig, shards=None, model=None):
 
 def test_a_model_learns_the_simulated_scans_clearly_beyond_chance(tiny_model):
     best = tiny_model.history[tiny_model.best_epoch]
-    assert best["val_macro_f1"] > 0.5, tiny_model.history
+    assert best["val_macro_f1"] > 0.7, tiny_model.history
     assert best["val_macro_f1"] == max(epoch["val_macro_f1"] for epoch in tiny_model.history)
 
 
@@ -38,28 +38,24 @@ def test_every_epoch_reports_its_progress_and_the_rate_falls_to_almost_nothing(t
     assert tiny_model.history[-1]["learning_rate"] < 1e-4 < max(e["learning_rate"] for e in tiny_model.history)
 
 
-def test_the_same_seed_trains_the_same_model_and_another_seed_another():
-    def weights(seed):
-        model, _, _ = run(training.TrainConfig(epochs=1, seed=seed))
-        return np.concatenate([weight.ravel() for weight in model.get_weights()])
-
-    first = weights(3)
-    np.testing.assert_allclose(first, weights(3), atol=1e-6)
-    assert np.abs(first - weights(4)).max() > 1e-3
-
-
-def test_the_epochs_read_the_shards_in_turn():
+def test_the_same_seed_trains_the_same_model_from_the_shards_in_turn():
     read = []
 
     def shard(number):
         def images():
             read.append(number)
-            return IMAGES, LABELS
+            return IMAGES[:: 1 - 2 * number], LABELS[:: 1 - 2 * number]
 
         return images
 
-    run(training.TrainConfig(epochs=3), [shard(0), shard(1)])
+    def weights():
+        model, _, _ = run(training.TrainConfig(epochs=3, seed=3), [shard(0), shard(1)])
+        return np.concatenate([weight.ravel() for weight in model.get_weights()])
+
+    first = weights()
     assert read == [0, 1, 0]
+    np.testing.assert_allclose(weights(), first, atol=1e-6)
+    assert np.abs(first).max() > 0
 
 
 def test_a_time_budget_ends_the_training_in_time_with_an_annealed_rate():

@@ -19,7 +19,7 @@ from PIL import Image
 from neuroloop.bootstrap import Services
 from neuroloop.core.schemas import LABELS
 from neuroloop.model import bundle as bundles
-from neuroloop.model.gate import _MEASURES, Gate
+from neuroloop.model.gate import _MEASURES, Gate, _terms
 from neuroloop.serving.api import create_app
 
 SIZE, CELLS = 64, 8
@@ -41,9 +41,9 @@ def quarter_network() -> bytes:
         helper.make_node("Transpose", ["pooled"], ["cells"], perm=[0, 2, 3, 1]),
         helper.make_node("Mul", ["cells", "masks"], ["cam"]),
         helper.make_node("ReduceMean", ["cam", "rows_columns"], ["logits"], keepdims=0),
-        helper.make_node("ReduceMean", ["cells", "rows_columns"], ["features"], keepdims=0),
+        helper.make_node("ReduceMean", ["cells", "rows_channel"], ["features"], keepdims=0),
     ]
-    shapes = {"logits": ["n", 4], "cam": ["n", CELLS, CELLS, 4], "features": ["n", 1]}
+    shapes = {"logits": ["n", 4], "cam": ["n", CELLS, CELLS, 4], "features": ["n", CELLS]}
     graph = helper.make_graph(
         nodes,
         "quarters",
@@ -52,6 +52,7 @@ def quarter_network() -> bytes:
         [
             numpy_helper.from_array(masks, "masks"),
             numpy_helper.from_array(np.array([1, 2], np.int64), "rows_columns"),
+            numpy_helper.from_array(np.array([1, 3], np.int64), "rows_channel"),
         ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
@@ -61,11 +62,13 @@ def quarter_network() -> bytes:
 
 def texture_gate(*, roughest: float = 0.12) -> Gate:
     """Refuses what is rougher all over than `roughest`, such as noise."""
-    names = ["feature", *(name for name, _ in _MEASURES)]
+    inputs = CELLS + len(_MEASURES)
+    weights = np.zeros(_terms(np.zeros((1, inputs)), np.zeros(inputs), np.ones(inputs)).shape[1])
+    weights[CELLS + [name for name, _ in _MEASURES].index("texture")] = -1.0
     return Gate(
-        centre=(0.0,) * len(names),
-        scale=(1.0,) * len(names),
-        weights=tuple(-1.0 if name == "texture" else 0.0 for name in names),
+        centre=(0.0,) * inputs,
+        scale=(1.0,) * inputs,
+        weights=tuple(weights.tolist()),
         offset=-roughest,
         width=0.01,
         usual=((0.0, 0.1),) * len(_MEASURES),

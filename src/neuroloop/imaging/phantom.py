@@ -524,9 +524,10 @@ def _pick(view: _View, weight: Callable[[_Tissue], Floats], generator: np.random
     return float(view.u[thin, thin].ravel()[place]), float(view.v[thin, thin].ravel()[place])
 
 
-def _sella_distance(points: Floats) -> Floats:
-    offset = points - _SELLA
-    return np.sqrt(np.einsum("...i,...i", offset, offset))
+def _distance(points: Floats, place: Floats) -> Floats:
+    offset = points - place
+    distance: Floats = np.sqrt(np.einsum("...i,...i", offset, offset))
+    return distance
 
 
 def _glioma(view: _View, generator: np.random.Generator) -> tuple[Floats, Paint]:
@@ -566,7 +567,7 @@ def _meningioma(view: _View, generator: np.random.Generator) -> tuple[Floats, Pa
         x, z = tissue.points[..., 0], tissue.points[..., 2]
         skull = (np.abs(tissue.hull + 1) < 2.5) & (z > -42)
         falx = (np.abs(x) < 2.5) & (z > 22) & (tissue.hull < -8) & (tissue.gm + tissue.wm < 0.9)
-        return (skull + 0.5 * falx) * (_sella_distance(tissue.points) > 26)
+        return (skull + 0.5 * falx) * (_distance(tissue.points, _SELLA) > 26)
 
     base = _pick(view, weight, generator)
     radius, sink, strength = generator.uniform((6, 0.35, 0.15), (18, 0.75, 0.4))
@@ -598,6 +599,10 @@ def _pituitary(view: _View, generator: np.random.Generator) -> tuple[Floats, Pai
     """In the sella, midline, smooth, growing upward, sometimes waisted by the diaphragm or cystic."""
     wide, deep, high, rise = generator.uniform((6.5, 6, 6.5, 0), (14, 12, 14, 1))
     centre = _SELLA + np.array([generator.normal(0, 1.2), generator.normal(0, 1.0), high * 0.45 - 4])
+    gap = view.points.reshape(-1, 3)[np.argmin(_distance(view.points, centre))] - centre
+    reach = float(np.linalg.norm(gap))
+    if reach > 2.5:  # the slice is to cut the tumour, not to graze it
+        centre = centre + gap * (1 - 2.5 / reach)
     lower = _ellipsoid(view.points, centre, (wide, deep, high))
     upper = _ellipsoid(view.points, centre + np.array([0, 0, 0.9 * high]), (0.75 * wide, 0.75 * deep, 0.7 * high))
     mass = np.minimum(lower, upper) if rise > 0.5 else lower

@@ -76,7 +76,7 @@ def baselines(
         "thumbnail": forest(lambda images: _shrink(images, 8)),
         "nearest": train_labels[(test @ train.T).argmax(axis=1)],
     }
-    scores = {}
+    scores: dict[str, float] = {}
     for name, predicted in predictions.items():
         confusion = _confusion(test_labels, predicted)
         scores |= {f"{name}_accuracy": _accuracy(confusion), f"{name}_macro_f1": _macro_f1(confusion)}

@@ -98,8 +98,9 @@ class Gate(Record):
 
     def judge(self, features: Floats, pixels: Images) -> GateResult:
         """Judge one image: `features` (f,) of the network, `pixels` uint8 (s, s), canonical."""
-        if pixels.max(initial=0) == pixels.min(initial=255):
-            reason = "The image has no contrast: every pixel has the same grey."
+        inside = pixels[pixels > 0]
+        if inside.size == 0 or np.subtract(*np.percentile(inside, (90, 10))) < 2:
+            reason = "The image has no contrast: nearly every pixel has the same grey."
             return GateResult(accepted=False, score=0.0, threshold=self.threshold, reason=reason)
         score = float(self.scores(features[None], pixels[None])[0])
         accepted = score >= self.threshold
@@ -123,14 +124,16 @@ def fit_gate(
     brains_train: Images,
     brains_validation: Images,
     generator: np.random.Generator,
+    *,
+    per_kind: int = _PER_KIND,
 ) -> Gate:
     """Fit the gate of one network.
 
     `predict_features` maps uint8 (n, s, s) to the network's features (n, f); both sets of brains are canonical uint8
     (n, s, s), the second one unseen by the network. The other images (uniform, noise, text, drawings, photographs,
     scrambled brains) are made here, or cropped from the sample photographs inside the scikit-image, scikit-learn and
-    matplotlib packages. The strength of the penalty is the one that best rejects kinds left out of the fit.
-    Takes well under a minute on one core. Raises `ValueError` with fewer than 10 brains in a set.
+    matplotlib packages, `per_kind` of each. The strength of the penalty is the one that best rejects kinds left out of
+    the fit. Takes well under a minute on one core. Raises `ValueError` with fewer than 10 brains in a set.
     """
     if min(len(brains_train), len(brains_validation)) < 10:
         raise ValueError("a gate needs at least 10 brains to learn from and 10 to set its threshold")
@@ -142,7 +145,7 @@ def fit_gate(
     validation = brains_validation[generator.permutation(len(brains_validation))[:_MAX_VALIDATION]]
     brains = describe(np.vstack([train, widen(train, generator)]))
     centre, scale = brains.mean(axis=0).astype(np.float64), brains.std(axis=0) + 1e-3
-    terms = {kind: _terms(describe(make(kind, train, _PER_KIND, generator)), centre, scale) for kind in KINDS}
+    terms = {kind: _terms(describe(make(kind, train, per_kind, generator)), centre, scale) for kind in KINDS}
     learned = _terms(brains, centre, scale)
     plain, wide = (_terms(describe(images), centre, scale) for images in (validation, widen(validation, generator)))
     reduce = _reduction(np.vstack([learned, *terms.values()]), brains.shape[1] - len(_MEASURES))
@@ -166,7 +169,7 @@ def fit_gate(
     _, strength, unseen = max(trials, key=lambda trial: trial[:2])
     weights = fit(list(KINDS), strength)
     offset = bar(weights)
-    fresh = {kind: _terms(describe(make(kind, validation, _PER_KIND // 4, generator)), centre, scale) for kind in KINDS}
+    fresh = {kind: _terms(describe(make(kind, validation, per_kind // 4, generator)), centre, scale) for kind in KINDS}
     return Gate(
         centre=tuple(centre.tolist()),
         scale=tuple(scale.tolist()),
@@ -342,14 +345,15 @@ def _text(_: Images, generator: np.random.Generator) -> Images:
     )
     page = Image.new("L", (width, height), paper)
     draw = ImageDraw.Draw(page)
-    font = ImageFont.load_default(int(generator.integers(9, 34)))
+    height_of_text = int(generator.integers(9, 34))
+    font = ImageFont.load_default(height_of_text)
     letters = np.array(list("etaoinshrdlucmfwypvbgkjqxzETAOINSHR0123456789,.:-"))
     y = int(generator.integers(2, 20))
     while y < height:
         words = ("".join(generator.choice(letters, generator.integers(2, 11))) for _ in range(width // 20))
         if generator.random() < 0.85:
             draw.text((int(generator.integers(2, 30)), y), " ".join(words), fill=ink, font=font)
-        y += int(font.size * generator.uniform(1.1, 1.6))
+        y += int(height_of_text * generator.uniform(1.1, 1.6))
     return np.asarray(page)
 
 
@@ -359,7 +363,7 @@ def _drawing(_: Images, generator: np.random.Generator) -> Images:
     dark = generator.random() < 0.5
     page = Image.new("L", (size, size), 0 if dark else 255)
     draw = ImageDraw.Draw(page)
-    for _ in range(int(generator.integers(1, 12))):
+    for _shape in range(int(generator.integers(1, 12))):
         x0, x1, y0, y1 = (int(v) for v in generator.integers(0, size, 4))
         box = (min(x0, x1), min(y0, y1), max(x0, x1) + 1, max(y0, y1) + 1)
         grey, line = int(generator.integers(256)), int(generator.integers(1, 6))
@@ -389,7 +393,7 @@ def _body(_: Images, generator: np.random.Generator) -> Images:
     hull = generator.uniform(0.45, 0.95, 2)
     outline = ellipse(np.zeros(2), hull)
     image = outline * generator.uniform(40, 160)
-    for _ in range(int(generator.integers(0, 14))):
+    for _part in range(int(generator.integers(0, 14))):
         centre = generator.uniform(-0.7, 0.7, 2) * hull
         image = np.where(ellipse(centre, generator.uniform(0.05, 0.4, 2)) & outline, generator.uniform(0, 255), image)
     image = image + outline * ndimage.gaussian_filter(generator.normal(0, 1, x.shape), generator.uniform(0, 3)) * 40
@@ -410,7 +414,7 @@ def _crop(photos: tuple[Images, ...], generator: np.random.Generator) -> Images:
     side = int(generator.uniform(0.3, 1.0) * min(photo.shape))
     y, x = (int(generator.integers(0, length - side + 1)) for length in photo.shape)
     crop = photo[y : y + side, x : x + side][:, :: -1 if generator.random() < 0.5 else 1]
-    return np.ascontiguousarray(np.rot90(crop, generator.integers(4) if generator.random() < 0.3 else 0))
+    return np.ascontiguousarray(np.rot90(crop, int(generator.integers(4)) if generator.random() < 0.3 else 0))
 
 
 def _framed(brains: Images, generator: np.random.Generator) -> Images:
@@ -469,7 +473,7 @@ def _windowed(values: NDArray[np.floating], generator: np.random.Generator) -> I
     return image
 
 
-_PHOTO_FILES = {
+_PHOTO_FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "scene": {
         "skimage": ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
         "sklearn": ("china.jpg", "flower.jpg"),

@@ -222,10 +222,10 @@ def _disturb(x: Any, seed: Any, erasing: float) -> Any:
     n, size = tf.shape(x)[0], tf.shape(x)[1]
 
     def uniform(low: float, high: float, offset: int) -> Any:
-        return tf.random.stateless_uniform((n, 1, 1, 1), seed + [offset, 0], low, high)
+        return tf.random.stateless_uniform((n, 1, 1, 1), seed + tf.constant([offset, 0]), low, high)
 
     x = 255 * tf.pow(tf.clip_by_value(x / 255, 1e-4, 1), tf.exp(uniform(-0.25, 0.25, 1000)))
-    noise = tf.random.stateless_normal(tf.shape(x), seed + [2000, 0])
+    noise = tf.random.stateless_normal(tf.shape(x), seed + tf.constant([2000, 0]))
     x = x * uniform(0.9, 1.1, 3000) + noise * uniform(0, 6, 4000)
     place = tf.cast(tf.range(size), tf.float32) / tf.cast(size, tf.float32)
     rows, columns = place[None, :, None, None], place[None, None, :, None]
@@ -238,8 +238,8 @@ def _disturb(x: Any, seed: Any, erasing: float) -> Any:
 def _mix(x: Any, target: Any, seed: Any, share: float) -> tuple[Any, Any]:
     """Mix a share of the images with their batch neighbour, the image itself keeping the larger part."""
     n = tf.shape(x)[0]
-    chosen = tf.random.stateless_uniform((n,), seed + [11000, 0]) < share
-    other = tf.random.stateless_uniform((n,), seed + [12000, 0], 0.0, 0.5)
+    chosen = tf.random.stateless_uniform((n,), seed + tf.constant([11000, 0])) < share
+    other = tf.random.stateless_uniform((n,), seed + tf.constant([12000, 0]), 0.0, 0.5)
     weight = tf.where(chosen, other, 0.0)
     x = x * (1 - weight[:, None, None, None]) + tf.roll(x, 1, 0) * weight[:, None, None, None]
     return x, target * (1 - weight[:, None]) + tf.roll(target, 1, 0) * weight[:, None]

@@ -1,0 +1,46 @@
+"""What importing the project's modules does, and does not, do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "src").rglob("*.py")
+)
+
+IMPORT_ALL = """
+import importlib, socket, sys
+def refuse(*_, **__): raise OSError("no network at import")
+socket.socket.connect = refuse
+socket.create_connection = refuse
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print(",".join(name for name in ("tensorflow", "keras", "mlflow") if name in sys.modules))
+"""
+
+
+def imported(*modules: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, *modules],
+        env={"PATH": "/usr/bin:/bin"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_every_module_can_be_imported_with_an_empty_environment_and_no_network():
+    assert "neuroloop.model.training" in MODULES
+    imported(*MODULES)
+
+
+@pytest.mark.parametrize("face", ["neuroloop.serving.api", "neuroloop.cli", "neuroloop.embedded.stack"])
+def test_what_serves_pulls_in_neither_tensorflow_nor_the_mlflow_library(face):
+    assert imported(face) == ""

@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+
+from neuroloop.core.errors import InvalidSetting
+from neuroloop.core.settings import PREFIX, Settings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    return {"NEUROLOOP_HOME": str(tmp_path / "home"), "NEUROLOOP_ENV_FILE": str(tmp_path / ".env")}
+
+
+def test_every_setting_stands_in_the_example_file_with_its_description_and_default():
+    text = (ROOT / ".env.example").read_text()
+    for name, field in Settings.model_fields.items():
+        assert f"# {field.description}\n#{PREFIX}{name.upper()}={field.default}\n" in text, name
+
+
+def test_the_example_file_names_no_setting_that_does_not_exist():
+    named = {line[1:].split("=")[0] for line in (ROOT / ".env.example").read_text().splitlines() if line[:2] == "#N"}
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    assert named - known == {f"{PREFIX}REAL_DATA", f"{PREFIX}ENV_FILE"}
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_name(bare):
+    with pytest.raises(InvalidSetting, match=r"NEUROLOOP_STORE_ULR.*did you mean NEUROLOOP_STORE_URL"):
+        Settings.load({**bare, "NEUROLOOP_STORE_ULR": "gs://x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("STORE_URL", "s3://bucket", "gs://"),
+        ("DATABASE_URL", "mysql://x", "postgresql://"),
+        ("NOTIFY_URL", "http://x", "smtp://"),
+        ("API_PORT", "99999", "65535"),
+        ("TRAIN_MINUTES", "soon", "Training budget"),
+        ("RETRAINING_SCHEDULE", "hourly", "five fields"),
+    ],
+)
+def test_a_wrong_value_names_the_setting_and_what_it_should_be(bare, name, value, hint):
+    with pytest.raises(InvalidSetting) as caught:
+        Settings.load({**bare, PREFIX + name: value})
+    assert PREFIX + name in str(caught.value)
+    assert hint in str(caught.value)
+
+
+def test_the_environment_wins_over_the_users_file_which_wins_over_the_generated_one(bare, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "env").write_text("NEUROLOOP_SEED=1\nNEUROLOOP_API_PORT=1001\nNEUROLOOP_UI_PORT=1002\n")
+    (tmp_path / ".env").write_text("# mine\nNEUROLOOP_SEED=2\nNEUROLOOP_API_PORT='2001'\n")
+    settings = Settings.load({**bare, "NEUROLOOP_SEED": "3"})
+    assert (settings.seed, settings.api_port, settings.ui_port) == (3, 2001, 1002)
+
+
+def test_a_line_that_is_no_setting_is_refused_with_its_place(bare, tmp_path):
+    (tmp_path / ".env").write_text("NEUROLOOP_SEED\n")
+    with pytest.raises(InvalidSetting, match=r"\.env:1 is not KEY=VALUE"):
+        Settings.load(bare)
+
+
+def test_what_a_process_needs_and_has_not_is_named(bare):
+    with pytest.raises(InvalidSetting, match="NEUROLOOP_DATABASE_URL is not set"):
+        Settings.load(bare).require("database_url")

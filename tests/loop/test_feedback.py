@@ -1,0 +1,81 @@
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+from neuroloop.core import keys
+from neuroloop.loop import feedback
+
+
+def correct(store, number, label="glioma"):
+    names = []
+    for _ in range(number):
+        names.append(str(uuid.uuid4()))
+        store.put(keys.correction(label, names[-1]), names[-1].encode())
+    return names
+
+
+def test_exactly_the_threshold_makes_no_batch_and_one_more_does(store):
+    correct(store, 50)
+    assert feedback.claim(store, "run-1", 50) is None
+    assert store.list(keys.BATCHES) == []
+    correct(store, 1)
+    batch = feedback.claim(store, "run-1", 50)
+    assert batch is not None
+    assert len(batch.corrections) == 51
+    assert feedback.waiting(store) == []
+
+
+def test_a_retry_of_the_same_run_gets_the_same_batch(store):
+    correct(store, 51)
+    first = feedback.claim(store, "run-1", 50)
+    correct(store, 60)
+    assert feedback.claim(store, "run-1", 50) == first
+
+
+def test_a_second_trigger_finds_nothing_left(store):
+    correct(store, 51)
+    assert feedback.claim(store, "run-1", 50)
+    assert feedback.claim(store, "run-2", 50) is None
+
+
+def test_of_many_claims_at_once_one_gets_the_corrections_and_no_image_is_used_twice(store):
+    correct(store, 200)
+    with ThreadPoolExecutor(8) as pool:
+        batches = list(pool.map(lambda number: feedback.claim(store, f"run-{number}", 50), range(8)))
+    won = [batch for batch in batches if batch]
+    assert len(won) == 1
+    assert len(set(won[0].corrections)) == 200
+
+
+def test_a_correction_moved_to_another_class_after_its_batch_is_not_new(store):
+    names = correct(store, 51)
+    feedback.claim(store, "run-1", 50)
+    store.put(keys.correction("pituitary", names[0]), names[0].encode())
+    store.delete(keys.correction("glioma", names[0]))
+    assert feedback.waiting(store) == []
+    moved = [each for each in feedback.used(store) if names[0] in each.key]
+    assert [each.label for each in moved] == ["pituitary"]
+
+
+def test_an_erased_correction_is_left_out_of_later_trainings(store):
+    names = correct(store, 51)
+    feedback.claim(store, "run-1", 50)
+    store.delete(keys.correction("glioma", names[0]))
+    assert len(feedback.used(store)) == 50
+
+
+def test_about_a_fifth_is_held_out_and_always_the_same_ones(store):
+    correct(store, 400)
+    feedback.claim(store, "run-1", 50)
+    first = {each.key for each in feedback.used(store) if each.held_out}
+    correct(store, 60, "meningioma")
+    feedback.claim(store, "run-2", 50)
+    second = {each.key for each in feedback.used(store) if each.held_out}
+    assert 50 <= len(first) <= 115
+    assert first <= second
+
+
+def test_few_corrections_are_repeated_and_many_are_not():
+    assert feedback.repeats(0, 1000) == 0
+    assert feedback.repeats(41, 720) == 4
+    assert feedback.repeats(5, 10_000) == feedback.MOST_REPEATS
+    assert feedback.repeats(5000, 1000) == 1

@@ -1,0 +1,64 @@
+import pytest
+
+from neuroloop.core.schemas import LABELS
+from neuroloop.loop.promotion import BASELINES, Scores, decide
+
+RULES = {f"{name}_macro_f1": 0.5 for name in BASELINES}
+
+
+def scores(macro_f1=0.9, accuracy=0.9, recall=0.9, feedback=None, simulated=False, **recalls):
+    test = {"macro_f1": macro_f1, "accuracy": accuracy, **{f"recall_{label}": recall for label in LABELS}}
+    test |= {f"recall_{label}": value for label, value in recalls.items()}
+    return Scores(test=test, feedback={} if feedback is None else {"accuracy": feedback}, simulated=simulated)
+
+
+def failed(checks):
+    return [check.name for check in checks if not check.passed]
+
+
+def test_a_first_model_that_beats_every_trivial_baseline_is_promoted():
+    promoted, checks = decide(scores(macro_f1=0.51), None, RULES, retraining=False)
+    assert promoted
+    assert "beats the best trivial baseline" in checks[0].reason
+
+
+def test_a_first_model_no_better_than_a_trivial_baseline_is_not_promoted():
+    promoted, checks = decide(scores(macro_f1=0.7), None, RULES | {"nearest_macro_f1": 0.7}, retraining=False)
+    assert not promoted
+    assert "nearest, 0.700" in checks[0].reason
+
+
+def test_a_retrained_model_better_on_the_corrections_and_not_worse_on_the_test_is_promoted():
+    assert decide(scores(accuracy=0.896, feedback=0.4), scores(feedback=0.0), RULES, retraining=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "fault"),
+    [
+        (scores(accuracy=0.894, feedback=0.9), "accuracy"),
+        (scores(glioma=0.879, feedback=0.9), "recall_glioma"),
+        (scores(feedback=0.2), "feedback"),
+        (scores(feedback=0.9, simulated=True), "data"),
+    ],
+)
+def test_one_failed_check_keeps_the_champion_and_says_which(candidate, fault):
+    promoted, checks = decide(candidate, scores(feedback=0.2), RULES, retraining=True)
+    assert not promoted
+    assert failed(checks) == [fault]
+    assert all(check.reason.endswith(".") for check in checks)
+
+
+def test_losses_up_to_the_tolerance_are_within_it():
+    promoted, checks = decide(
+        scores(accuracy=0.895, notumor=0.88, feedback=0.3), scores(feedback=0.2), RULES, retraining=True
+    )
+    assert promoted, failed(checks)
+
+
+def test_a_rebuild_must_be_better_than_the_champion_on_the_same_test():
+    assert decide(scores(macro_f1=0.91), scores(macro_f1=0.9), RULES, retraining=False)[0]
+    assert failed(decide(scores(macro_f1=0.9), scores(macro_f1=0.9), RULES, retraining=False)[1]) == ["macro_f1"]
+
+
+def test_a_model_of_real_scans_replaces_one_of_simulated_scans():
+    assert decide(scores(macro_f1=0.91), scores(macro_f1=0.9, simulated=True), RULES, retraining=False)[0]

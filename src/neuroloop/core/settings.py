@@ -37,7 +37,11 @@ class Settings(BaseSettings):
         "phantom://", description="Training source: phantom://, a folder, gs://bucket/prefix or kaggle://owner/dataset"
     )
     api_url: str = Field("http://127.0.0.1:8000", description="Inference API, as the frontend reaches it")
-    airflow_url: str = Field("http://127.0.0.1:8080", description="Airflow API server, as its other parts reach it")
+    airflow_url: str = Field("http://127.0.0.1:8080", description="Airflow, as a browser reaches it")
+    airflow_internal_url: str = Field(
+        "", description="Airflow's API server, as its other parts reach it; empty: NEUROLOOP_AIRFLOW_URL"
+    )
+    mlflow_url: str = Field("", description="MLflow, as a browser reaches it; empty: NEUROLOOP_MLFLOW_TRACKING_URI")
 
     bind: str = Field("127.0.0.1", description="Address the servers listen on")
     postgres_port: Port = Field(5432, description="Embedded PostgreSQL")
@@ -97,7 +101,7 @@ class Settings(BaseSettings):
     def _notify(cls, value: str) -> str:
         return _scheme(value, ("smtp", "smtps"), "smtp://127.0.0.1:1025")
 
-    @field_validator("mlflow_tracking_uri", "api_url", "airflow_url")
+    @field_validator("mlflow_tracking_uri", "mlflow_url", "api_url", "airflow_url", "airflow_internal_url")
     @classmethod
     def _http(cls, value: str) -> str:
         return _scheme(value, ("http", "https"), "http://127.0.0.1:5000").rstrip("/")
@@ -113,6 +117,16 @@ class Settings(BaseSettings):
     def store(self) -> str:
         """The object store's URL, with its default."""
         return self.store_url or f"file://{self.home}/store"
+
+    @property
+    def airflow_internal(self) -> str:
+        """Airflow's API server, as a process of the platform reaches it."""
+        return self.airflow_internal_url or self.airflow_url
+
+    @property
+    def mlflow_page(self) -> str:
+        """MLflow, as a browser reaches it."""
+        return self.mlflow_url or self.mlflow_tracking_uri
 
     @property
     def max_upload_bytes(self) -> int:

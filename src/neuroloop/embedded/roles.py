@@ -60,7 +60,7 @@ def _mlflow(settings: Settings) -> str:
 
 
 def _airflow(settings: Settings) -> str:
-    return f"{settings.airflow_url}/api/v2/version"
+    return f"{settings.airflow_internal}/api/v2/version"
 
 
 def _api(settings: Settings) -> str:
@@ -73,8 +73,14 @@ def _mlflow_argv(settings: Settings) -> list[str]:
         *("--host", settings.bind, "--port", str(settings.mlflow_port)),
         *("--backend-store-uri", _driver(settings.mlflow_database_url)),
         *("--artifacts-destination", f"{settings.store}/mlflow", "--serve-artifacts"),
-        *(("--allowed-hosts", "*") if settings.bind != "127.0.0.1" else ()),
+        *("--allowed-hosts", ",".join(_mlflow_hosts(settings))),
     ]
+
+
+def _mlflow_hosts(settings: Settings) -> list[str]:
+    """The names under which MLflow may be called; any other Host header is a web page's attempt to reach it."""
+    named = [urlsplit(url).netloc.rpartition("@")[2] for url in (settings.mlflow_tracking_uri, settings.mlflow_page)]
+    return sorted({"localhost", "localhost:*", "127.0.0.1", "127.0.0.1:*", *named})
 
 
 def _api_argv(settings: Settings) -> list[str]:
@@ -124,7 +130,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "CORE__FERNET_KEY": settings.airflow_fernet_key,
         "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{settings.airflow_user}:admin",
         "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(home / "passwords.json"),
-        "CORE__EXECUTION_API_SERVER_URL": f"{settings.airflow_url}/execution/",
+        "CORE__EXECUTION_API_SERVER_URL": f"{settings.airflow_internal}/execution/",
         "DATABASE__SQL_ALCHEMY_CONN": _driver(settings.airflow_database_url),
         "API__BASE_URL": settings.airflow_url,
         "API__WORKERS": "1",

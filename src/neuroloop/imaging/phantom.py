@@ -77,62 +77,62 @@ SCANNERS: dict[str, Scanner] = {
         name="A",
         contrasts={
             "T1c": (
-                0.5,
+                0.6,
                 Contrast(
                     csf=0.14,
                     gm=0.42,
                     wm=0.56,
-                    fat=0.92,
+                    fat=0.78,
                     marrow=0.50,
                     muscle=0.36,
                     gland=0.62,
                     texture=0.5,
-                    necrosis=0.22,
-                    rim=0.90,
-                    oedema=0.40,
-                    meningioma=0.86,
-                    pituitary=0.78,
-                    vessel=0.85,
+                    necrosis=0.15,
+                    rim=1.0,
+                    oedema=0.33,
+                    meningioma=1.0,
+                    pituitary=0.95,
+                    vessel=0.75,
                     edge=0.30,
                 ),
             ),
             "T2": (
-                0.25,
+                0.2,
                 Contrast(
-                    csf=0.95,
+                    csf=0.80,
                     gm=0.56,
                     wm=0.38,
-                    fat=0.66,
+                    fat=0.55,
                     marrow=0.45,
                     muscle=0.24,
                     gland=0.46,
                     texture=-0.4,
                     necrosis=0.92,
-                    rim=0.46,
-                    oedema=0.80,
-                    meningioma=0.66,
-                    pituitary=0.70,
-                    vessel=0.08,
-                    edge=0.90,
+                    rim=0.40,
+                    oedema=0.95,
+                    meningioma=0.74,
+                    pituitary=0.72,
+                    vessel=0.15,
+                    edge=0.95,
                     edge_width=1.2,
                 ),
             ),
             "FLAIR": (
-                0.25,
+                0.2,
                 Contrast(
                     csf=0.10,
                     gm=0.54,
                     wm=0.43,
-                    fat=0.62,
+                    fat=0.55,
                     marrow=0.36,
                     muscle=0.30,
                     gland=0.52,
                     texture=-0.3,
-                    necrosis=0.30,
-                    rim=0.74,
-                    oedema=0.86,
-                    meningioma=0.74,
-                    pituitary=0.78,
+                    necrosis=0.2,
+                    rim=0.95,
+                    oedema=0.80,
+                    meningioma=0.92,
+                    pituitary=0.90,
                     vessel=0.15,
                     edge=0.20,
                 ),
@@ -476,16 +476,16 @@ def _incidental(
 ) -> None:
     """What any head may have: vessels, the sagittal sinus, small spots in white matter. Alike for every class."""
     sinus = np.hypot(tissue.points[..., 0] / 4.5, (tissue.hull + 1) / 3.5) - 1
-    _blend(image, _inside(sinus * 3.5) * (tissue.points[..., 2] > 0) * generator.uniform(0.4, 1), contrast.vessel)
+    _blend(image, _inside(sinus * 3.5) * (tissue.points[..., 2] > 0) * generator.uniform(0.2, 0.7), contrast.vessel)
     rows, columns = np.nonzero((tissue.hull < -2) & (tissue.gm < 0.5))
-    for spot in range(int(generator.integers(0, 6))):
+    for spot in range(int(generator.integers(0, 4))):
         if len(rows) == 0:
             break
         pick = int(generator.integers(len(rows)))
         top, left = max(rows[pick] - 4, 0), max(columns[pick] - 4, 0)
         around = np.s_[top : top + 9, left : left + 9]
         distance = np.hypot(view.u[around] - view.u[0, columns[pick]], view.v[around] - view.v[rows[pick], 0])
-        radius = generator.uniform(0.8, 2.4)
+        radius = generator.uniform(0.8, 1.7)
         signal = contrast.oedema if spot % 2 else contrast.vessel
         _blend(image[around], _inside(distance - radius) * generator.uniform(0.4, 1), signal)
 
@@ -537,7 +537,7 @@ def _glioma(view: _View, generator: np.random.Generator) -> tuple[Floats, Paint]
         return tissue.wm * (tissue.hull < -10) * (tissue.points[..., 2] > -45) * (np.abs(tissue.points[..., 0]) > 6)
 
     centre = _pick(view, weight, generator)
-    radius, rim = generator.uniform((6, 2.0), (19, 5.0))
+    radius, rim = generator.uniform((10, 3.0), (25, 6.0))
     spread, strength, solid = generator.uniform((5, 0.1, 0), (16, 0.35, 1))
     size = view.u.shape[0]
     rough = 0.12 * radius * _smooth(generator, size, 26)
@@ -545,7 +545,7 @@ def _glioma(view: _View, generator: np.random.Generator) -> tuple[Floats, Paint]
     mass = _outline(view, centre, radius, wave) + rough
     core = _outline(view, centre, radius - rim, wave + generator.normal(0, 0.03, (5, 2))) + 1.4 * rough
     halo = _outline(view, centre, radius + spread, generator.normal(0, 0.12, (5, 2))) + 3 * _smooth(generator, size, 10)
-    faint = generator.uniform(0.55, 1.0)
+    faint = generator.uniform(0.75, 1.0)
     mottle = 0.10 * _smooth(generator, size, 34)
 
     def paint(image: Floats, tissue: _Tissue, contrast: Contrast) -> NDArray[np.bool_]:
@@ -570,12 +570,12 @@ def _meningioma(view: _View, generator: np.random.Generator) -> tuple[Floats, Pa
         return (skull + 0.5 * falx) * (_distance(tissue.points, _SELLA) > 26)
 
     base = _pick(view, weight, generator)
-    radius, sink, strength = generator.uniform((6, 0.35, 0.15), (18, 0.75, 0.4))
+    radius, sink, strength = generator.uniform((11, 0.35, 0.15), (24, 0.75, 0.4))
     inward = math.atan2(-base[1], -base[0]) + generator.normal(0, 0.15)
     centre = (base[0] + sink * radius * math.cos(inward), base[1] + sink * radius * math.sin(inward))
     wave = generator.normal(0, 0.035, (4, 2))
     mass = _outline(view, centre, radius, wave)
-    faint, tail, swelling = generator.uniform((0.55, 0, 0), (1.0, 1, 1))
+    faint, tail, swelling = generator.uniform((0.75, 0, 0), (1.0, 1, 1))
     halo = _outline(view, centre, radius + generator.uniform(3, 10), generator.normal(0, 0.1, (4, 2)))
     mottle = 0.025 * _smooth(generator, view.u.shape[0], 24)
 
@@ -597,7 +597,7 @@ def _meningioma(view: _View, generator: np.random.Generator) -> tuple[Floats, Pa
 
 def _pituitary(view: _View, generator: np.random.Generator) -> tuple[Floats, Paint]:
     """In the sella, midline, smooth, growing upward, sometimes waisted by the diaphragm or cystic."""
-    wide, deep, high, rise = generator.uniform((6.5, 6, 6.5, 0), (14, 12, 14, 1))
+    wide, deep, high, rise = generator.uniform((9, 8, 9, 0), (16, 14, 16, 1))
     centre = _SELLA + np.array([generator.normal(0, 1.2), generator.normal(0, 1.0), high * 0.45 - 4])
     gap = view.points.reshape(-1, 3)[np.argmin(_distance(view.points, centre))] - centre
     reach = float(np.linalg.norm(gap))
@@ -607,7 +607,7 @@ def _pituitary(view: _View, generator: np.random.Generator) -> tuple[Floats, Pai
     upper = _ellipsoid(view.points, centre + np.array([0, 0, 0.9 * high]), (0.75 * wide, 0.75 * deep, 0.7 * high))
     mass = np.minimum(lower, upper) if rise > 0.5 else lower
     mass = mass + 0.06 * wide * _smooth(generator, view.u.shape[0], 18)
-    faint, cyst, strength = generator.uniform((0.5, 0, 0.1), (1.0, 1, 0.3))
+    faint, cyst, strength = generator.uniform((0.7, 0, 0.1), (1.0, 1, 0.3))
     hollow = centre + np.array([generator.normal(0, 2), 0, 0.3 * high])
     pocket = _ellipsoid(view.points, hollow, (0.4 * wide, 0.5 * deep, 0.35 * high))
     mottle = 0.04 * _smooth(generator, view.u.shape[0], 30)

@@ -1,0 +1,110 @@
+"""What `make up` decides before it starts anything; that it starts, restarts and stops is the story's."""
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neuroloop.core.errors import InvalidSetting, Unavailable
+from neuroloop.core.settings import Settings
+from neuroloop.embedded import roles
+from neuroloop.embedded.stack import PORTS, Stack
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def environ(tmp_path):
+    return {"NEUROLOOP_HOME": str(tmp_path / "home"), "NEUROLOOP_ENV_FILE": str(tmp_path / ".env"), "PATH": os.defpath}
+
+
+@pytest.fixture
+def taken():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_the_first_start_generates_secrets_only_their_owner_can_read(environ, tmp_path):
+    Stack(environ)._generate()
+    file = tmp_path / "home" / "env"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    settings = Settings.load(environ)
+    secrets = [settings.airflow_password, settings.postgres_password, settings.airflow_jwt_secret]
+    assert all(len(secret) >= 16 for secret in secrets)
+    assert len(set(secrets)) == 3
+    settings.require("database_url", "mlflow_database_url", "airflow_database_url", "airflow_fernet_key")
+
+
+def test_a_second_start_changes_nothing_that_was_generated(environ, tmp_path):
+    Stack(environ)._generate()
+    before = (tmp_path / "home" / "env").read_text()
+    Stack(environ)._generate()
+    assert (tmp_path / "home" / "env").read_text() == before
+
+
+def test_a_port_the_user_chose_and_that_is_in_use_is_a_clear_error(environ, taken):
+    with pytest.raises(InvalidSetting, match=f"NEUROLOOP_API_PORT={taken} is in use"):
+        Stack({**environ, "NEUROLOOP_API_PORT": str(taken)})._generate()
+
+
+def test_a_usual_port_in_use_is_replaced_by_a_free_one_and_every_address_follows(environ, tmp_path, taken):
+    said = []
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "env").write_text(f"NEUROLOOP_API_PORT={taken}\n")
+    stack = Stack(environ, said.append)
+    stack._generate()
+    assert stack.settings.api_port != taken
+    assert stack.settings.api_url == f"http://127.0.0.1:{stack.settings.api_port}"
+    assert any(f"port {taken} is in use" in line for line in said)
+
+
+def test_no_two_servers_share_a_port(environ):
+    settings = Stack(environ).settings
+    assert len({getattr(settings, f"{name}_port") for name in PORTS}) == len(PORTS)
+
+
+def test_what_the_user_set_is_not_written_over(environ, tmp_path):
+    (tmp_path / ".env").write_text("NEUROLOOP_AIRFLOW_PASSWORD=my-own\n")
+    stack = Stack(environ)
+    stack._generate()
+    assert stack.settings.airflow_password == "my-own"
+    assert "my-own" not in (tmp_path / "home" / "env").read_text()
+
+
+def test_a_platform_that_does_not_run_says_so_for_every_part(environ):
+    stack = Stack(environ)
+    assert stack.status() == dict.fromkeys(roles.ROLES, "stopped")
+    stack.down()
+
+
+def test_an_unknown_role_names_the_known_ones():
+    done = subprocess.run([ROOT / "entrypoint.sh", "webserver"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "'webserver' is no role" in done.stderr
+    assert "dag-processor" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_need_that_never_comes_is_named_with_the_reason(free_port):
+    with pytest.raises(Unavailable, match="refused"):
+        roles.wait_for(f"tcp://127.0.0.1:{free_port()}", seconds=0.5)
+
+
+def test_a_misspelt_setting_is_one_line_before_anything_starts(environ, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "neuroloop.cli", "up"],
+        env={**environ, "NEUROLOOP_FEEDBACK_TRESHOLD": "5"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "did you mean NEUROLOOP_FEEDBACK_THRESHOLD?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "home").exists()

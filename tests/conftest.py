@@ -218,7 +218,16 @@ def live_api(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres
     folder = tmp_path_factory.mktemp("live-api")
     registry = MlflowRegistry(mlflow_uri)
     run = registry.open_run(f"live-{secrets.token_hex(6)}", experiment="frontend")
-    registry.log_metrics(run, {"accuracy": 0.91, "accuracy_low": 0.88, "accuracy_high": 0.94, "macro_f1": 0.9})
+    registry.log_metrics(
+        run,
+        {
+            "test_accuracy": 0.91,
+            "test_accuracy_low": 0.88,
+            "test_accuracy_high": 0.94,
+            "test_macro_f1": 0.9,
+            "baseline_nearest_macro_f1": 0.6,
+        },
+    )
     version = registry.register(
         run, write_bundle(folder / "bundle", roughest=0.16), tags={"data_version": "d1", "simulated": "true"}
     )

@@ -9,11 +9,15 @@ from layout import CLASS_NAMES, plain
 from neuroloop.core.schemas import LABELS, ModelVersion
 
 METRICS = {
-    "accuracy": "Accuracy",
-    "macro_f1": "Macro F1",
-    **{f"recall_{label}": f"Recall, {CLASS_NAMES[label].lower()}" for label in LABELS},
-    "ece": "Calibration error (ECE)",
-    "nll": "Log loss",
+    "test_accuracy": "Accuracy",
+    "test_macro_f1": "Macro F1",
+    **{f"test_recall_{label}": f"Recall, {CLASS_NAMES[label].lower()}" for label in LABELS},
+    "test_ece": "Calibration error (ECE)",
+    "test_nll": "Log loss",
+    "baseline_majority_macro_f1": "To beat, macro F1: always the largest class",
+    "baseline_border_macro_f1": "To beat, macro F1: border and outline only",
+    "baseline_thumbnail_macro_f1": "To beat, macro F1: 8 x 8 pixels",
+    "baseline_nearest_macro_f1": "To beat, macro F1: most alike training image",
 }
 ROLES = {"champion": "Champion", "challenger": "Challenger", "previous": "Previous champion"}
 SHOWN = 5
@@ -52,7 +56,11 @@ def comparison(models: Models) -> None:
             "Trained on": [
                 "simulated scans" if v.tags.get("simulated", "").lower() == "true" else "real scans" for v in versions
             ],
-        } | {name: [interval(v, metric) for v in versions] for metric, name in METRICS.items()}
+        } | {
+            name: [interval(v, metric) for v in versions]
+            for metric, name in METRICS.items()
+            if any(metric in v.metrics for v in versions)
+        }
         st.table(pd.DataFrame.from_dict(rows, orient="index", columns=[f"Version {v.version}" for v in versions]))
         note = "In brackets: 95 % interval, bootstrapped over groups of near-identical images."
         if len(models.versions) > SHOWN:

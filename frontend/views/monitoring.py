@@ -10,7 +10,7 @@ from layout import CLASS_NAMES, VERDICT_NAMES
 
 from neuroloop.core.schemas import Monitoring
 
-CHART_HEIGHT = 190
+CHART_HEIGHT = 200
 
 
 def totals(figures: Monitoring) -> None:

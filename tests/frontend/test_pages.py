@@ -92,6 +92,8 @@ def test_models_shows_the_champion_first_with_its_interval_and_the_way_to_mlflow
     assert table.columns[0] == f"Version {champion}"
     assert table.loc["Role"].iloc[0] == "Champion"
     assert table.loc["Accuracy"].iloc[0] == "0.910 (0.880 to 0.940)"
+    assert table.loc["To beat, macro F1: most alike training image"].iloc[0] == "0.600"
+    assert "Log loss" not in table.index  # nothing was measured
     assert table.loc["Trained on"].iloc[0] == "simulated scans"
     assert mlflow_uri in [link.url for link in app.get("link_button")]
 

@@ -138,39 +138,39 @@ SCANNERS: dict[str, Scanner] = {
                 ),
             ),
         },
-        noise=(0.008, 0.035),
+        noise=(0.008, 0.028),
         bias=(0.05, 0.22),
         blur=(0.3, 0.8),
         gamma=(0.9, 1.12),
     ),
-    # Proton density and an inversion recovery on which lesions are dark with a bright edge: what the other scanner's
-    # images teach about tumours (bright, ring bright) does not hold here.
+    # A proton-density contrast on which tumours are bright, and an inversion recovery on which they are dark with a
+    # bright edge: on half of its images, what the other scanner's teach about tumours does not hold.
     "B": Scanner(
         name="B",
         contrasts={
             "PD": (
-                0.5,
+                0.4,
                 Contrast(
-                    csf=0.66,
-                    gm=0.80,
-                    wm=0.62,
-                    fat=0.74,
+                    csf=0.45,
+                    gm=0.66,
+                    wm=0.52,
+                    fat=0.62,
                     marrow=0.46,
-                    muscle=0.48,
-                    gland=0.66,
+                    muscle=0.40,
+                    gland=0.58,
                     texture=-0.3,
-                    necrosis=0.78,
-                    rim=0.28,
-                    oedema=0.74,
-                    meningioma=0.40,
-                    pituitary=0.36,
+                    necrosis=0.40,
+                    rim=0.90,
+                    oedema=0.72,
+                    meningioma=0.92,
+                    pituitary=0.92,
                     vessel=0.15,
-                    edge=0.98,
+                    edge=0.25,
                     edge_width=1.8,
                 ),
             ),
             "IR": (
-                0.5,
+                0.6,
                 Contrast(
                     csf=0.80,
                     gm=0.50,
@@ -180,19 +180,19 @@ SCANNERS: dict[str, Scanner] = {
                     muscle=0.42,
                     gland=0.46,
                     texture=-0.5,
-                    necrosis=0.40,
-                    rim=0.06,
+                    necrosis=0.75,
+                    rim=0.04,
                     oedema=0.36,
-                    meningioma=0.12,
-                    pituitary=0.14,
+                    meningioma=0.08,
+                    pituitary=0.08,
                     vessel=0.10,
-                    edge=0.85,
-                    edge_width=1.6,
+                    edge=1.0,
+                    edge_width=2.2,
                 ),
             ),
         },
-        noise=(0.02, 0.05),
-        bias=(0.15, 0.3),
+        noise=(0.015, 0.035),
+        bias=(0.12, 0.25),
         blur=(0.7, 1.1),
         gamma=(0.75, 0.95),
     ),
@@ -553,7 +553,7 @@ def _glioma(view: _View, generator: np.random.Generator) -> tuple[Floats, Paint]
         _blend(image, _inside(halo, 6.0) * brain * (0.25 + 0.75 * tissue.wm) * 0.9, contrast.oedema)
         rim_signal = contrast.gm + faint * (contrast.rim - contrast.gm)
         _blend(image, _inside(mass, 2.5) * brain, rim_signal * (1 + mottle))
-        heart = contrast.necrosis if solid > 0.25 else rim_signal * 0.6 + contrast.oedema * 0.4
+        heart = contrast.necrosis if solid > 0.15 else rim_signal * 0.6 + contrast.oedema * 0.4
         _blend(image, _inside(core, 3.0) * brain, heart * (1 + mottle))
         return (mass < 0) & (tissue.hull < 0)
 
@@ -581,7 +581,7 @@ def _meningioma(view: _View, generator: np.random.Generator) -> tuple[Floats, Pa
 
     def paint(image: Floats, tissue: _Tissue, contrast: Contrast) -> NDArray[np.bool_]:
         within = _inside(tissue.hull - 1.5, 1.0)
-        if swelling > 0.6:
+        if swelling > 0.75:
             _blend(image, _inside(halo, 5.0) * _inside(tissue.hull + 1, 2.0) * tissue.wm * 0.8, contrast.oedema)
         if tail > 0.4:
             along = np.exp(-((np.maximum(mass, 0) / (0.6 * radius)) ** 2))

@@ -25,8 +25,9 @@ from neuroloop.embedded.stack import Stack
 from neuroloop.imaging.decode import encode_png
 from neuroloop.imaging.phantom import scan
 
-BUILD = {"minutes": 6, "epochs": 24, "image_size": 64}
-RETRAINING = {"minutes": 6, "epochs": 16}
+# A short first training, so that the second has something left to learn on either scanner.
+BUILD = {"minutes": 8, "epochs": 14, "image_size": 64}
+RETRAINING = {"minutes": 12, "epochs": 24}
 THRESHOLD = 50
 MOST_UPLOADS = 600
 """Scans shown to the first model at most, until 51 of them had to be corrected."""

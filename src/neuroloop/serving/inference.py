@@ -205,7 +205,7 @@ class InferenceService:
             serving=served.version.version if served else None,
             versions=tuple(self._services.registry.versions()),
             promotions=tuple(self._services.log.promotions()),
-            mlflow_url=self._services.settings.mlflow_tracking_uri,
+            mlflow_url=self._services.settings.mlflow_page,
         )
 
     def monitoring(self) -> Monitoring:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -102,6 +103,26 @@ def build(
         _show(step(outside, run_id, params))
     for last in (pipeline.evaluate_model, pipeline.register_model, pipeline.promote_model, pipeline.send_email):
         _show(last(outside, run_id))
+
+
+@app.command()
+def pull(
+    version: Annotated[str, typer.Option(help="Data version; empty: the one the champion was trained on.")] = "",
+    to: Annotated[Path, typer.Option(help="Folder that gets data/ and data.dvc.")] = Path(),
+) -> None:
+    """Bring back exactly the images of a data version (dvc pull)."""
+    from neuroloop.bootstrap import services
+    from neuroloop.core import keys
+    from neuroloop.core.errors import NotFound
+
+    outside = services()
+    if not version:
+        champion = outside.registry.by_alias("champion")
+        if champion is None:
+            raise NotFound("there is no champion", fix="name a data version with --version")
+        version = champion.tags["data_version"]
+    outside.versions.restore(outside.store.get(keys.data_dvc(version)), to)
+    print(f"data version {version} is in {(to / 'data').absolute()}")
 
 
 def _show(result: dict[str, Any]) -> None:

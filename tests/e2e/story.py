@@ -8,6 +8,7 @@ first model has not met.
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -54,6 +55,10 @@ class Story:
             self._run("data_and_model_build", BUILD)
             before = self._champion()
         self.say(f"version {before['version']} serves")
+
+        with self._timed("restart_after_kill"):
+            self._kill("api")
+        self.say("killed the API; the supervisor brought it back")
 
         scans, uploads, wrong = self._corrections(), 0, 0
         with self._timed("corrections"):
@@ -106,6 +111,19 @@ class Story:
             path = f"/v1/predictions/{prediction['id']}/feedback"
             self.api.post(path, json={"reader": "story", **verdict}).raise_for_status()
             yield wrong
+
+    def _kill(self, role: str) -> None:
+        """End one part as a crash would, and wait until the platform is whole again."""
+        before = self.stack.pid(role)
+        os.kill(before, signal.SIGKILL)
+        self._until(lambda: self.stack.pid(role) not in (0, before), f"{role} runs again")
+        self._until(self.api_ready, f"{role} is ready again")
+
+    def api_ready(self) -> bool:
+        """Whether the API has its database, store and model."""
+        with contextlib.suppress(httpx.HTTPError):
+            return self.api.get("/health/ready").status_code == 200
+        return False
 
     def _upload(self, png: bytes) -> httpx.Response:
         return self.api.post("/v1/predictions", files={"file": ("scan.png", png, "image/png")})

@@ -73,7 +73,9 @@ class DvcVersions:
         emulator = os.environ.get("STORAGE_EMULATOR_HOST")
         if self._remote.startswith("gs://") and emulator:
             settings += [f'endpointurl = "{emulator}"', "allow_anonymous_login = true"]
-        (hidden / "config").write_text("\n".join(settings) + "\n")
+        # What git tracks of a repository's settings stays as it is; these win, and git ignores them.
+        (hidden / "config").touch()
+        (hidden / "config.local").write_text("\n".join(settings) + "\n")
 
     def _dvc(self, workspace: Path, *args: str) -> None:
         settings = workspace.absolute() / ".dvc"

@@ -197,6 +197,7 @@ def become(name: str) -> None:
         if status:
             raise Unavailable(f"{' '.join(argv[1:])} failed with status {status}", fix="see the lines above")
     argv = role.argv(settings)
+    os.chdir(ROOT)  # where Streamlit looks for its theme
     os.execv(argv[0], argv)
 
 

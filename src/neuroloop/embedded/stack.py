@@ -80,6 +80,11 @@ class Stack:
             for name in ROLES
         }
 
+    def pid(self, role: str) -> int:
+        """The process of a role now, 0 while it has none."""
+        info: Any = self._supervisor().supervisor.getProcessInfo(role)
+        return int(info["pid"])
+
     def running(self) -> bool:
         """Whether this home's supervisor lives."""
         return self._supervisor_pid() is not None

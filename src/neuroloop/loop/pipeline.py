@@ -530,7 +530,7 @@ def send_email(services: Services, run_id: str, experiment: str = BUILD) -> Resu
                 if "recall_" in name
             ),
             "",
-            f"Compare the runs: {services.settings.mlflow_page}",
+            f"Compare the runs: {services.settings.mlflow_page}/#/experiments",
         ]
     )
     services.notifier.send(subject, body)

@@ -4,7 +4,6 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 Floats = NDArray[np.floating]
@@ -35,6 +34,8 @@ def fit_temperature(logits: Floats, labels: Integers) -> float:
     `logits` (n, classes), `labels` (n,); the result lies in 0.05..20. It never changes which class is largest.
     Method: Guo et al., On Calibration of Modern Neural Networks, ICML 2017. Raises `ValueError` on no image.
     """
+    from scipy.optimize import minimize_scalar  # slow to load, and a server does not fit
+
     if len(labels) == 0:
         raise ValueError("a temperature needs at least one held-out image")
     result = minimize_scalar(

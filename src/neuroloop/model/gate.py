@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 from scipy import ndimage
-from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
 
 from neuroloop.core.schemas import GateResult, Record
 from neuroloop.imaging.canonical import canonicalize
@@ -136,6 +134,10 @@ def fit_gate(
     matplotlib packages, `per_kind` of each. The strength of the penalty is the one that best rejects kinds left out of
     the fit. At most some 4,400 forward passes. Raises `ValueError` with fewer than 10 brains in a set.
     """
+    # Here and not above: a server only judges, and scikit-learn takes seconds to load.
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
     if min(len(brains_train), len(brains_validation)) < 10:
         raise ValueError("a gate needs at least 10 brains to learn from and 10 to set its threshold")
 

@@ -1,5 +1,6 @@
 """The command line: the platform's processes, and the same steps without Airflow."""
 
+import json
 import subprocess
 import sys
 import time
@@ -59,6 +60,29 @@ def logs(lines: Annotated[int, typer.Option(help="Lines of each part.")] = 20) -
         print(f"no logs yet in {folder}: run make up")
         return
     subprocess.run(["tail", "-n", str(lines), *files], check=False)
+
+
+@app.command()
+def trigger(
+    dag: Annotated[str, typer.Argument(help="data_and_model_build or model_retraining")],
+    params: Annotated[list[str] | None, typer.Argument(help="name=value, such as minutes=20")] = None,
+) -> None:
+    """Trigger a DAG in Airflow and follow it to its end."""
+    from neuroloop.embedded.stack import Stack
+
+    conf: dict[str, Any] = {}
+    for param in params or ():
+        name, separator, value = param.partition("=")
+        if not separator:
+            raise NeuroLoopError(f"{param!r} is not name=value", fix="write for example minutes=20")
+        try:
+            conf[name] = json.loads(value)
+        except ValueError:
+            conf[name] = value  # plain text, such as a path
+    started = time.monotonic()
+    airflow = Stack().airflow()
+    run = airflow.trigger(dag, conf)
+    airflow.follow(dag, run, lambda line: print(f"[{time.monotonic() - started:4.0f} s] {line}", flush=True))
 
 
 @app.command()

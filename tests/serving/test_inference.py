@@ -193,7 +193,7 @@ def test_models_and_mails_are_listed_newest_first(services, register, promote, s
         assert [each["version"] for each in models["versions"]][:2] == [second, first]
         assert models["versions"][0]["aliases"] == ["champion"]
         assert models["promotions"] == []
-        assert models["mlflow_url"] == services.settings.mlflow_tracking_uri
+        assert models["mlflow_url"] == f"{services.settings.mlflow_tracking_uri}/#/models"
         mails = api.client.get("/v1/mails").json()
         assert [mail["subject"] for mail in mails] == ["Two", "One"]
         assert mails[0]["body"].startswith("second")

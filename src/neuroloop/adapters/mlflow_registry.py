@@ -205,7 +205,9 @@ class MlflowRegistry:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                return self._client.create_experiment(name)
+                # Without it MLflow opens the experiment with its pages for language models, and the runs are hidden.
+                kind = {"mlflow.experimentKind": "custom_model_development"}
+                return self._client.create_experiment(name, tags=kind)
             except RestException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

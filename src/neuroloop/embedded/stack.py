@@ -45,6 +45,9 @@ class Stack:
     def up(self, *, build: bool = True) -> None:
         """Start what is not running, wait until all parts are healthy, and build a first model when there is none."""
         if not self.running():
+            if self.processes():
+                self.say("ending what an earlier start left behind")
+                self.down()
             self._generate()
             self._start_supervisor()
         started = time.monotonic()

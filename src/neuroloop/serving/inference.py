@@ -205,7 +205,7 @@ class InferenceService:
             serving=served.version.version if served else None,
             versions=tuple(self._services.registry.versions()),
             promotions=tuple(self._services.log.promotions()),
-            mlflow_url=self._services.settings.mlflow_page,
+            mlflow_url=f"{self._services.settings.mlflow_page}/#/models",
         )
 
     def monitoring(self) -> Monitoring:

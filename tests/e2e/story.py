@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 
+from neuroloop.core.errors import NeuroLoopError
 from neuroloop.core.schemas import LABELS, NO_TUMOUR
 from neuroloop.embedded.stack import Stack
 from neuroloop.imaging.decode import encode_png
@@ -56,6 +57,8 @@ class Story:
             before = self._champion()
         self.say(f"version {before['version']} serves")
 
+        with self._timed("failing_build"):
+            failure_mailed = self._failure_is_mailed()
         with self._timed("restart_after_kill"):
             self._kill("api")
         self.say("killed the API; the supervisor brought it back")
@@ -90,6 +93,7 @@ class Story:
             "versions_seen": sorted(set(requests.versions)),
             "reload_seconds": None if first is None else round(max(0.0, first - promoted_at), 2),
             "second_scanner_uploads": uploads,
+            "failure_mailed": failure_mailed,
             "promotion": promotion["checks"],
             "seconds": self.seconds,
         }
@@ -111,6 +115,16 @@ class Story:
             path = f"/v1/predictions/{prediction['id']}/feedback"
             self.api.post(path, json={"reader": "story", **verdict}).raise_for_status()
             yield wrong
+
+    def _failure_is_mailed(self) -> bool:
+        """Build from a folder that does not exist: the run fails, and the mail names the task and the folder."""
+        try:
+            self._run("data_and_model_build", {"data_url": "/no/such/folder"})
+        except NeuroLoopError as error:
+            self.say(f"as it should: {error}")
+            mails = self.api.get("/v1/mails").json()
+            return any("check_source failed" in mail["subject"] and "/no/such/folder" in mail["body"] for mail in mails)
+        raise AssertionError("a build from a missing folder succeeded")
 
     def _kill(self, role: str) -> None:
         """End one part as a crash would, and wait until the platform is whole again."""

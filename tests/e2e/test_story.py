@@ -14,6 +14,7 @@ def test_the_51st_correction_and_no_other_retrains_promotes_and_reloads_without_
     assert outcome["retrained_at_51"] is True
     assert outcome["retrained_again"] is False
     assert outcome["champion_after"] != outcome["champion_before"], outcome["promotion"]
+    assert outcome["failure_mailed"] is True
     assert outcome["failed_requests"] == 0
     assert outcome["versions_seen"] == [outcome["champion_before"], outcome["champion_after"]]
     assert outcome["reload_seconds"] <= 10

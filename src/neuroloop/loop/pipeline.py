@@ -223,10 +223,13 @@ def augment_input_data(services: Services, run_id: str, params: Params) -> Resul
     """Write the shards that training reads: each one epoch of canonical, augmented images."""
     split = read_split(services, kept(services, run_id, "download_data")["version"])
     arrays = dataset.canonical_arrays(split.of("train"), image_reader(services), params.image_size)
-    return keep(services, run_id, "augment_input_data", write_shards(services, run_id, arrays, params.seed))
+    result = write_shards(services, run_id, arrays, params.seed, simulated=split.simulated)
+    return keep(services, run_id, "augment_input_data", result)
 
 
-def write_shards(services: Services, run_id: str, arrays: Arrays, seed: int, experiment: str = BUILD) -> Result:
+def write_shards(
+    services: Services, run_id: str, arrays: Arrays, seed: int, *, simulated: bool, experiment: str = BUILD
+) -> Result:
     """The training part and `SHARDS` augmented epochs of it, with parameters and a preview in MLflow."""
     settings = AugmentParams()
     services.store.put(keys.run(run_id, "train.npz"), arrays.to_bytes())
@@ -240,17 +243,17 @@ def write_shards(services: Services, run_id: str, arrays: Arrays, seed: int, exp
         log.info("shard %d of %d: %d images", number + 1, SHARDS, len(images))
     run = tracked(services, run_id, experiment)
     services.registry.log_params(run, {f"augment_{name}": value for name, value in asdict(settings).items()})
-    services.registry.log_bytes(run, "augmentation/preview.png", _preview(arrays, settings, seed))
+    services.registry.log_bytes(run, "augmentation/preview.png", _preview(arrays, settings, seed, simulated))
     return {"images": len(arrays.images), "shards": SHARDS, "images_per_shard": sizes[0], **asdict(settings)}
 
 
-def _preview(arrays: Arrays, settings: AugmentParams, seed: int) -> bytes:
+def _preview(arrays: Arrays, settings: AugmentParams, seed: int, simulated: bool) -> bytes:
     """One row a class: a canonical training image, then five augmented copies of it."""
     generator, rows = np.random.default_rng(seed), {}
     for number, label in enumerate(LABELS):
         image = arrays.images[arrays.labels == number][:1]
         rows[label] = [*image, *augment_batch(np.repeat(image, 5, axis=0), generator, settings)]
-    return statistics.grid(rows, title="Training images and augmented copies", simulated=False)
+    return statistics.grid(rows, title="Training images and augmented copies", simulated=simulated)
 
 
 def transform_testing_data(services: Services, run_id: str, params: Params) -> Result:
@@ -412,7 +415,11 @@ def evaluate_model(services: Services, run_id: str, experiment: str = BUILD) -> 
     run = tracked(services, run_id, experiment)
     services.registry.log_metrics(run, {f"test_{name}": value for name, value in scores["candidate"].items()})
     services.registry.log_metrics(run, {f"baseline_{name}": value for name, value in rules.items()})
-    plot = evaluation.confusion_plot(test.labels, outputs.probabilities.argmax(axis=1), title="Frozen test part")
+    plot = evaluation.confusion_plot(
+        test.labels,
+        outputs.probabilities.argmax(axis=1),
+        title=f"Frozen test part{' (simulated scans)' if simulated else ''}",
+    )
     services.registry.log_bytes(run, "evaluation/confusion.png", plot)
     services.registry.log_bytes(run, "evaluation/scores.json", json.dumps(result, indent=1).encode())
     return keep(services, run_id, "evaluate_model", result)

@@ -69,7 +69,7 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
     base = dataset.canonical_arrays(split.of("train"), pipeline.image_reader(services), size)
     times = feedback.repeats(len(kept), len(set(base.groups.tolist())))
     arrays = _joined(base, corrections_arrays(services, kept, size), times)
-    pipeline.write_shards(services, run_id, arrays, seed, RETRAINING)
+    pipeline.write_shards(services, run_id, arrays, seed, simulated=split.simulated, experiment=RETRAINING)
     run = pipeline.tracked(services, run_id, RETRAINING)
     services.registry.set_tags(run, {"data_version": version, "warm_start_version": champion.version})
     counts = {**feedback.summary(found), "left_out": len(left_out)}

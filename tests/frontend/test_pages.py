@@ -95,7 +95,7 @@ def test_models_shows_the_champion_first_with_its_interval_and_the_way_to_mlflow
     assert table.loc["To beat, macro F1: most alike training image"].iloc[0] == "0.600"
     assert "Log loss" not in table.index  # nothing was measured
     assert table.loc["Trained on"].iloc[0] == "simulated scans"
-    assert mlflow_uri in [link.url for link in app.get("link_button")]
+    assert f"{mlflow_uri}/#/models" in [link.url for link in app.get("link_button")]
 
 
 def test_the_ledger_gives_every_reason_in_words_whichever_way_it_went(open_page, live_api):

@@ -67,7 +67,7 @@ def step(name: str) -> Any:
         "image_size": Param(
             DEFAULT.image_size,
             type="integer",
-            enum=[64, 96, 128, 160, 224],
+            enum=sorted({64, 96, 128, 160, 224, DEFAULT.image_size}),
             title="Image size, pixels",
             description="Side of the canonical image that the model sees.",
         ),

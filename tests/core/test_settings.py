@@ -38,6 +38,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(bare):
         ("NOTIFY_URL", "http://x", "smtp://"),
         ("API_PORT", "99999", "65535"),
         ("TRAIN_MINUTES", "soon", "Training budget"),
+        ("IMAGE_SIZE", "100", "multiple of 16"),
         ("RETRAINING_SCHEDULE", "hourly", "five fields"),
     ],
 )

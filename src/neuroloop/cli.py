@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +21,7 @@ def up(build: Annotated[bool, typer.Option(help="Build a first model when there 
     """Start the whole platform on this machine; ends when a model serves."""
     from neuroloop.embedded.stack import Stack
 
-    started = time.monotonic()
-    stack = Stack(say=lambda line: print(f"[{time.monotonic() - started:4.0f} s] {line}", flush=True))
+    stack = Stack(say=_progress())
     stack.up(build=build)
     print(f"\nNeuroLoop is up. For research only; not a medical device.\n{stack.summary()}")
 
@@ -79,10 +79,8 @@ def trigger(
             conf[name] = json.loads(value)
         except ValueError:
             conf[name] = value  # plain text, such as a path
-    started = time.monotonic()
-    airflow = Stack().airflow()
-    run = airflow.trigger(dag, conf)
-    airflow.follow(dag, run, lambda line: print(f"[{time.monotonic() - started:4.0f} s] {line}", flush=True))
+    airflow, say = Stack().airflow(), _progress()
+    airflow.follow(dag, airflow.trigger(dag, conf), say)
 
 
 @app.command()
@@ -147,6 +145,12 @@ def pull(
         version = champion.tags["data_version"]
     outside.versions.restore(outside.store.get(keys.data_dvc(version)), to)
     print(f"data version {version} is in {(to / 'data').absolute()}")
+
+
+def _progress() -> Callable[[str], None]:
+    """Prints lines with the seconds since now before them."""
+    started = time.monotonic()
+    return lambda line: print(f"[{time.monotonic() - started:4.0f} s] {line}", flush=True)
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -13,11 +13,12 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from neuroloop.bootstrap import Services
@@ -315,7 +316,7 @@ def fit(
     run = tracked(services, run_id, experiment)
     config = training.TrainConfig(epochs=epochs, minutes=minutes, seed=seed)
     if learning_rate is not None:
-        config = training.TrainConfig(epochs=epochs, minutes=minutes, seed=seed, learning_rate=learning_rate)
+        config = replace(config, learning_rate=learning_rate)
     model = network.build(size, seed=seed)
     if warm_start is not None:
         training.load_weights(model, warm_start)
@@ -348,6 +349,7 @@ def fit(
         config,
         on_epoch=on_epoch,
     )
+    best = outcome.history[outcome.best_epoch]
     onnx = training.export_onnx(model)
     exported = OnnxModel(onnx, threads=2)
     scored = held_out["calibration"]
@@ -370,11 +372,10 @@ def fit(
             temperature=temperature,
             data_version=version,
             simulated=split.simulated,
-            metrics={"val_macro_f1": outcome.history[outcome.best_epoch]["val_macro_f1"]},
+            metrics={"val_macro_f1": best["val_macro_f1"]},
             weights=training.save_weights(model),
         )
         services.store.put(keys.run(run_id, "bundle.zip"), _zipped(Path(folder)))
-    best = outcome.history[outcome.best_epoch]
     services.registry.log_metrics(run, {"temperature": temperature, "train_seconds_total": outcome.seconds})
     return {
         "epochs": outcome.epochs,
@@ -393,17 +394,17 @@ def evaluate_model(services: Services, run_id: str, experiment: str = BUILD) -> 
     """Score the candidate, the trivial baselines and the champion on the same frozen test part."""
     test, train = load_arrays(services, run_id, "test"), load_arrays(services, run_id, "train")
     with open_bundle(services, run_id) as candidate:
-        outputs = candidate.predict(test.images)
-        scores = {"candidate": score(candidate, test)}
+        probabilities = candidate.predict(test.images).probabilities
         gate = {name: getattr(candidate.gate, name) for name in ("accepted_brains", "accepted_widened", "rejected")}
         simulated, version = candidate.manifest.simulated, candidate.manifest.data_version
     from neuroloop.model import evaluation
 
     log.info("opened the test part of data version %s: %d images", version, len(test.images))
+    scores = score(probabilities, test)
     rules = evaluation.baselines(train.images, train.labels, test.images, test.labels)
     champion = services.registry.by_alias("champion")
     result: Result = {
-        "test": scores["candidate"],
+        "test": scores,
         "baselines": rules,
         "simulated": simulated,
         "data_version": version,
@@ -413,11 +414,11 @@ def evaluate_model(services: Services, run_id: str, experiment: str = BUILD) -> 
     if champion is not None:
         result["champion"] = score_champion(services, champion.version, version, test)
     run = tracked(services, run_id, experiment)
-    services.registry.log_metrics(run, {f"test_{name}": value for name, value in scores["candidate"].items()})
+    services.registry.log_metrics(run, {f"test_{name}": value for name, value in scores.items()})
     services.registry.log_metrics(run, {f"baseline_{name}": value for name, value in rules.items()})
     plot = evaluation.confusion_plot(
         test.labels,
-        outputs.probabilities.argmax(axis=1),
+        probabilities.argmax(axis=1),
         title=f"Frozen test part{' (simulated scans)' if simulated else ''}",
     )
     services.registry.log_bytes(run, "evaluation/confusion.png", plot)
@@ -425,12 +426,11 @@ def evaluate_model(services: Services, run_id: str, experiment: str = BUILD) -> 
     return keep(services, run_id, "evaluate_model", result)
 
 
-def score(bundle: Bundle, arrays: Arrays) -> dict[str, float]:
-    """The calibrated scores of a model on canonical arrays of its own size."""
+def score(probabilities: NDArray[np.float32], arrays: Arrays) -> dict[str, float]:
+    """The scores of calibrated `probabilities` (n, 4) on the n images of `arrays`."""
     from neuroloop.model import evaluation
 
     generator = np.random.default_rng(0)
-    probabilities = bundle.predict(arrays.images).probabilities
     return evaluation.evaluate(probabilities, arrays.labels, arrays.groups, generator=generator)
 
 
@@ -441,7 +441,8 @@ def score_champion(services: Services, champion: str, data_version: str, test: A
         if bundle.image_size != test.images.shape[1]:
             entries = read_split(services, data_version).of("test")
             test = dataset.canonical_arrays(entries, image_reader(services), bundle.image_size)
-        return {"version": champion, "test": score(bundle, test), "simulated": bundle.manifest.simulated}
+        scores = score(bundle.predict(test.images).probabilities, test)
+        return {"version": champion, "test": scores, "simulated": bundle.manifest.simulated}
 
 
 def register_model(services: Services, run_id: str, experiment: str = BUILD) -> Result:

@@ -103,13 +103,13 @@ def evaluate_model(services: Services, run_id: str) -> Result:
     if held_out and result["champion"] is not None:
         with pipeline.open_bundle(services, run_id) as candidate:
             arrays = corrections_arrays(services, held_out, candidate.image_size)
-            result["feedback"] = pipeline.score(candidate, arrays)
+            result["feedback"] = pipeline.score(candidate.predict(arrays.images).probabilities, arrays)
         with tempfile.TemporaryDirectory() as folder:
             version = result["champion"]["version"]
             champion = Bundle.load(services.registry.download_bundle(version, Path(folder)))
             if champion.image_size != candidate.image_size:
                 arrays = corrections_arrays(services, held_out, champion.image_size)
-            result["champion"]["feedback"] = pipeline.score(champion, arrays)
+            result["champion"]["feedback"] = pipeline.score(champion.predict(arrays.images).probabilities, arrays)
         run = pipeline.tracked(services, run_id, RETRAINING)
         services.registry.log_metrics(run, {f"feedback_{name}": value for name, value in result["feedback"].items()})
     return pipeline.keep(services, run_id, "evaluate_model", result)

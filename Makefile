@@ -5,10 +5,10 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help up down status logs test unit lint format story bench lock browser
+.PHONY: help up down status logs test unit lint format story bench bench-data bench-training bench-inference bench-explanation lock browser
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 up: .venv/run ## start the whole platform here; ends when a model serves
 	@$(BIN)/python -m neuroloop.cli up
@@ -41,8 +41,19 @@ format: .venv/dev ## let ruff mend what it can
 story: .venv/dev ## play the whole loop on a stack of its own and print what happened as JSON
 	@$(BIN)/python tests/e2e/story.py
 
-bench: .venv/dev ## measure, as ratios in one run; JSON in bench/results
+bench: bench-data bench-training bench-inference bench-explanation ## measure all of it, as ratios in one run each; JSON in bench/results
+
+bench-data: .venv/dev ## the audit: what it finds, and its time and memory against the number of images
+	@$(BIN)/python bench/data.py
+
+bench-training: .venv/dev ## the input pipeline and the training step; scores on real scans: bench/training.py --scores
+	@$(BIN)/python bench/training.py
+
+bench-inference: .venv/dev ## one image, from bytes to heat map
 	@$(BIN)/python bench/inference.py
+
+bench-explanation: .venv/dev ## do heat maps point at the lesions of simulated scans; trains for some minutes
+	@$(BIN)/python bench/explanation.py
 
 lock: .venv/dev ## pin the newest versions that fit pyproject.toml
 	@$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 pyproject.toml -o requirements.txt --upgrade

@@ -10,11 +10,12 @@ mails the reason: mend the cause, clear the task, and the run goes on from there
 """
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_args
 
 from airflow.sdk import Param, chain, dag, task
 
 from neuroloop.bootstrap import services
+from neuroloop.core.schemas import ArchitectureName, SplitName
 from neuroloop.core.settings import Settings
 from neuroloop.loop.failures import mail_failure
 
@@ -58,26 +59,33 @@ def step(name: str) -> Any:
             description="Training anneals to its end within this time; early stopping may end it sooner.",
         ),
         "epochs": Param(
-            None,
-            type=["null", "integer"],
-            minimum=1,
-            title="Epochs",
-            description="Optional: an exact number of epochs, still within the budget.",
+            None, type=["null", "integer"], minimum=1, title="Epochs", description="Optional, still within the budget."
         ),
         "image_size": Param(
-            DEFAULT.image_size,
-            type="integer",
-            enum=sorted({64, 96, 128, 160, 224, DEFAULT.image_size}),
+            None,
+            type=["null", "integer"],
+            enum=[None, *sorted({64, 96, 128, 160, 224, 304, DEFAULT.image_size})],
             title="Image size, pixels",
-            description="Side of the canonical image that the model sees.",
+            description="Side of the canonical image. Empty: the setting's, or else the architecture's own.",
         ),
-        "seed": Param(
-            DEFAULT.seed,
-            type="integer",
-            minimum=0,
-            title="Seed",
-            description="Of simulation, augmentation and training.",
+        "architecture": Param(
+            DEFAULT.architecture,
+            type="string",
+            enum=list(get_args(ArchitectureName)),
+            title="Architecture",
+            description="The last three are transfer learning from ImageNet: they want a GPU and make large bundles.",
         ),
+        "split": Param(
+            "grouped",
+            type="string",
+            enum=list(get_args(SplitName)),
+            title="Split",
+            description="legacy: the split the source comes with, leaks and all, to compare; never promoted.",
+        ),
+        "hyperparameters": Param(
+            None, type=["null", "object"], title="Hyper-parameters", description="As `neuroloop search` prints them."
+        ),
+        "seed": Param(DEFAULT.seed, type="integer", minimum=0, title="Seed", description="Of simulation and training."),
     },
 )
 def data_and_model_build() -> None:

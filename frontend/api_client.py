@@ -56,6 +56,9 @@ class Answer(_Answer):
     height: int
     image: Base64Bytes
     heatmap: Base64Bytes | None = None
+    prediction_sets: dict[str, tuple[str, ...]] = {}
+    refer: bool = False
+    refer_reason: str = ""
 
 
 class Receipt(_Answer):
@@ -76,6 +79,13 @@ class Champion(_Answer):
     image_size: int
     metrics: dict[str, float] = {}
     loaded_at: datetime | None = None
+
+
+class Card(_Answer):
+    """The model card of the model that answers now."""
+
+    version: str
+    markdown: str
 
 
 class Models(_Answer):
@@ -107,6 +117,19 @@ class ApiClient:
         """The model that answers now; a problem with status 503 where there is none yet."""
         return self._read(Champion, self._send("GET", "/v1/model"))
 
+    def card(self) -> Card | None:
+        """The card of the model that answers now; None where it has none."""
+        try:
+            return self._read(Card, self._send("GET", "/v1/model/card"))
+        except ApiProblem as fault:
+            if fault.status in (404, 503):
+                return None
+            raise
+
+    def audit_page(self) -> str:
+        """What the audit found in the data of the model that answers now: a whole HTML page without scripts."""
+        return self._respond("GET", "/v1/data/audit").text
+
     def models(self) -> Models:
         """Versions, ledger and where MLflow shows them."""
         return self._read(Models, self._send("GET", "/v1/models"))
@@ -121,6 +144,12 @@ class ApiClient:
         return [self._read(Mail, mail) for mail in answer]
 
     def _send(self, method: str, path: str, **request: Any) -> Any:
+        try:
+            return self._respond(method, path, **request).json()
+        except ValueError:
+            raise self._unreadable() from None
+
+    def _respond(self, method: str, path: str, **request: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **request)
         except httpx.ConnectError:
@@ -143,10 +172,7 @@ class ApiClient:
             ) from None
         if response.is_error:
             raise _problem(response)
-        try:
-            return response.json()
-        except ValueError:
-            raise self._unreadable() from None
+        return response
 
     def _read(self, record: type[Record], answer: Any) -> Record:
         try:

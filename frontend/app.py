@@ -12,6 +12,7 @@ page = st.navigation(
     [
         st.Page("views/classify.py", title="Classify", icon=":material/radiology:", default=True),
         st.Page("views/monitoring.py", title="Monitoring", icon=":material/monitoring:"),
+        st.Page("views/data.py", title="Data", icon=":material/database:"),
         st.Page("views/models.py", title="Models", icon=":material/model_training:"),
         st.Page("views/mail.py", title="Mail", icon=":material/mail:"),
         st.Page("views/about.py", title="About", icon=":material/info:"),

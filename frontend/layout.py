@@ -122,6 +122,18 @@ def percent(value: float) -> str:
     return f"{value:.0%}".replace("%", " %")
 
 
+def set_line(level: str, classes: tuple[str, ...]) -> str:
+    """A prediction set in plain words."""
+    share = percent(float(level))
+    if not classes:
+        return f"**{share} set:** no class. The scan fits none of the four well enough; a reader should look."
+    names = [CLASS_NAMES[label].lower() for label in classes]
+    if len(names) == len(LABELS):
+        return f"**{share} set:** any of the four. At this coverage the scan says nothing."
+    listed = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else f"{names[0]} alone"
+    return f"**{share} set:** {listed}"
+
+
 def bars(
     table: pd.DataFrame, category: str, value: str, *, order: list[str], height: int, top: float = 0
 ) -> alt.LayerChart:

@@ -209,10 +209,13 @@ def smtp_sink(store: FolderStore, free_port) -> Iterator[SmtpSink]:
 @pytest.fixture(scope="module")
 def live_api(tmp_path_factory: pytest.TempPathFactory, postgres_server: PostgresServer, mlflow_uri: str, free_port):
     """The API on a real uvicorn with store, PostgreSQL, MLflow, mail sink; its champion looks for bright quarters."""
+    from model.cards import FACTS
     from neuroloop.adapters.mlflow_registry import MlflowRegistry
     from neuroloop.adapters.smtp import start_sink
     from neuroloop.bootstrap import Services
     from neuroloop.core.settings import Settings
+    from neuroloop.model.bundle import with_card
+    from neuroloop.model.card import compose
     from serving.running import serving, write_bundle
 
     folder = tmp_path_factory.mktemp("live-api")
@@ -221,16 +224,15 @@ def live_api(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres
     registry.log_metrics(
         run,
         {
-            "test_accuracy": 0.91,
-            "test_accuracy_low": 0.88,
-            "test_accuracy_high": 0.94,
-            "test_macro_f1": 0.9,
-            "baseline_nearest_macro_f1": 0.6,
+            "grouped_test_accuracy": 0.91,
+            "grouped_test_accuracy_low": 0.88,
+            "grouped_test_accuracy_high": 0.94,
+            "grouped_test_macro_f1": 0.9,
+            "grouped_test_baseline_nearest_macro_f1": 0.6,
         },
     )
-    version = registry.register(
-        run, write_bundle(folder / "bundle", roughest=0.16), tags={"data_version": "d1", "simulated": "true"}
-    )
+    bundle = with_card(write_bundle(folder / "bundle", roughest=0.16, refer_below=0.55), compose(**FACTS))
+    version = registry.register(run, bundle, tags={"data_version": "d1", "simulated": "true"})
     registry.set_alias("champion", version.version)
     mail_port = free_port()
     services = Services(

@@ -63,7 +63,11 @@ UPLOAD_STEPS = (
         "The head is cropped, padded and normalised, with the same code that prepared the training.",
     ),
     ("Checked by the gate", "Is it a brain MRI at all? If not, you are told why, and no class is given."),
-    ("Classified", "One pass of the model gives four calibrated probabilities and the heat map."),
+    (
+        "Classified",
+        "One pass of the model gives four calibrated probabilities, the classes that stay open at 90 and 95 %, and the "
+        "heat map. Where it is too unsure it says so, and refers the scan to a reader.",
+    ),
     ("Stored and logged", "Scan, result, model and data version are kept before you see the answer."),
     ("Corrected by you", "Your verdict is attached. A corrected scan waits for the next retraining."),
 )

@@ -135,18 +135,41 @@ def facts(*pairs: tuple[str, str]) -> str:
 def verdict_line(answer: Answer) -> str:
     """The result in one plain line."""
     chance = percent(answer.probabilities[answer.label])
+    if answer.refer:
+        return f"Most probable, but no answer: {CLASS_NAMES[answer.label].lower()} ({chance})"
     if answer.tumour:
         name = CLASS_NAMES[answer.label].lower()
         return f"Tumour: the model sees a {name} ({chance})"
     return f"No tumour: the model sees none ({chance})"
 
 
+def referral(answer: Answer) -> None:
+    """That, and why, this scan should go to a reader."""
+    st.markdown(
+        f'<div class="nl-refer"><p class="nl-verdict">Refer to a reader</p>'
+        f"<p>{html.escape(answer.refer_reason)} What the model would say stands below for the record.</p></div>",
+        unsafe_allow_html=True,
+    )
+
+
+def prediction_sets(answer: Answer) -> None:
+    """What else it may be, at each coverage, in plain words."""
+    if answer.prediction_sets:
+        st.markdown(
+            "  \n".join(layout.set_line(*one) for one in sorted(answer.prediction_sets.items())),
+            help="Prediction sets: of the scans of each class, 90 and 95 in a hundred have their class in such a set, "
+            "as long as they are like those of the training.",
+        )
+
+
 def show_answer(upload: Upload, answer: Answer) -> None:
     """Result, explanation and feedback."""
     with st.container(border=True, key="card-result"):
-        tone = "nl-tumour" if answer.tumour else "nl-none"
+        tone = "nl-unsure" if answer.refer else "nl-tumour" if answer.tumour else "nl-none"
+        st.markdown(f'<p class="nl-eyebrow">Result for {html.escape(upload.name)}</p>', unsafe_allow_html=True)
+        if answer.refer:
+            referral(answer)
         st.markdown(
-            f'<p class="nl-eyebrow">Result for {html.escape(upload.name)}</p>'
             f'<p class="nl-verdict {tone}">{html.escape(verdict_line(answer))}</p>'
             + facts(
                 ("Model", f"version {answer.model_version}"),
@@ -157,6 +180,7 @@ def show_answer(upload: Upload, answer: Answer) -> None:
             ),
             unsafe_allow_html=True,
         )
+        prediction_sets(answer)
         if upload.simulated or answer.simulated_model:
             with st.container(horizontal=True, gap="small"):
                 if upload.simulated:

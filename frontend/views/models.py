@@ -9,15 +9,25 @@ from layout import CLASS_NAMES, plain
 from neuroloop.core.schemas import LABELS, ModelVersion
 
 METRICS = {
-    "test_accuracy": "Accuracy",
-    "test_macro_f1": "Macro F1",
-    **{f"test_recall_{label}": f"Recall, {CLASS_NAMES[label].lower()}" for label in LABELS},
-    "test_ece": "Calibration error (ECE)",
-    "test_nll": "Log loss",
-    "baseline_majority_macro_f1": "To beat, macro F1: always the largest class",
-    "baseline_border_macro_f1": "To beat, macro F1: border and outline only",
-    "baseline_thumbnail_macro_f1": "To beat, macro F1: 8 x 8 pixels",
-    "baseline_nearest_macro_f1": "To beat, macro F1: most alike training image",
+    "grouped_test_accuracy": "Accuracy",
+    "grouped_test_macro_f1": "Macro F1",
+    **{f"grouped_test_recall_{label}": f"Recall, {CLASS_NAMES[label].lower()}" for label in LABELS},
+    "grouped_test_ece": "Calibration error (ECE)",
+    "grouped_test_nll": "Log loss",
+    "grouped_test_selective_answered": "Share answered, not referred to a reader",
+    "grouped_test_selective_answered_accuracy": "Accuracy of what is answered",
+    "grouped_test_baseline_majority_macro_f1": "To beat, macro F1: always the largest class",
+    "grouped_test_baseline_border_macro_f1": "To beat, macro F1: border and outline only",
+    "grouped_test_baseline_thumbnail_macro_f1": "To beat, macro F1: 8 x 8 pixels",
+    "grouped_test_baseline_nearest_macro_f1": "To beat, macro F1: most alike training image",
+}
+LEGACY_METRICS = {
+    "legacy_test_accuracy": "Accuracy, all of its test images",
+    "legacy_test_leaked_share": "Share of them with a twin outside of the test part",
+    "legacy_test_leaked_accuracy": "Accuracy on those, which leaked",
+    "legacy_test_unleaked_accuracy": "Accuracy on the others",
+    "legacy_test_macro_f1": "Macro F1, all of its test images",
+    "legacy_test_baseline_nearest_accuracy": "To beat, accuracy: most alike training image",
 }
 ROLES = {"champion": "Champion", "challenger": "Challenger", "previous": "Previous champion"}
 SHOWN = 5
@@ -44,28 +54,64 @@ def interval(version: ModelVersion, metric: str) -> str:
     return f"{value:.3f}{bounds}"
 
 
-def comparison(models: Models) -> None:
-    """Champion and challengers, one column each."""
-    versions = champion_first(models)[:SHOWN]
-    with st.container(border=True, key="card-comparison"):
-        st.subheader("Side by side on the frozen test part", anchor=False)
-        rows = {
-            "Role": [role(v) for v in versions],
-            "Registered": [layout.moment(v.created_at) for v in versions],
-            "Data": [layout.short(v.tags.get("data_version", "–")) for v in versions],  # noqa: RUF001
-            "Trained on": [
-                "simulated scans" if v.tags.get("simulated", "").lower() == "true" else "real scans" for v in versions
-            ],
-        } | {
-            name: [interval(v, metric) for v in versions]
-            for metric, name in METRICS.items()
-            if any(metric in v.metrics for v in versions)
-        }
-        st.table(pd.DataFrame.from_dict(rows, orient="index", columns=[f"Version {v.version}" for v in versions]))
-        note = "In brackets: 95 % interval, bootstrapped over groups of near-identical images."
-        if len(models.versions) > SHOWN:
-            note += f" {len(models.versions) - SHOWN} older versions are in MLflow."
-        st.caption(note)
+def is_legacy(version: ModelVersion) -> bool:
+    """Whether it was tested on the source's own, leaked split, so that its scores compare with no other version's."""
+    return version.tags.get("split") == "legacy" or any(metric in version.metrics for metric in LEGACY_METRICS)
+
+
+def comparison(versions: list[ModelVersion], metrics: dict[str, str]) -> None:
+    """The newest of `versions`, one column each."""
+    shown = versions[:SHOWN]
+    rows = {
+        "Role": [role(v) for v in shown],
+        "Registered": [layout.moment(v.created_at) for v in shown],
+        "Data": [layout.short(v.tags.get("data_version", "–")) for v in shown],  # noqa: RUF001
+        "Trained on": [
+            "simulated scans" if v.tags.get("simulated", "").lower() == "true" else "real scans" for v in shown
+        ],
+        "Network": [v.tags.get("architecture", "–") for v in shown],  # noqa: RUF001
+    } | {
+        name: [interval(v, metric) for v in shown]
+        for metric, name in metrics.items()
+        if any(metric in v.metrics for v in shown)
+    }
+    st.table(pd.DataFrame.from_dict(rows, orient="index", columns=[f"Version {v.version}" for v in shown]))
+    note = "In brackets: 95 % interval, bootstrapped over groups of near-identical images."
+    if len(versions) > SHOWN:
+        note += f" {len(versions) - SHOWN} older versions are in MLflow."
+    st.caption(note)
+
+
+def compare(models: Models) -> None:
+    """The versions of the frozen test part side by side, and apart from them those of the source's own."""
+    versions = champion_first(models)
+    fair, legacy = [v for v in versions if not is_legacy(v)], [v for v in versions if is_legacy(v)]
+    if fair:
+        with st.container(border=True, key="card-comparison"):
+            st.subheader("Side by side on the frozen test part", anchor=False)
+            comparison(fair, METRICS)
+    if legacy:
+        with st.container(border=True, key="card-legacy"):
+            with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+                st.subheader("Legacy: on the source's own test part", anchor=False, width="content")
+                st.badge("Leaked, compares with nothing above", icon=":material/warning:", color="orange")
+            st.markdown(
+                "The data came with a test part of its own, in which many images stand again, identical or mirrored, "
+                "among those to train on. Published figures are of this kind. These versions only show how such a "
+                "figure comes about; none of them is ever promoted."
+            )
+            comparison(legacy, LEGACY_METRICS)
+
+
+def champion_card() -> None:
+    """The model card of the model that answers now."""
+    card = layout.load(layout.api().card)
+    if card is None:
+        return
+    title, _, body = card.markdown.partition("\n")
+    with st.expander(f"**Model card of the champion, version {card.version}**", icon=":material/description:"):
+        st.markdown(f"##### {title.lstrip('# ')}\n{body.replace(chr(10) + '## ', chr(10) + '##### ')}")
+        st.download_button("Download as Markdown", card.markdown, f"model-card-{card.version}.md", "text/markdown")
 
 
 def ledger(models: Models) -> None:
@@ -102,7 +148,8 @@ layout.heading(
 answer = layout.load(layout.api().models)
 if answer is not None:
     if answer.versions:
-        comparison(answer)
+        compare(answer)
+        champion_card()
     else:
         layout.empty(
             "No model yet", "The first build registers one. It takes a few minutes; Airflow shows how far it is."

@@ -19,7 +19,7 @@ def totals(figures: Monitoring) -> None:
     seconds = sum(c.mean_seconds * c.predictions for c in figures.per_class.values())
     answered = sum(c.predictions for c in figures.per_class.values())
     for column, (name, value, explanation) in zip(
-        st.columns(4, gap="small"),
+        st.columns(5, gap="small"),
         (
             (
                 "Predictions",
@@ -30,6 +30,11 @@ def totals(figures: Monitoring) -> None:
                 "Accepted by the gate",
                 f"{figures.accepted / asked:.0%}".replace("%", " %") if asked else "none yet",
                 f"{figures.accepted} accepted, {figures.rejected} refused as no brain MRI",
+            ),
+            (
+                "Referred to a reader",
+                f"{figures.referred / figures.accepted:.0%}".replace("%", " %") if figures.accepted else "none yet",
+                f"{figures.referred} of {figures.accepted} accepted scans were too uncertain to answer",
             ),
             (
                 "Mean latency",

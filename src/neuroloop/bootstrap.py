@@ -50,9 +50,16 @@ class Services:
 
         return DvcVersions(f"{self.settings.store}/{DVC_REMOTE}")
 
+    def pretrained(self, architecture: str) -> Path | None:
+        """The file of pretrained weights an architecture starts from, fetched if need be; None for random weights."""
+        from neuroloop.adapters.pretrained import locate
+
+        return locate(self.settings.pretrained, architecture, self.settings.home / "weights")
+
     def source(self, url: str, *, seed: int) -> DataSource:
         """The training source of `url`; `seed` is for simulated scans."""
-        return open_source(url, images=self.settings.simulated_images, seed=seed)
+        settings = self.settings
+        return open_source(url, images=settings.simulated_images, seed=seed, licence=settings.data_licence)
 
 
 def open_store(url: str) -> ObjectStore:
@@ -67,8 +74,8 @@ def open_store(url: str) -> ObjectStore:
     return FolderStore(parts.path)
 
 
-def open_source(url: str, *, images: int, seed: int) -> DataSource:
-    """`phantom://`, a folder, `gs://bucket/prefix` or `kaggle://owner/dataset`."""
+def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataSource:
+    """`phantom://`, a folder, `gs://bucket/prefix` or `kaggle://owner/dataset`; `licence` is that of real images."""
     from neuroloop.adapters.folder import FolderStore
     from neuroloop.data import source
 
@@ -77,13 +84,14 @@ def open_source(url: str, *, images: int, seed: int) -> DataSource:
         case "phantom":
             return source.PhantomSource(images=images, seed=seed)
         case "gs":
-            return source.ObjectSource(url, open_store(url))
+            return source.ObjectSource(url, open_store(url), licence)
         case "kaggle":
             from neuroloop.adapters.kaggle import download
 
-            return source.ObjectSource(url, FolderStore(download(parts.netloc + parts.path)))
+            return source.ObjectSource(url, FolderStore(download(parts.netloc + parts.path)), licence)
         case "" | "file":
-            return source.ObjectSource(url, FolderStore(str(Path(url.removeprefix("file://")).expanduser().absolute())))
+            folder = Path(url.removeprefix("file://")).expanduser().absolute()
+            return source.ObjectSource(url, FolderStore(str(folder)), licence)
         case other:
             from neuroloop.core.errors import InvalidSource
 

@@ -1,6 +1,7 @@
 """The command line: the platform's processes, and the same steps without Airflow."""
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from neuroloop.core.errors import NeuroLoopError
+from neuroloop.core.errors import InvalidSource, NeuroLoopError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -108,13 +109,24 @@ def build(
     epochs: Annotated[int | None, typer.Option(help="An exact number of epochs.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the canonical image, pixels.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of simulation, augmentation and training.")] = None,
+    architecture: Annotated[str, typer.Option(help="compact, plain64, xception, ...: see .env.example.")] = "",
+    split: Annotated[str, typer.Option(help="grouped, or legacy: the source's own, leaks and all.")] = "",
+    hyperparameters: Annotated[str, typer.Option(help="JSON, such as what `neuroloop search` found best.")] = "",
 ) -> None:
     """Run the steps of data_and_model_build here, without Airflow."""
     from neuroloop.bootstrap import services
     from neuroloop.loop import pipeline
 
     outside, run_id = services(), f"cli-{datetime.now(UTC):%Y%m%dT%H%M%S}"
-    given = {"data_url": data_url, "minutes": minutes, "epochs": epochs, "image_size": image_size, "seed": seed}
+    given: dict[str, Any] = {
+        "data_url": data_url,
+        "minutes": minutes,
+        "epochs": epochs,
+        "image_size": image_size,
+        "seed": seed,
+        "split": split,
+    }
+    given |= {"architecture": architecture, "hyperparameters": _json_object("--hyperparameters", hyperparameters)}
     params = pipeline.Params.of(outside, given)
     with_params: list[Any] = [pipeline.check_source, pipeline.download_data]
     for step in with_params:
@@ -128,23 +140,93 @@ def build(
 
 
 @app.command()
+def search(
+    data_url: Annotated[str, typer.Option(help="phantom://, a folder, gs://... or kaggle://...")] = "",
+    trials: Annotated[int, typer.Option(help="At most this many settings are tried.")] = 20,
+    minutes: Annotated[float, typer.Option(help="And none after this time.")] = 60.0,
+    epochs: Annotated[int | None, typer.Option(help="Of a trial.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the canonical image, pixels.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of simulation, augmentation, training and the search.")] = None,
+    architecture: Annotated[str, typer.Option(help="compact, plain64, xception, ...: see .env.example.")] = "",
+    hyperparameters: Annotated[str, typer.Option(help="JSON: where to start from, instead of the defaults.")] = "",
+) -> None:
+    """Look for better hyper-parameters, by validation alone; each trial is an MLflow run below the search's."""
+    from neuroloop.bootstrap import services
+    from neuroloop.loop import pipeline
+    from neuroloop.loop import search as searching
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("neuroloop").setLevel(logging.INFO)  # a line a trial
+    outside, run_id = services(), f"search-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    given = {"data_url": data_url, "image_size": image_size, "seed": seed, "architecture": architecture}
+    params = pipeline.Params.of(
+        outside, given | {"hyperparameters": _json_object("--hyperparameters", hyperparameters)}
+    )
+    _show(pipeline.check_source(outside, run_id, params))
+    _show(pipeline.download_data(outside, run_id, params))
+    _show(pipeline.audit_data(outside, run_id))
+    found = searching.search(outside, run_id, params, trials=trials, minutes=minutes, epochs=epochs or searching.EPOCHS)
+    _show({name: value for name, value in found.items() if name != "trials"})
+    chosen = json.dumps(found["hyperparameters"])
+    print(f"Build with them: neuroloop build --architecture {params.architecture} --hyperparameters '{chosen}'")
+
+
+@app.command()
 def pull(
-    version: Annotated[str, typer.Option(help="Data version; empty: the one the champion was trained on.")] = "",
+    version: Annotated[str, typer.Option(help="Data version; empty: the one the model was trained on.")] = "",
+    model: Annotated[str, typer.Option(help="Registered model version; empty: the champion.")] = "",
     to: Annotated[Path, typer.Option(help="Folder that gets data/ and data.dvc.")] = Path(),
 ) -> None:
-    """Bring back exactly the images of a data version (dvc pull)."""
+    """Bring back exactly the images of a data version (dvc pull), every one verified."""
     from neuroloop.bootstrap import services
-    from neuroloop.core import keys
-    from neuroloop.core.errors import NotFound
+    from neuroloop.loop import versions
 
-    outside = services()
-    if not version:
-        champion = outside.registry.by_alias("champion")
-        if champion is None:
-            raise NotFound("there is no champion", fix="name a data version with --version")
-        version = champion.tags["data_version"]
-    outside.versions.restore(outside.store.get(keys.data_dvc(version)), to)
-    print(f"data version {version} is in {(to / 'data').absolute()}")
+    found = versions.restore(services(), to, version=version, model=model)
+    print(f"data version {found} is in {(to / 'data').absolute()}")
+
+
+@app.command()
+def audit(
+    folder: Annotated[Path, typer.Argument(help="Folder of part/class/images or class/images.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the report for programs.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Where to write the report for people.")] = None,
+) -> None:
+    """Look for leaks, twins, wrong labels, wrong modality and shortcuts in any folder of images.
+
+    Needs no setting and no other part of the platform, and changes nothing. Findings are no failure: it exits with 0.
+    """
+    from neuroloop.adapters.folder import FolderStore
+    from neuroloop.loop.folder_audit import audit_folder
+
+    if not folder.is_dir():
+        raise InvalidSource(f"{folder} is no folder", fix="name the folder that holds part/class/images")
+    for file in (json_file, html_file):
+        if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise NeuroLoopError(f"{file} cannot be written", why="its folder is not there, or it is a folder itself")
+    report = audit_folder(FolderStore(str(folder)), str(folder), say=_progress())
+    for file, data in ((json_file, report.json_report), (html_file, report.html_report)):
+        if file:
+            file.write_bytes(data)
+    found = report.audit
+    print(f"\n{found.images:,} images, {len(set(found.groups.values())):,} groups, {len(found.quarantined)} unusable")
+    for finding in report.findings:
+        print(f"{finding.grade:8} {finding.what}")
+    for file in (json_file, html_file):
+        if file:
+            print(f"written to {file}")
+
+
+def _json_object(option: str, text: str) -> dict[str, Any] | None:
+    """The JSON object an option gives; None where it is empty."""
+    if not text:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise NeuroLoopError(f"{option} is no JSON", why=str(error)) from error
+    if not isinstance(value, dict):
+        raise NeuroLoopError(f"{option} is no JSON object", fix="""write for example '{"learning_rate": 0.002}'""")
+    return value
 
 
 def _progress() -> Callable[[str], None]:

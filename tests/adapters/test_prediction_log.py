@@ -1,15 +1,19 @@
 """The contract of `ports.PredictionLog`, on a real PostgreSQL."""
 
+import json
 import math
 import subprocess
 import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import psycopg2
 import pytest
+import yoyo
 
+from neuroloop.adapters import postgres
 from neuroloop.adapters.postgres import PostgresLog
 from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound, Unavailable
 from neuroloop.core.schemas import Check, Feedback, GateResult, Prediction, Promotion, Verdict
@@ -22,7 +26,14 @@ def log(postgres_url: str) -> PostgresLog:
     return PostgresLog(postgres_url)
 
 
-def prediction(label: str | None = "glioma", *, probability: float = 0.7, seconds: float = 0.1, minute: int = 0):
+def prediction(
+    label: str | None = "glioma",
+    *,
+    probability: float = 0.7,
+    seconds: float = 0.1,
+    minute: int = 0,
+    refer: bool = False,
+):
     rest = (1 - probability) / 3
     probabilities = dict.fromkeys(("glioma", "meningioma", "notumor", "pituitary"), rest) | {label: probability}
     return Prediction(
@@ -39,6 +50,9 @@ def prediction(label: str | None = "glioma", *, probability: float = 0.7, second
         seconds=seconds,
         width=512,
         height=400,
+        prediction_sets={"0.90": (label,), "0.95": (label, "notumor")} if label else {},
+        refer=refer,
+        refer_reason="The largest probability is too small." if refer else "",
     )
 
 
@@ -55,11 +69,10 @@ def promotion(run_id: str, *, minute: int = 0, **metrics) -> Promotion:
 
 
 def test_a_prediction_comes_back_as_it_was_recorded(log: PostgresLog):
-    accepted, rejected = prediction(), prediction(None)
-    log.record_prediction(accepted)
-    log.record_prediction(rejected)
-    assert log.prediction(accepted.id) == accepted
-    assert log.prediction(rejected.id) == rejected
+    rows = prediction(), prediction(refer=True), prediction(None)
+    for row in rows:
+        log.record_prediction(row)
+    assert [log.prediction(row.id) for row in rows] == list(rows)
 
 
 def test_a_repeated_prediction_id_is_refused_and_the_first_row_stays(log: PostgresLog):
@@ -137,13 +150,14 @@ def test_monitoring_of_an_empty_log_is_all_zero(log: PostgresLog):
 
 def test_monitoring_counts_classes_probabilities_latency_and_verdicts(log: PostgresLog):
     rows = [prediction(probability=0.6 + 0.1 * n, seconds=0.1 * (n + 1), minute=n) for n in range(3)]
-    rows += [prediction("pituitary", probability=0.9, seconds=1.0, minute=3), prediction(None, minute=4)]
+    rows += [prediction("pituitary", probability=0.9, seconds=1.0, minute=3, refer=True), prediction(None, minute=4)]
     for row in reversed(rows):
         log.record_prediction(row)
     for row, verdict in zip(rows, (Verdict.AGREE, Verdict.AGREE, Verdict.NOT_SURE), strict=False):
         log.record_feedback(Feedback(prediction_id=row.id, reader="ann", verdict=verdict))
     figures = log.monitoring()
-    assert (figures.predictions, figures.accepted, figures.rejected) == (5, 4, 1)
+    assert (figures.predictions, figures.accepted, figures.rejected, figures.referred) == (5, 4, 1, 1)
+    assert {label: of.referred for label, of in figures.per_class.items()} == {"glioma": 0, "pituitary": 1}
     assert set(figures.per_class) == {"glioma", "pituitary"}
     glioma = figures.per_class["glioma"]
     assert glioma.predictions == 3
@@ -189,7 +203,24 @@ def test_processes_that_start_at_once_migrate_an_empty_database_once(postgres_ur
     assert [process.returncode for process in processes] == [0] * 4, errors
     with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT migration_id FROM _yoyo_migration ORDER BY 1")
-        assert [row[0] for row in cursor.fetchall()] == ["0001-predictions-feedback-promotions"]
+        applied = [row[0] for row in cursor.fetchall()]
+    assert applied == ["0001-predictions-feedback-promotions", "0002-prediction-sets-and-referrals"]
+
+
+def test_rows_of_before_prediction_sets_were_kept_can_still_be_read(postgres_url: str):
+    row = prediction().model_copy(update={"prediction_sets": {}})
+    migrations = yoyo.read_migrations(str(Path(postgres.__file__).parent / "migrations"))
+    with yoyo.get_backend(postgres_url) as backend:
+        backend.apply_migrations(migrations.filter(lambda migration: migration.id.startswith("0001")))
+    with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
+        old = row.model_dump(exclude={"gate", "prediction_sets", "refer", "refer_reason"})
+        old |= {"probabilities": json.dumps(row.probabilities)}
+        old |= {f"gate_{name}": value for name, value in row.gate.model_dump().items()}
+        cursor.execute(
+            f"INSERT INTO predictions ({', '.join(old)}) VALUES ({', '.join(f'%({name})s' for name in old)})", old
+        )
+    assert PostgresLog(postgres_url).prediction(row.id) == row
+    assert PostgresLog(postgres_url).monitoring().referred == 0
 
 
 def test_a_new_process_finds_the_rows_of_an_earlier_one(postgres_url: str):

@@ -75,6 +75,32 @@ def test_threads_that_open_the_same_run_get_one(registry: MlflowRegistry):
     assert opened == {registry.open_run(run_id, experiment="tests")}
 
 
+def test_a_run_may_stand_below_another(registry: MlflowRegistry, run: str, mlflow_uri: str):
+    run_id = str(uuid.uuid4())
+    child = registry.open_run(run_id, experiment="tests", parent=run)
+    assert registry.open_run(run_id, experiment="tests", parent=run) == child != run
+    found = client(mlflow_uri).search_runs(
+        [client(mlflow_uri).get_run(run).info.experiment_id], f"tags.`mlflow.parentRunId` = '{run}'"
+    )
+    assert [each.info.run_id for each in found] == [child]
+
+
+def test_the_data_sets_of_a_run_are_on_it_once_with_what_they_were_read_for(
+    registry: MlflowRegistry, run: str, mlflow_uri: str
+):
+    for _ in "ab":
+        for part, context in (("train", "training"), ("test", "testing")):
+            registry.log_dataset(
+                run, f"grouped_{part}", f"{part}-{run}"[:36], context=context, source="dvc:v1", profile={"images": 7}
+            )
+    inputs = client(mlflow_uri).get_run(run).inputs.dataset_inputs
+    found = {each.dataset.name: each for each in inputs}
+    assert len(inputs) == 2
+    assert {tag.key: tag.value for tag in found["grouped_test"].tags} == {"mlflow.data.context": "testing"}
+    assert json.loads(found["grouped_train"].dataset.profile) == {"images": 7}
+    assert json.loads(found["grouped_train"].dataset.source) == {"source": "dvc:v1"}
+
+
 def test_parameters_metrics_tags_and_artifacts_arrive_on_the_run(registry: MlflowRegistry, run: str, mlflow_uri: str):
     registry.log_params(run, {"seed": 0, "augment": {"rotation": 10}})
     registry.log_params(run, {"seed": 0})
@@ -176,8 +202,25 @@ def test_the_registered_model_can_be_served_by_mlflow_and_holds_no_pickle(
     assert model.metadata.get_input_schema().inputs[0].shape == (-1, SIDE, SIDE, 1)
     assert model.metadata.get_output_schema().input_names() == ["logits"]
     assert model.metadata.saved_input_example_info is not None
+    assert "canonical" in model.metadata.metadata["input"]
+    assert "logits" in model.metadata.metadata["output"]
     assert not [file for file in folder.rglob("*") if file.suffix in (".pkl", ".pickle")]
     assert client(mlflow_uri).get_model_version(MODEL, version).source.endswith(f"{run}/artifacts/model")
+
+
+def test_the_description_of_a_version_is_the_card_cut_at_a_heading_to_what_mlflow_takes(
+    registry: MlflowRegistry, run: str, bundle: Path, mlflow_uri: str
+):
+    text = "# Model card\n\n**For research.**\n" + "".join(f"\n## Part {n}\n\n{'word ' * 200}\n" for n in range(8))
+    version = registry.register(run, bundle, tags={}, description=text).version
+    kept = client(mlflow_uri).get_model_version(MODEL, version).description
+    assert len(kept) <= 5000
+    body, note = kept.rsplit("\n\n", 1)
+    assert text.startswith(body)
+    assert text[len(body) :].lstrip().startswith("## Part")
+    assert "bundle/card.md" in note
+    registry.register(run, bundle, tags={}, description="short")
+    assert client(mlflow_uri).get_model_version(MODEL, version).description == "short"
 
 
 def test_threads_that_register_the_same_run_get_one_version(registry: MlflowRegistry, run: str, bundle: Path):

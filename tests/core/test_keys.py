@@ -21,5 +21,10 @@ def test_the_run_ids_of_airflow_become_one_path_part():
     )
 
 
+def test_numbered_objects_follow_one_another_even_where_one_was_deleted():
+    assert keys.next_number([]) == 1
+    assert keys.next_number([keys.split_decisions(1), keys.split_decisions(7)]) == 8
+
+
 def test_corrected_uploads_stand_under_the_class_a_reader_gave_them():
     assert keys.correction("pituitary", "abc") == "InferenceLogs/ImageLogsWithFeedback/pituitary/abc.png"

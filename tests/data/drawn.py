@@ -17,6 +17,20 @@ def picture(number: int, side: int = 64) -> NDArray[np.uint8]:
     return np.clip(field / np.abs(field).max() * 255, 0, 255).astype(np.uint8)
 
 
+def ct(side: int = 128, brain: int = 90) -> NDArray[np.uint8]:
+    """A drawn CT: scalp, a closed saturated ring of bone, and a brain that touches it."""
+    rows, columns = np.mgrid[:side, :side]
+    distance = np.hypot((rows - side / 2) / (0.43 * side), (columns - side / 2) / (0.35 * side))
+    return np.select([distance < 0.8, distance < 0.93, distance < 1], [brain, 255, 60], 0).astype(np.uint8)
+
+
+def mri(side: int = 128, brain: int = 110) -> NDArray[np.uint8]:
+    """A drawn MRI: the bright fat of the scalp, dark bone, and brain."""
+    rows, columns = np.mgrid[:side, :side]
+    distance = np.hypot((rows - side / 2) / (0.43 * side), (columns - side / 2) / (0.35 * side))
+    return np.select([distance < 0.85, distance < 0.91, distance < 1], [brain, 10, 255], 0).astype(np.uint8)
+
+
 def four_classes(each: int) -> dict[str, bytes]:
     """Path -> PNG of `each` unlike pictures a class."""
     return {

@@ -8,10 +8,11 @@ from PIL import Image
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.core.errors import InvalidSource
 from neuroloop.core.schemas import LABELS
-from neuroloop.data.audit import Audit, audit, thumbnail, twins
+from neuroloop.data.audit import Audit, audit, judge, look, refuse_leaks
+from neuroloop.data.dataset import make_split
 from neuroloop.imaging.decode import encode_png
 
-from .drawn import four_classes, picture, snapshot_of
+from .drawn import ct, four_classes, picture, snapshot_of
 
 
 def audited(files, **options):
@@ -22,30 +23,6 @@ def jpeg(pixels):
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "JPEG", quality=80)
     return out.getvalue()
-
-
-def test_a_thumbnail_has_zero_mean_and_unit_norm_and_a_uniform_image_has_none():
-    values = thumbnail(picture(1, 200))
-    assert values.shape == (1024,)
-    assert values.dtype == np.float32
-    assert abs(values.mean()) < 1e-6
-    assert np.linalg.norm(values) == pytest.approx(1, abs=1e-5)
-    assert not thumbnail(np.full((40, 50), 7, np.uint8)).any()
-
-
-@pytest.mark.parametrize("turn", range(4))
-@pytest.mark.parametrize("flip", [False, True])
-def test_a_twin_is_found_however_it_is_flipped_or_turned(turn, flip):
-    turned = np.rot90(picture(1), turn)
-    turned = np.ascontiguousarray(turned[:, ::-1] if flip else turned)
-    a = np.stack([thumbnail(picture(5)), thumbnail(picture(1))])
-    b = np.stack([thumbnail(picture(n)) for n in (7, 8)] + [thumbnail(turned)])
-    assert twins(a, b) == [(1, 2)]
-
-
-def test_unlike_images_are_no_twins():
-    thumbnails = np.stack([thumbnail(picture(n)) for n in range(20)])
-    assert twins(thumbnails, thumbnails) == [(n, n) for n in range(20)]
 
 
 def test_identical_recompressed_resized_and_mirrored_images_share_a_group():
@@ -83,23 +60,23 @@ def test_unreadable_truncated_tiny_and_blank_images_are_quarantined_with_the_rea
     assert reasons["glioma/cut.png"].startswith("unreadable: ")
     assert "20 x 20" in reasons["glioma/tiny.png"]
     assert reasons["glioma/blank.png"].startswith("blank: ")
+    assert result.faults == {
+        "unreadable": ("glioma/cut.png", "glioma/text.jpg"),
+        "tiny": ("glioma/tiny.png",),
+        "blank": ("glioma/blank.png",),
+        "wrong_modality": (),
+    }
     assert set(result.groups) | set(reasons) == set(files)
     assert not set(result.groups) & set(reasons)
 
 
-def test_a_class_of_which_more_than_a_fifth_is_unreadable_stops_the_audit_and_names_the_files():
-    files = four_classes(10)
-    for number in range(3):
-        files[f"pituitary/{number:03d}.png"] = b"broken"
-    with pytest.raises(InvalidSource, match=r"3 of 10 pituitary images cannot be used.*20%.*pituitary/000\.png"):
-        audited(files)
-
-
-def test_a_fifth_of_a_class_unreadable_is_quarantined_and_the_audit_goes_on():
+def test_a_class_of_which_more_than_a_fifth_is_unreadable_is_broken():
     files = four_classes(10)
     for number in range(2):
         files[f"pituitary/{number:03d}.png"] = b"broken"
-    assert len(audited(files).quarantined) == 2
+    assert not audited(files).broken  # a fifth is blemished only
+    files["pituitary/002.png"] = b"broken"
+    assert audited(files).broken == {"pituitary": tuple(f"pituitary/00{number}.png" for number in range(3))}
 
 
 def test_one_picture_under_two_classes_is_quarantined_on_both_sides():
@@ -128,7 +105,66 @@ def test_the_leak_between_the_sources_own_parts_is_measured():
         0.5,
     )
     assert (training.name, training.identical, training.twins) == ("Training", 1, 2)
-    assert result.twins_across_parts == 4
+    assert (testing.held_out, training.held_out) == (True, False)
+    assert (result.identical_across_parts, result.twins_across_parts, result.leak_rate) == (1, 2, 0.5)
+    assert result.leaks == {
+        "Testing/glioma/mirror.png": "Training/glioma/001.png",
+        "Testing/glioma/same.png": "Training/glioma/000.png",
+        "Training/glioma/000.png": "Testing/glioma/same.png",
+        "Training/glioma/001.png": "Testing/glioma/mirror.png",
+    }
+    assert result.leaked == tuple(sorted(result.leaks))
+
+
+def test_of_three_parts_the_one_named_for_training_is_trained_on_and_else_the_largest():
+    files = {f"{part}/{path}": data for part in ("a", "b") for path, data in four_classes(3).items()}
+    files |= {f"train_set/{path}": data for path, data in four_classes(2).items()}
+    assert {part.name: part.held_out for part in audited(files).source_parts} == {
+        "a": True,
+        "b": True,
+        "train_set": False,
+    }
+    files = {f"x/{path}": data for path, data in four_classes(3).items()}
+    files["y/glioma/1.png"] = encode_png(picture(77_777))
+    assert {part.name: part.held_out for part in audited(files).source_parts} == {"x": False, "y": True}
+
+
+def test_a_folder_around_all_images_is_no_part():
+    result = audited({f"archive/{path}": data for path, data in four_classes(3).items()})
+    assert result.source_parts == ()
+    assert result.leak_rate == 0
+
+
+def test_ct_among_mri_is_quarantined_but_still_counts_as_a_leak():
+    files = {f"Training/{path}": data for path, data in four_classes(10).items()}
+    files["Training/notumor/ct.png"] = files["Testing/notumor/ct.png"] = encode_png(ct())
+    files["Testing/notumor/own.png"] = encode_png(picture(88_888))
+    result = audited(files)
+    assert result.faults["wrong_modality"] == ("Testing/notumor/ct.png", "Training/notumor/ct.png")
+    assert all("looks like CT" in each.reason for each in result.quarantined)
+    assert result.twins_across_parts == 1
+    assert (result.components, len(set(result.groups.values()))) == (42, 41)
+
+
+def test_a_split_that_keeps_groups_together_passes_and_one_that_does_not_is_refused():
+    files = four_classes(12)
+    files["glioma/mirror.png"] = encode_png(np.ascontiguousarray(picture(0)[:, ::-1]))
+    snapshot = snapshot_of(files)
+    looks = look(snapshot.images, lambda entry: files[entry.path])
+    split = make_split(snapshot, judge(snapshot, looks))
+    refuse_leaks(looks, split)
+    part = {entry.path: entry.part for entry in split.entries}
+    elsewhere = "test" if part["glioma/000.png"] == "train" else "train"
+    torn = split.model_copy(
+        update={
+            "entries": tuple(
+                entry.model_copy(update={"part": elsewhere}) if entry.path == "glioma/mirror.png" else entry
+                for entry in split.entries
+            )
+        }
+    )
+    with pytest.raises(InvalidSource, match=r"The split leaks: 1 pairs.*glioma/000\.png .*glioma/mirror\.png"):
+        refuse_leaks(looks, torn)
 
 
 def test_an_audit_is_json_and_the_same_every_time_and_reports_progress():
@@ -158,6 +194,14 @@ def test_the_known_faults_of_the_public_set_are_found():
     result = audited(files)
     testing = next(part for part in result.source_parts if part.name == "Testing")
     assert testing.identical == 216
-    assert testing.twins >= 0.99 * 992
-    assert len(result.label_conflicts) == 4
-    assert 2500 <= len(set(result.groups.values())) <= 2600
+    assert testing.twins == 992
+    assert (result.identical_across_parts, result.twins_across_parts) == (216, 992)
+    assert {frozenset(path.split("/")[-1] for path in pair) for pair in result.label_conflicts} == {
+        frozenset(("Tr-me_0831.jpg", "Tr-pi_0520.jpg")),
+        frozenset(("Tr-me_0942.jpg", "Tr-pi_0515.jpg")),
+        frozenset(("Tr-me_1311.jpg", "Tr-pi_0043.jpg")),
+        frozenset(("Te-me_0156.jpg", "Te-piTr_0002.jpg")),
+    }
+    assert result.components == 2569  # found by comparing every image with every other
+    # All 69 were looked at one by one; none is an MRI.
+    assert len(result.faults["wrong_modality"]) == 69

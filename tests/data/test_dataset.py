@@ -1,12 +1,14 @@
+import hashlib
 import io
+import time
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 
 from neuroloop.core.errors import InvalidSource, NeuroLoopError
-from neuroloop.core.schemas import LABELS, PARTS, Snapshot
-from neuroloop.data.audit import audit
+from neuroloop.core.schemas import LABELS, PARTS, ImageEntry, Snapshot
+from neuroloop.data.audit import Audit, audit
 from neuroloop.data.dataset import (
     FRACTIONS,
     Arrays,
@@ -15,8 +17,10 @@ from neuroloop.data.dataset import (
     make_split,
     pack,
     registry,
+    source_split,
     unpack,
 )
+from neuroloop.data.similarity import thumbnail, twins
 from neuroloop.imaging.augment import AugmentParams
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.imaging.decode import decode, encode_png
@@ -86,29 +90,153 @@ def test_frozen_images_keep_their_part_and_new_twins_follow_them(files, split):
     assert registry(grown, frozen) == {**frozen, **{e.sha256: e.part for e in grown.entries}}
 
 
-def test_a_new_image_that_ties_two_frozen_parts_together_is_quarantined():
-    base = four_classes(20)
-    one, other = picture(0) / 2.0, picture(1) / 2.0
+def between(degrees):
+    """A mix of two unlike pictures: they span a plane, and the correlation in it is the cosine of the angle."""
+    angle = np.radians(degrees)
+    return encode_png((np.cos(angle) * picture(0) / 2.0 + np.sin(angle) * picture(1) / 2.0).astype(np.uint8))
 
-    def between(degrees):  # two unlike pictures span a plane; the correlation in it is the cosine of the angle
-        angle = np.radians(degrees)
-        return encode_png((np.cos(angle) * one + np.sin(angle) * other).astype(np.uint8))
 
-    base["glioma/000.png"], base["glioma/001.png"] = between(0), between(25)
-    first = split_of(base)
-    groups = {entry.path: entry.group for entry in first.entries}
-    assert groups["glioma/000.png"] != groups["glioma/001.png"]
-    frozen = registry(first)
-    by_path = {entry.path: entry.sha256 for entry in first.entries}
-    frozen[by_path["glioma/000.png"]], frozen[by_path["glioma/001.png"]] = "train", "test"
-    later = split_of({**base, "glioma/bridge.png": between(12.5)}, frozen=frozen)
-    parts = {entry.path: (entry.part, entry.group) for entry in later.entries}
-    assert parts["glioma/000.png"][0] == "train"
-    assert parts["glioma/001.png"][0] == "test"
-    assert parts["glioma/000.png"][1] != parts["glioma/001.png"][1]
-    (kept_out,) = later.quarantined
-    assert kept_out.path == "glioma/bridge.png"
-    assert "both test and train" in kept_out.reason
+def tied(*degrees_and_parts):
+    """A split of 20 pictures a class and of mixes, some frozen in a part (None: new): the entries and reasons."""
+    files = four_classes(20)
+    del files["glioma/000.png"], files["glioma/001.png"]
+    frozen = {}
+    for degrees, part in degrees_and_parts:
+        data = files[f"glioma/at{degrees:g}.png"] = between(degrees)
+        if part:
+            frozen[hashlib.sha256(data).hexdigest()] = part
+
+    def similar(entries):
+        thumbnails = np.stack([thumbnail(decode(files[entry.path])) for entry in entries])
+        return twins(thumbnails, thumbnails)
+
+    split = split_of(files, frozen=frozen, similar=similar)
+    at = {f"{degrees:g}": f"glioma/at{degrees:g}.png" for degrees, _ in degrees_and_parts}
+    parts = {entry.path: entry for entry in split.entries}
+    reasons = {each.path: each.reason for each in split.quarantined}
+    return {d: parts[path] for d, path in at.items() if path in parts}, {
+        d: reasons[path] for d, path in at.items() if path in reasons
+    }
+
+
+def test_a_new_image_that_ties_two_frozen_parts_together_is_quarantined_and_they_stay():
+    entries, reasons = tied((0, "train"), (12.5, None), (25, "test"))
+    assert {d: entry.part for d, entry in entries.items()} == {"0": "train", "25": "test"}
+    assert entries["0"].group != entries["25"].group
+    assert set(reasons) == {"12.5"}
+    assert "both test and train" in reasons["12.5"]
+
+
+def test_beside_an_image_that_ties_two_parts_the_others_follow_the_part_they_are_similar_to():
+    entries, reasons = tied((0, None), (3, "train"), (15, None), (28, "test"), (31, None))
+    assert {d: entry.part for d, entry in entries.items()} == {"0": "train", "3": "train", "28": "test", "31": "test"}
+    assert set(reasons) == {"15"}
+    assert entries["0"].group == entries["3"].group != entries["28"].group == entries["31"].group
+
+
+def test_of_two_twins_frozen_apart_the_test_image_stays_and_the_training_image_is_kept_out():
+    entries, reasons = tied((0, "test"), (5, "train"), (25, "train"))
+    assert {d: entry.part for d, entry in entries.items()} == {"0": "test", "25": "train"}
+    assert set(reasons) == {"5"}
+    assert reasons["5"].startswith("its part is train, but it is similar to images of both test and train")
+
+
+def test_what_is_only_tied_to_a_part_by_an_image_that_stays_out_is_free_again():
+    entries, reasons = tied((0, "train"), (12.5, "validation"), (25, None))
+    assert entries["12.5"].part == "validation"
+    assert entries["25"].part == "validation"
+    assert set(reasons) == {"0"}
+
+
+def test_a_new_image_that_resembles_a_frozen_one_that_is_gone_follows_it_and_is_quarantined_between_two():
+    files = four_classes(20)
+    of = {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
+    bound = {of[f"glioma/{n:03d}.png"]: {"test"} for n in range(15)} | {of["glioma/019.png"]: {"test", "train"}}
+    split = split_of(files, bound=bound)
+    parts = {entry.path: entry.part for entry in split.entries}
+    assert {parts[f"glioma/{n:03d}.png"] for n in range(15)} == {"test"}
+    assert [each.path for each in split.quarantined] == ["glioma/019.png"]
+
+
+def test_without_knowing_who_is_similar_only_the_most_protected_part_of_a_tied_group_stays():
+    files = four_classes(20) | {"glioma/copy.png": four_classes(1)["glioma/000.png"]}
+    files["glioma/mirror.png"] = encode_png(np.ascontiguousarray(picture(0)[:, ::-1]))
+    frozen = {
+        hashlib.sha256(files["glioma/000.png"]).hexdigest(): "calibration",
+        hashlib.sha256(files["glioma/mirror.png"]).hexdigest(): "train",
+    }
+    split = split_of(files, frozen=frozen)
+    parts = {entry.path: entry.part for entry in split.entries}
+    assert parts["glioma/000.png"] == parts["glioma/copy.png"] == "calibration"
+    assert [each.path for each in split.quarantined] == ["glioma/mirror.png"]
+
+
+def test_a_corrected_label_does_not_change_an_images_part(files, split):
+    moved = {path: data for path, data in files.items() if path != "glioma/021.png"}
+    moved["pituitary/021-corrected.png"] = files["glioma/021.png"]
+    parts = {entry.sha256: (entry.part, entry.label) for entry in split_of(moved, frozen=registry(split)).entries}
+    before = next(entry for entry in split.entries if entry.path == "glioma/021.png")
+    assert parts[before.sha256] == (before.part, "pituitary")
+
+
+@pytest.fixture(scope="module")
+def public(files):
+    """The drawn images as a public set has them: some test images are mirrored or repeated training images."""
+    made = {f"Training/{path}": data for path, data in files.items()}
+    for order, label in enumerate(LABELS):
+        for number in range(6):
+            made[f"Testing/{label}/own{number}.png"] = encode_png(picture(90_000 + 100 * order + number))
+        made[f"Testing/{label}/mirrored.png"] = encode_png(np.ascontiguousarray(picture(1000 * order + 1)[::-1]))
+        made[f"Testing/{label}/copy.png"] = files[f"{label}/005.png"]
+    made["Testing/glioma/conflict.png"] = files["pituitary/007.png"]
+    made["Testing/glioma/broken.png"] = b"broken"
+    return made
+
+
+def test_the_legacy_split_tests_on_the_sources_own_test_part_and_says_what_of_it_is_leaked(public):
+    split = source_split(snapshot_of(public), audit(snapshot_of(public), lambda entry: public[entry.path]))
+    assert split.name == "legacy"
+    tested = {entry.path for entry in split.of("test")}
+    assert tested == {path for path in public if path.startswith("Testing/")} - {"Testing/glioma/broken.png"}
+    assert set(split.leaked) == {f"Testing/{label}/{name}.png" for label in LABELS for name in ("mirrored", "copy")} | {
+        "Testing/glioma/conflict.png"
+    }
+    assert {each.path for each in split.quarantined} == {"Testing/glioma/broken.png", "Training/pituitary/007.png"}
+
+
+def test_the_rest_of_the_legacy_split_is_divided_by_groups_among_themselves(public):
+    split = source_split(snapshot_of(public), audit(snapshot_of(public), lambda entry: public[entry.path]))
+    parts = defaultdict(set)
+    for entry in split.of("train", "validation", "calibration"):
+        parts[entry.group].add(entry.part)
+    assert {len(each) for each in parts.values()} == {1}
+    for label in LABELS:
+        counts = Counter(e.part for e in split.entries if e.label == label and e.part != "test")
+        assert counts["validation"] / counts.total() == pytest.approx(0.1, abs=0.03)
+        assert counts["calibration"] / counts.total() == pytest.approx(0.1, abs=0.03)
+
+
+def test_a_source_without_a_test_part_has_no_legacy_split(files):
+    snapshot = snapshot_of(files)
+    with pytest.raises(InvalidSource, match=r"no legacy split.*the source's parts: none"):
+        source_split(snapshot, audit(snapshot, lambda entry: files[entry.path]))
+
+
+def test_seventy_thousand_images_are_divided_in_seconds():
+    generator = np.random.default_rng(0)
+    images = tuple(
+        ImageEntry.model_construct(
+            path=f"{LABELS[n % 4]}/{n}.png", label=LABELS[n % 4], md5=f"{n:032x}", sha256=f"{n:064x}"
+        )
+        for n in range(70_000)
+    )
+    # As in the public set: a class's 17,500 images in some 6,000 groups.
+    groups = {image.path: n % 4 + 4 * int(generator.integers(6_000)) for n, image in enumerate(images)}
+    report = Audit.model_construct(groups=groups, quarantined=())
+    started = time.process_time()
+    split = make_split(Snapshot.model_construct(version="v", simulated=False, images=images), report)
+    assert len(split.entries) == 70_000
+    assert time.process_time() - started < 10  # it takes about one
 
 
 def test_a_class_of_one_picture_over_and_over_cannot_be_divided():

@@ -56,6 +56,36 @@ def test_statistics_are_json_and_the_same_every_time(files, split):
     assert result == capture(split, lambda entry: files[entry.path])
 
 
+@pytest.fixture(scope="module")
+def merged(split):
+    """The split with half of the gliomas from another set than the rest."""
+    gliomas = [entry.path for entry in split.entries if entry.label == "glioma"]
+    other = set(gliomas[: len(gliomas) // 2])
+    entries = [e.model_copy(update={"origin": "sartaj" if e.path in other else "figshare"}) for e in split.entries]
+    return split.model_copy(update={"entries": tuple(entries)})
+
+
+def test_images_are_counted_by_class_part_and_origin_and_only_training_images_are_measured(files, merged):
+    result = capture(merged, lambda entry: files[entry.path])
+    assert set(result.classes["notumor"].origins) == {"figshare"}
+    for origin, own in result.classes["glioma"].origins.items():
+        mine = [e for e in merged.entries if e.label == "glioma" and e.origin == origin]
+        assert own.images == {part: sum(e.part == part for e in mine) for part in PARTS}
+        pixels = [decode(files[e.path]) for e in mine if e.part == "train"]
+        assert own.measured == len(pixels) == sum(own.sizes.values())
+        assert own.mean == pytest.approx(np.mean([p.mean() for p in pixels]), abs=0.001)
+    for each in result.classes.values():
+        assert sum(each.mean_counts) == sum(each.deviation_counts) == each.measured
+    assert sum(own.measured for own in result.classes["glioma"].origins.values()) == result.classes["glioma"].measured
+
+
+def test_origins_are_plotted_where_there_are_several(files, merged, split):
+    read = lambda entry: files[entry.path]  # noqa: E731
+    with Image.open(io.BytesIO(plots(capture(merged, read, shown=1), read)["origins.png"])) as image:
+        assert np.asarray(image.convert("L")).std() > 10
+    assert "origins.png" not in plots(capture(split, read, shown=1), read)
+
+
 def test_a_sample_bounds_the_images_measured_and_progress_is_told(files, split):
     seen = []
     result = capture(split, lambda e: files[e.path], sample=5, shown=3, progress=lambda *at: seen.append(at))

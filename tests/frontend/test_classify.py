@@ -75,6 +75,47 @@ def test_an_upload_shows_its_class_its_probability_and_which_model_and_data_said
     assert page.slider[0].label == "Heat map opacity"
 
 
+def test_prediction_sets_stand_in_plain_words(page, live_api):
+    answer = live_api.predict(head("meningioma")).json()
+    upload(page, encoded(head("meningioma")))
+
+    text = words(page)
+    assert answer["prediction_sets"]["0.90"] == ["meningioma"]
+    assert "**90 % set:** meningioma alone" in text
+    assert "**95 % set:** any of the four" in text
+    assert "Refer to a reader" not in text
+
+
+def test_an_uncertain_scan_is_referred_to_a_reader_with_the_reason_before_any_class_is_named(page, live_api):
+    faint = head("glioma")
+    faint[faint > 100] = 170  # a spot that is hardly brighter than the head
+    answer = live_api.predict(faint).json()
+    upload(page, encoded(faint))
+
+    assert answer["refer"]
+    text = words(page)
+    assert "Refer to a reader" in text
+    assert answer["refer_reason"] in text
+    assert text.index("Refer to a reader") < text.index("Most probable, but no answer: glioma")
+    assert "the model sees" not in text
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        ((), "no class"),
+        (("glioma",), "glioma alone"),
+        (("pituitary", "glioma"), "pituitary tumour or glioma"),
+        (("pituitary", "glioma", "notumor"), "pituitary tumour, glioma or no tumour"),
+        (("pituitary", "glioma", "notumor", "meningioma"), "any of the four"),
+    ],
+)
+def test_a_prediction_set_of_any_size_can_be_read(classes, expected):
+    from layout import set_line
+
+    assert set_line("0.90", classes).startswith(f"**90 % set:** {expected}")
+
+
 def test_without_a_tumour_words_stand_where_the_heat_map_would_be(page):
     upload(page, encoded(head("notumor")))
 

@@ -8,7 +8,7 @@ import pytest
 from frontend.reading import labels, words
 from neuroloop.core import keys
 from neuroloop.core.schemas import RESEARCH_NOTICE, Check, Promotion
-from serving.running import head, noise
+from serving.running import head, noise, write_bundle
 
 PAGES = ("classify", "monitoring", "models", "mail", "about")
 
@@ -71,6 +71,7 @@ def test_monitoring_counts_what_was_asked_refused_and_corrected(open_page, live_
     accepted, rejected = before["accepted"] + 2, before["rejected"] + 1
     assert figures["Predictions"] == str(before["predictions"] + 3)
     assert figures["Accepted by the gate"] == f"{accepted / (accepted + rejected):.0%}".replace("%", " %")
+    assert figures["Referred to a reader"] == f"{before['referred'] / accepted:.0%}".replace("%", " %")
     assert figures["Feedback received"] == str(sum(before["feedback"].values()) + 1)
     assert app.get("progress")[0].value == round(100 * (before["corrections_waiting"] + 1) / 50)
     shown = {heading.value for heading in app.subheader}
@@ -96,6 +97,35 @@ def test_models_shows_the_champion_first_with_its_interval_and_the_way_to_mlflow
     assert "Log loss" not in table.index  # nothing was measured
     assert table.loc["Trained on"].iloc[0] == "simulated scans"
     assert f"{mlflow_uri}/#/models" in [link.url for link in app.get("link_button")]
+
+
+def test_models_shows_the_card_of_the_champion(open_page, live_api):
+    champion = live_api.client.get("/v1/model").json()["version"]
+    app = open_page("models", live_api)
+
+    assert f"Model card of the champion, version {champion}" in words(app)
+    assert "Model card: brain-tumor-classifier" in words(app)
+    assert "| macro-F1 | 0.962 | 0.951 to 0.972 |" in words(app)
+    assert len(app.title) == 1
+
+
+def test_a_legacy_version_stands_apart_labelled_as_leaked(open_page, live_api, tmp_path):
+    registry = live_api.services.registry
+    run = registry.open_run("legacy-run", experiment="frontend")
+    registry.log_metrics(
+        run, {"legacy_test_accuracy": 0.992, "legacy_test_leaked_share": 0.757, "legacy_test_unleaked_accuracy": 0.966}
+    )
+    legacy = registry.register(run, write_bundle(tmp_path / "legacy", split="legacy"), tags={"split": "legacy"}).version
+    app = open_page("models", live_api)
+
+    fair, apart = (table.value for table in app.table)
+    assert f"Version {legacy}" not in fair.columns
+    assert list(apart.columns) == [f"Version {legacy}"]
+    assert apart.loc["Accuracy, all of its test images"].iloc[0] == "0.992"
+    assert apart.loc["Accuracy on the others"].iloc[0] == "0.966"
+    text = words(app)
+    assert "Legacy: on the source's own test part" in text
+    assert "none of them is ever promoted" in text
 
 
 def test_the_ledger_gives_every_reason_in_words_whichever_way_it_went(open_page, live_api):

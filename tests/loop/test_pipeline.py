@@ -7,7 +7,7 @@ import pytest
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import InvalidSource, NotFound
-from neuroloop.core.schemas import LABELS
+from neuroloop.core.schemas import LABELS, PARTS
 from neuroloop.core.settings import Settings
 from neuroloop.imaging.decode import encode_png
 from neuroloop.imaging.phantom import scan
@@ -16,6 +16,7 @@ from neuroloop.model.bundle import Bundle
 
 RUN, AGAIN = "manual__2026-01-01T00:00:00+00:00", "scheduled__2026-01-02T00:00:00+00:00"
 CORRECTIONS = 6
+IMAGES = 120
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def platform(tmp_path_factory, postgres_server, mlflow_uri, free_port):
             database_url=postgres_server.new_database(),
             mlflow_tracking_uri=mlflow_uri,
             notify_url=f"smtp://127.0.0.1:{port}",
-            simulated_images=160,
+            simulated_images=IMAGES,
             image_size=32,
             feedback_threshold=CORRECTIONS - 1,
         )
@@ -42,7 +43,8 @@ def platform(tmp_path_factory, postgres_server, mlflow_uri, free_port):
 @pytest.fixture(scope="module")
 def built(platform):
     """The results of every step of one build."""
-    params = pipeline.Params.of(platform, {"minutes": 2, "epochs": 2, "seed": 0, "data_url": ""})
+    given = {"minutes": 2, "epochs": 2, "architecture": "tiny", "hyperparameters": {"learning_rate": 2e-3}}
+    params = pipeline.Params.of(platform, {**given, "data_url": ""})
     results = {}
     for name in ("check_source", "download_data"):
         results[name] = getattr(pipeline, name)(platform, RUN, params)
@@ -57,7 +59,7 @@ def built(platform):
 
 def test_the_parts_hold_every_image_that_is_not_quarantined_and_share_no_group(platform, built):
     split = pipeline.read_split(platform, built["download_data"]["version"])
-    assert len(split.entries) + len(split.quarantined) == built["check_source"]["images"] == 160
+    assert len(split.entries) + len(split.quarantined) == built["check_source"]["images"] == IMAGES
     parts = {}
     for entry in split.entries:
         parts.setdefault(entry.group, set()).add(entry.part)
@@ -68,6 +70,16 @@ def test_every_image_of_the_version_can_be_read_back_by_its_hash(platform, built
     split = pipeline.read_split(platform, built["download_data"]["version"])
     read = pipeline.image_reader(platform)
     assert all(read(entry).startswith(b"\x89PNG") for entry in split.entries[:20])
+
+
+def test_the_run_says_what_was_trained_how_and_on_what(platform, built, mlflow_uri):
+    from mlflow import MlflowClient
+
+    run = MlflowClient(mlflow_uri).get_run(pipeline.tracked(platform, RUN))
+    assert (run.data.params["architecture"], run.data.tags["architecture"]) == ("tiny", "tiny")
+    assert run.data.params["pretrained"] == "none"
+    assert float(run.data.params["train_learning_rate"]) == 2e-3
+    assert run.data.params["device"].startswith(("CPU", "GPU"))
 
 
 def test_training_reads_the_augmented_shards(platform, built):
@@ -87,10 +99,59 @@ def test_the_registered_bundle_names_its_data_and_can_be_loaded_after_download(p
     bundle = Bundle.load(folder)
     assert bundle.manifest.data_version == built["download_data"]["version"]
     assert bundle.manifest.simulated
+    assert bundle.manifest.architecture == "tiny"
     assert bundle.image_size == 32
     registered = next(each for each in platform.registry.versions() if each.version == version)
     assert registered.tags["bundle_sha256"] == bundle.sha256
-    assert registered.metrics["test_macro_f1"] == pytest.approx(built["evaluate_model"]["test"]["macro_f1"])
+    assert registered.metrics["grouped_test_macro_f1"] == pytest.approx(built["evaluate_model"]["test"]["macro_f1"])
+
+
+def test_the_model_card_of_the_run_stands_in_the_bundle_in_mlflow_and_as_the_description(
+    platform, built, mlflow_uri, tmp_path
+):
+    from mlflow import MlflowClient
+
+    version = built["register_model"]["version"]
+    folder = platform.registry.download_bundle(version, tmp_path)
+    card = Bundle.load(folder).card
+    text = (folder / "card.md").read_text()
+    split = pipeline.read_split(platform, built["download_data"]["version"])
+    assert card.scores == pytest.approx(built["evaluate_model"]["test"])
+    assert card.data.parts == {part: len(split.of(part)) for part in PARTS}
+    assert card.data.shortcuts.keys() >= {"border", "histogram"}
+    assert card.training["epochs"] == built["building_model"]["epochs"]
+    assert card.augmentation.keys() >= {"rotation_degrees"}
+    assert card.test_openings == 1
+    assert built["register_model"]["shortcomings"][0].startswith("It was trained on simulated scans only")
+    client = MlflowClient(mlflow_uri)
+    run = pipeline.tracked(platform, RUN)
+    assert {each.path for each in client.list_artifacts(run, "model-card")} == {
+        "model-card/card.json",
+        "model-card/card.md",
+    }
+    described = client.get_model_version("brain-tumor-classifier", version).description
+    assert described.split("\n\n*The rest")[0] in text
+    assert described.startswith("# Model card: brain-tumor-classifier")
+
+
+def test_the_evaluation_is_in_mlflow_with_its_plots_its_data_sets_and_metrics_named_by_the_split(
+    platform, built, mlflow_uri
+):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(mlflow_uri)
+    run = client.get_run(pipeline.tracked(platform, RUN))
+    names = {name for name in run.data.metrics if "_test_" in name}
+    assert {"grouped_test_accuracy", "grouped_test_stress_blur_drop", "grouped_test_coverage_90_glioma"} <= names
+    assert {name.split("_")[0] for name in names} == {"grouped"}
+    files = {each.path for each in client.list_artifacts(run.info.run_id, "evaluation")}
+    plots = {"confusion.png", "reliability.png", "risk_coverage.png", "errors.png"}
+    assert files >= {f"evaluation/{name}" for name in {*plots, "scores.json"}}
+    inputs = {each.dataset.name: each for each in run.inputs.dataset_inputs}
+    assert inputs.keys() == {f"grouped_{part}" for part in PARTS}
+    profile = json.loads(inputs["grouped_test"].dataset.profile)
+    assert profile["data_version"] == built["download_data"]["version"]
+    assert profile["images"] == built["transform_testing_data"]["test"]
 
 
 def test_the_ledger_says_in_words_why_a_model_was_or_was_not_promoted(platform, built):
@@ -103,6 +164,22 @@ def test_a_repeated_promotion_changes_nothing(platform, built):
     rows = platform.log.promotions()
     assert pipeline.promote_model(platform, RUN) == built["promote_model"]
     assert platform.log.promotions() == rows
+
+
+def test_a_legacy_run_moves_no_alias_whatever_its_scores_and_the_ledger_says_why(platform, built):
+    legacy = "manual__legacy"
+    best = dict.fromkeys(built["evaluate_model"]["test"], 1.0)
+    evaluated = built["evaluate_model"] | {"split": "legacy", "test": best, "leaked": {"share": 0.757}}
+    pipeline.keep(platform, legacy, "evaluate_model", evaluated | {"champion": None})
+    with pipeline.unzipped(platform.store.get(keys.run(RUN, "bundle.zip"))) as folder:
+        registered = platform.registry.register(pipeline.tracked(platform, legacy), folder, tags={"split": "legacy"})
+    pipeline.keep(platform, legacy, "register_model", {"version": registered.version})
+    promoted = pipeline.promote_model(platform, legacy)
+    assert promoted["promoted"] is False
+    assert "legacy, 75.7 % leaked" in promoted["reason"]
+    held = next(each for each in platform.registry.versions() if each.version == registered.version)
+    assert held.aliases == ()
+    assert "legacy, 75.7 % leaked" in next(row for row in platform.log.promotions() if row.run_id == legacy).reason
 
 
 def test_a_repeated_registration_gives_the_same_version(platform, built):
@@ -170,6 +247,11 @@ def test_at_the_threshold_nothing_is_retrained_and_one_more_trains_evaluates_and
     registered = pipeline.register_model(platform, AGAIN, pipeline.RETRAINING)
     promoted = pipeline.promote_model(platform, AGAIN, pipeline.RETRAINING)
     assert registered["version"] != built["register_model"]["version"]
+    assert any(limit.startswith("It was trained on simulated") for limit in registered["shortcomings"])
+    with pipeline.open_bundle(platform, AGAIN) as bundle:
+        assert bundle.card.model.from_version == built["register_model"]["version"]
+        assert bundle.card.feedback == pytest.approx(evaluated["feedback"])
+        assert bundle.sha256 == registered["bundle_sha256"]
     assert promoted["previous"] == built["register_model"]["version"]
     sent = pipeline.send_email(platform, AGAIN, pipeline.RETRAINING)
     assert promoted["version"] in sent["subject"]

@@ -62,3 +62,19 @@ def test_a_rebuild_must_be_better_than_the_champion_on_the_same_test():
 
 def test_a_model_of_real_scans_replaces_one_of_simulated_scans():
     assert decide(scores(macro_f1=0.91), scores(macro_f1=0.9, simulated=True), RULES, retraining=False)[0]
+
+
+def test_a_model_of_the_legacy_split_is_never_promoted_however_good_and_the_reason_names_the_leak():
+    legacy = scores(macro_f1=0.995, accuracy=0.992).model_copy(update={"split": "legacy", "leaked": 0.757})
+    for champion in (None, scores(macro_f1=0.5, accuracy=0.5, recall=0.5)):
+        promoted, checks = decide(legacy, champion, RULES, retraining=False)
+        assert not promoted
+        assert failed(checks) == ["split"]
+        assert "legacy, 75.7 % leaked" in checks[0].reason
+        assert "never promoted" in checks[0].reason
+
+
+def test_a_champion_that_this_program_cannot_read_is_replaced_with_the_reason_in_words():
+    promoted, checks = decide(scores(), None, RULES, retraining=False, outdated="the bundle has format 1.")
+    assert promoted
+    assert "the bundle has format 1." in " ".join(check.reason for check in checks)

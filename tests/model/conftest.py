@@ -61,7 +61,7 @@ class TinyModel:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     from neuroloop.imaging.augment import AugmentParams, augment_batch
-    from neuroloop.model import bundle, calibration, gate, network, training
+    from neuroloop.model import bundle, calibration, export, gate, network, training
 
     train, validation = tiny_scans(40), tiny_scans(15, first=1000)
     model = network.build(SIZE, arch="tiny", seed=1)
@@ -76,7 +76,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
         on_epoch=lambda epoch, metrics: seen.append((epoch, metrics)),
     )
     assert [epoch for epoch, _ in seen] == list(range(result.epochs))
-    onnx = training.export_onnx(model)
+    onnx = export.export_onnx(model)
     exported = bundle.OnnxModel(onnx)
     fitted = gate.fit_gate(
         lambda images: exported.run(images).features,
@@ -85,14 +85,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
         np.random.default_rng(0),
         per_kind=60,
     )
-    weights = training.save_weights(model)
+    weights = export.save_weights(model)
     folder = bundle.write(
         tmp_path_factory.mktemp("bundle"),
         onnx=onnx,
         gate=fitted,
         statistics=b'{"simulated": true}',
         image_size=SIZE,
-        temperature=calibration.fit_temperature(exported.run(validation.images).logits, validation.labels),
+        architecture="tiny",
+        calibration=calibration.fit(exported.run(validation.images).logits, validation.labels),
         data_version="tiny",
         simulated=True,
         metrics={"val_macro_f1": result.history[result.best_epoch]["val_macro_f1"]},
@@ -105,3 +106,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 def tiny_bundle(tiny_model: TinyModel) -> Path:
     """The folder of a bundle of simulated scans at 64 px."""
     return tiny_model.folder
+
+
+@pytest.fixture(scope="session")
+def card():
+    """A model card with every section filled."""
+    from model.cards import FACTS
+    from neuroloop.model.card import compose
+
+    return compose(**FACTS)

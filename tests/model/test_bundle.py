@@ -11,7 +11,14 @@ import pytest
 
 from neuroloop.core.errors import InvalidBundle
 from neuroloop.core.schemas import LABELS
-from neuroloop.model.bundle import Bundle, OnnxModel, write
+from neuroloop.model import export, network
+from neuroloop.model.bundle import Bundle, Manifest, OnnxModel, with_card, write
+from neuroloop.model.calibration import Calibration
+from neuroloop.model.card import as_markdown
+from neuroloop.model.gate import _MEASURES, Gate, _terms
+
+CALIBRATION = Calibration(temperature=1.0, conformal={"0.90": dict.fromkeys(LABELS, 0.5)}, refer_below=0.6)
+MEGABYTE = 1_000_000
 
 
 @pytest.fixture
@@ -30,6 +37,9 @@ def test_a_written_bundle_comes_back_as_it_was(tiny_model):
     assert bundle.manifest.labels == LABELS
     assert bundle.manifest.simulated
     assert bundle.manifest.data_version == "tiny"
+    assert (bundle.manifest.architecture, bundle.manifest.split) == ("tiny", "grouped")
+    assert bundle.onnx == tiny_model.onnx
+    assert bundle.card is None
     assert bundle.image_size == 64
     assert bundle.statistics == b'{"simulated": true}'
     assert bundle.weights == tiny_model.weights
@@ -65,7 +75,11 @@ def test_a_missing_file_is_refused_by_name(copy, name):
         ({"labels": list(LABELS[::-1])}, "labels"),
         ({"canonical_version": "0"}, "canonical form"),
         ({"format": 99}, "format 99"),
-        ({"temperature": 0}, "not valid"),
+        ({"calibration": {"temperature": 0, "conformal": {}, "refer_below": 0.5}}, "calibration.temperature"),
+        ({"calibration": {"temperature": 1, "conformal": {"0.90": {}}, "refer_below": 0.5}}, "not valid"),
+        ({"architecture": "made-up"}, "not valid"),
+        ({"map_offset": [0.1]}, "map_offset"),
+        ({"split": "made-up"}, "not valid"),
         ({"image_size": 96}, "another image size"),
         ({"files": {}}, "does not name"),
         ({"surprise": 1}, "not valid"),
@@ -77,20 +91,134 @@ def test_a_manifest_that_does_not_fit_is_refused(copy, changes, message):
         Bundle.load(copy)
 
 
-def test_a_manifest_that_reaches_out_of_its_folder_is_refused(copy):
-    (copy.parent / "secret").write_bytes(b"x")
+def test_a_bundle_of_the_first_format_is_refused_with_what_to_do(copy):
+    manifest = json.loads((copy / "bundle.json").read_text())
+    calibration = manifest.pop("calibration")
+    old = manifest | {"format": 1, "temperature": calibration["temperature"]}
+    (copy / "bundle.json").write_text(json.dumps(old))
+    with pytest.raises(InvalidBundle, match=r"format 1.*build the model again"):
+        Bundle.load(copy)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "not json", '{"format": 2}', '"format"'])
+def test_what_is_no_manifest_is_refused(copy, text):
+    (copy / "bundle.json").write_text(text)
+    with pytest.raises(InvalidBundle, match="not valid"):
+        Bundle.load(copy)
+
+
+@pytest.mark.parametrize("name", ["../secret", "model.pkl", "run.py"])
+def test_a_file_that_no_bundle_holds_is_refused(copy, name):
+    (copy / name).write_bytes(b"x")
     files = json.loads((copy / "bundle.json").read_text())["files"]
-    rewrite(copy, files=files | {"../secret": hashlib.sha256(b"x").hexdigest()})
-    with pytest.raises(InvalidBundle, match="sub-folders"):
+    rewrite(copy, files=files | {name: hashlib.sha256(b"x").hexdigest()})
+    with pytest.raises(InvalidBundle, match="a bundle holds only"):
         Bundle.load(copy)
 
 
 def test_a_network_that_is_none_is_refused_before_anything_is_written(tiny_model, tmp_path):
     bundle = Bundle.load(tiny_model.folder)
-    kept = bundle.manifest.model_dump(include={"image_size", "temperature", "data_version", "simulated", "metrics"})
+    manifest = bundle.manifest
     with pytest.raises(InvalidBundle, match="cannot be loaded"):
-        write(tmp_path / "new", onnx=b"no network", gate=bundle.gate, statistics=b"{}", **kept)
+        write(
+            tmp_path / "new",
+            onnx=b"no network",
+            gate=bundle.gate,
+            statistics=b"{}",
+            image_size=manifest.image_size,
+            architecture="tiny",
+            calibration=manifest.calibration,
+            data_version="x",
+            simulated=True,
+            metrics={},
+        )
     assert not (tmp_path / "new").exists()
+
+
+def test_prediction_sets_and_referrals_are_those_of_the_calibration(tiny_model):
+    bundle = Bundle.load(tiny_model.folder)
+    calibration = bundle.manifest.calibration
+    outputs = bundle.predict(tiny_model.validation.images)
+    assert outputs.sets.keys() == calibration.conformal.keys() == {"0.90", "0.95"}
+    for level, found in outputs.sets.items():
+        np.testing.assert_array_equal(found, calibration.prediction_sets(outputs.probabilities, level))
+        assert found.shape == outputs.probabilities.shape
+    np.testing.assert_array_equal(outputs.refer, outputs.probabilities.max(axis=1) < calibration.refer_below)
+    assert (outputs.sets["0.95"] >= outputs.sets["0.90"]).all()  # a higher level never drops a class
+
+
+def test_a_card_is_added_without_touching_what_the_model_answers(tiny_model, copy, card):
+    before = Bundle.load(copy)
+    assert with_card(copy, card) == copy
+    bundle = Bundle.load(copy)
+    assert bundle.card == card
+    assert (copy / "card.md").read_text() == as_markdown(card)
+    assert bundle.sha256 != before.sha256
+    same = ("files",)
+    assert bundle.manifest.model_dump(exclude=set(same)) == before.manifest.model_dump(exclude=set(same))
+    images = tiny_model.validation.images[:8]
+    np.testing.assert_array_equal(bundle.predict(images).logits, before.predict(images).logits)
+
+
+def test_a_card_can_be_replaced_and_the_same_card_gives_the_same_bundle(copy, card):
+    first = Bundle.load(with_card(copy, card)).sha256
+    other = Bundle.load(with_card(copy, card.model_copy(update={"test_openings": 9}))).sha256
+    assert first != other
+    assert Bundle.load(with_card(copy, card)).sha256 == first
+
+
+@pytest.mark.parametrize("name", ["card.md", "card.json"])
+def test_an_altered_card_is_refused(copy, card, name):
+    with_card(copy, card)
+    (copy / name).write_text((copy / name).read_text().replace("0.9", "1.0"))
+    with pytest.raises(InvalidBundle, match=name):
+        Bundle.load(copy)
+
+
+def test_a_damaged_bundle_gets_no_card(copy, card):
+    (copy / "gate.json").write_bytes((copy / "gate.json").read_bytes() + b" ")
+    with pytest.raises(InvalidBundle, match=r"gate\.json"):
+        with_card(copy, card)
+    assert not (copy / "card.md").exists()
+
+
+def test_the_bundle_of_the_compact_network_with_all_its_files_takes_at_most_10_megabytes(tmp_path, card):
+    model = network.build(128, seed=0)
+    inputs = model.output["features"].shape[1] + len(_MEASURES)
+    generator = np.random.default_rng(0)
+
+    def numbers(count: int) -> tuple[float, ...]:  # with as many digits as fitted ones
+        return tuple(generator.normal(size=count).tolist())
+
+    gate = Gate(
+        centre=numbers(inputs),
+        scale=numbers(inputs),
+        weights=numbers(_terms(np.zeros((1, inputs)), np.zeros(inputs), np.ones(inputs)).shape[1]),
+        offset=0.0,
+        width=1.0,
+        usual=((0.0, 1.0),) * len(_MEASURES),
+        threshold=0.5,
+        threshold_origin="this test",
+        accepted_brains=1.0,
+        accepted_widened=1.0,
+        rejected_unseen={},
+        rejected={},
+    )
+    folder = write(
+        tmp_path,
+        onnx=export.export_onnx(model),
+        gate=gate,
+        statistics=b"x" * 100_000,
+        image_size=128,
+        architecture="compact",
+        calibration=CALIBRATION,
+        data_version="d1",
+        simulated=False,
+        metrics={},
+        weights=export.save_weights(model),
+    )
+    with_card(folder, card)
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 10 * MEGABYTE
 
 
 def test_images_of_another_size_or_type_are_refused(tiny_model):
@@ -120,7 +248,10 @@ def test_the_heat_map_peaks_where_the_class_is_favoured_and_stays_within_0_and_1
     row, column = np.unravel_index(heat.argmax(), heat.shape)
     assert row < 16
     assert column >= 48
-    assert not heat[32:, :32].any()
+    assert not (heat[32:, :32] > 0.05).any()
+    moved = Manifest.model_validate(bundle.manifest.model_dump() | {"map_offset": (-0.25, 0.0)})
+    bundle.manifest = moved  # a map that lies a cell above what it speaks of
+    assert np.unravel_index(bundle.heat(cam, 1).argmax(), heat.shape)[0] == pytest.approx(row + 16, abs=2)
 
 
 def test_the_heat_map_of_a_marked_head_lies_on_the_mark_more_than_elsewhere(tiny_model):
@@ -144,7 +275,7 @@ def test_a_map_that_speaks_for_no_place_is_all_zero(tiny_bundle):
 def test_loading_and_predicting_needs_no_tensorflow(tiny_bundle):
     code = (
         "import sys; from pathlib import Path; import numpy as np; from neuroloop.model.bundle import Bundle;"
-        "import neuroloop.model.evaluation;"
+        "import neuroloop.model.evaluation, neuroloop.model.card;"
         "Bundle.load(Path(sys.argv[1])).predict(np.zeros((1, 64, 64), np.uint8));"
         "print(sorted(m for m in sys.modules if m.split('.')[0] in ('tensorflow', 'keras')))"
     )

@@ -6,7 +6,18 @@ from PIL import Image
 from sklearn.metrics import f1_score, precision_score, recall_score
 
 from neuroloop.core.schemas import LABELS
-from neuroloop.model.evaluation import baselines, confusion_plot, evaluate
+from neuroloop.model.calibration import LEVELS, Calibration, fit
+from neuroloop.model.evaluation import (
+    baselines,
+    confusion_plot,
+    coverage,
+    error_grid,
+    evaluate,
+    reliability_plot,
+    resplit_coverage,
+    risk_coverage,
+    risk_coverage_plot,
+)
 
 
 def case(n: int = 200, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -34,6 +45,19 @@ def test_the_interval_holds_the_score_and_repeats_with_the_same_generator():
     assert first == second
     assert first["accuracy_low"] < first["accuracy"] < first["accuracy_high"]
     assert first["macro_f1_low"] < first["macro_f1"] < first["macro_f1_high"]
+    for label in LABELS:
+        assert first[f"recall_{label}_low"] < first[f"recall_{label}"] < first[f"recall_{label}_high"]
+
+
+def test_the_interval_of_a_recall_is_that_of_a_share_of_its_images():
+    labels = np.repeat(np.arange(4), 100)
+    predicted = labels.copy()
+    predicted[:20] = 1
+    scores = evaluate(np.eye(4)[predicted], labels, np.arange(400), bootstrap=4000, generator=np.random.default_rng(0))
+    deviation = 1.96 * np.sqrt(0.8 * 0.2 / 100)
+    assert scores["recall_glioma_low"] == pytest.approx(0.8 - deviation, abs=0.01)
+    assert scores["recall_glioma_high"] == pytest.approx(0.8 + deviation, abs=0.01)
+    assert (scores["recall_notumor_low"], scores["recall_notumor_high"]) == (1, 1)
 
 
 def test_twins_in_groups_widen_the_interval():
@@ -81,8 +105,118 @@ def test_the_nearest_baseline_recognises_a_copy():
     assert baselines(images, labels, images[::-1], labels[::-1])["nearest_accuracy"] == 1
 
 
-def test_the_confusion_plot_is_a_png_and_repeats_byte_for_byte():
-    _, labels = case()
-    first = confusion_plot(labels, labels[::-1], title="test")
-    assert Image.open(io.BytesIO(first)).format == "PNG"
-    assert first == confusion_plot(labels, labels[::-1], title="test")
+def known() -> Calibration:
+    """Limits at 90 %: 0.6 for glioma, 0.5 for the others; refers below 0.7."""
+    limits = dict.fromkeys(LABELS, 0.5) | {"glioma": 0.4}
+    return Calibration(temperature=1.0, conformal={"0.90": limits}, refer_below=0.7)
+
+
+def test_the_coverage_of_a_hand_worked_case_counts_a_group_once():
+    probabilities = np.array([[0.7, 0.3, 0, 0], [0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0.1, 0, 0.9]])
+    labels, groups = np.array([0, 0, 0, 0, 3]), np.array([0, 1, 1, 1, 2])
+    found = coverage(probabilities, labels, groups, known(), generator=np.random.default_rng(0))["0.90"]
+    assert found["glioma"] == pytest.approx(1 / 2)  # one of two groups
+    assert found["glioma_images"] == pytest.approx(1 / 4)
+    assert (found["glioma_low"], found["glioma_high"]) == (0, 1)
+    assert found["pituitary"] == 1
+    assert "notumor" not in found
+    assert (found["size"], found["single"], found["empty"]) == (1, 1, 0)
+
+
+def test_the_measured_coverage_of_many_images_is_what_was_promised_and_lies_in_its_interval():
+    generator = np.random.default_rng(0)
+
+    def draw(n):
+        labels = np.arange(n) % 4
+        return generator.normal(size=(n, 4)) + 4 * np.eye(4)[labels], labels
+
+    fitted = fit(*draw(4000))
+    logits, labels = draw(8000)
+    found = coverage(fitted.probabilities(logits), labels, np.arange(8000), fitted, generator=generator)
+    assert found.keys() == set(LEVELS)
+    for level in LEVELS:
+        for label in LABELS:
+            assert found[level][label] == pytest.approx(float(level), abs=0.02)
+            assert found[level][f"{label}_low"] < found[level][label] < found[level][f"{label}_high"]
+    assert found["0.90"]["size"] < found["0.95"]["size"]
+
+
+def test_over_many_divisions_the_coverage_is_within_two_points_where_one_division_is_not():
+    generator = np.random.default_rng(1)
+    sizes = generator.integers(1, 6, 400)
+    labels, groups = np.repeat(np.arange(400) % 4, sizes), np.repeat(np.arange(400), sizes)
+    logits = np.repeat(generator.normal(size=(400, 4)), sizes, axis=0) + 2.5 * np.eye(4)[labels]
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    options = {"share": 0.35, "generator": generator}
+    one = resplit_coverage(probabilities, labels, groups, repeats=1, **options)
+    many = resplit_coverage(probabilities, labels, groups, repeats=200, **options)
+    off = [max(abs(each[level][label] - float(level)) for level in LEVELS for label in LABELS) for each in (one, many)]
+    assert off[0] > 0.02 > off[1]
+
+
+def test_a_class_of_one_group_has_no_coverage_over_divisions():
+    labels = np.array([0, 0, 0, 1, 1])
+    found = resplit_coverage(
+        np.eye(4)[labels], labels, np.array([0, 1, 2, 3, 3]), share=0.5, repeats=2, generator=np.random.default_rng(0)
+    )
+    assert found["0.90"].keys() == {"glioma"}
+
+
+def test_the_risk_coverage_curve_of_a_hand_worked_case():
+    confidence = np.array([0.9, 0.6, 0.8, 0.7])
+    probabilities = np.column_stack([confidence, 1 - confidence, np.zeros(4), np.zeros(4)])
+    curve = risk_coverage(probabilities, np.array([0, 1, 0, 1]))  # the two least certain are wrong
+    assert curve.coverage.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert curve.accuracy == pytest.approx([1, 1, 2 / 3, 1 / 2])
+    assert (curve.at(0.5), curve.at(0.51), curve.at(1.0)) == (1.0, pytest.approx(2 / 3), 0.5)
+    assert curve.area == pytest.approx(1 - (1 + 1 + 2 / 3 + 1 / 2) / 4)
+
+
+def test_equally_certain_images_are_answered_in_no_particular_order():
+    probabilities = np.tile([0.7, 0.1, 0.1, 0.1], (6, 1))
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    assert risk_coverage(probabilities, labels).accuracy == pytest.approx(np.full(6, 0.5))
+    assert risk_coverage(probabilities, labels[::-1]).accuracy == pytest.approx(np.full(6, 0.5))
+
+
+def test_answering_only_what_is_certain_is_more_accurate_for_a_model_that_knows_what_it_knows():
+    probabilities, labels = case(2000)
+    curve = risk_coverage(probabilities, labels)
+    assert curve.at(0.5) > curve.at(0.85) > curve.at(1.0) == pytest.approx((probabilities.argmax(1) == labels).mean())
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+
+def test_each_plot_is_a_png_and_repeats_byte_for_byte():
+    probabilities, labels = case()
+    images = np.random.default_rng(0).integers(0, 256, (200, 16, 16), dtype=np.uint8)
+    for draw in (
+        lambda: confusion_plot(labels, labels[::-1], title="test"),
+        lambda: reliability_plot(probabilities, labels, title="test"),
+        lambda: risk_coverage_plot(probabilities, labels, refer_below=0.4, title="test"),
+        lambda: error_grid(images, probabilities, labels, title="test"),
+    ):
+        first = draw()
+        assert Image.open(io.BytesIO(first)).format == "PNG"
+        assert first == draw()
+
+
+def test_the_grid_shows_the_errors_and_nothing_else():
+    labels = np.zeros(12, int)
+    images = np.zeros((12, 16, 16), np.uint8)
+    images[3] = 255  # the only bright image is the only error
+    probabilities = np.tile([0.9, 0.1, 0, 0], (12, 1))
+    probabilities[3] = [0.2, 0.8, 0, 0]
+    grid = pixels(error_grid(images, probabilities, labels))
+    black = (grid.sum(axis=2) == 0).mean()
+    without = pixels(error_grid(images, np.tile([0.9, 0.1, 0, 0], (12, 1)), labels))
+    assert black < 0.02  # only letters are
+    assert grid.shape == without.shape
+    assert (grid != without).any()
+
+
+def test_a_model_without_an_error_has_an_empty_grid():
+    labels = np.arange(4)
+    assert pixels(error_grid(np.zeros((4, 8, 8), np.uint8), np.eye(4), labels)).size

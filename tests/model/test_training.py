@@ -3,9 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from neuroloop.core.errors import InvalidBundle
 from neuroloop.model import network, training
-from neuroloop.model.bundle import OnnxModel
 
 GENERATOR = np.random.default_rng(0)
 IMAGES = GENERATOR.integers(0, 256, (48, 32, 32), dtype=np.uint8)
@@ -81,35 +79,3 @@ def test_a_training_without_an_end_is_refused():
 def test_an_empty_shard_is_refused():
     with pytest.raises(ValueError, match="at least one image"):
         run(training.TrainConfig(epochs=1), [lambda: (IMAGES[:0], LABELS[:0])])
-
-
-def test_the_exported_network_equals_the_trained_one_for_any_batch_size(tiny_model):
-    model = network.build(64, arch="tiny")
-    training.load_weights(model, tiny_model.weights)
-    exported = OnnxModel(tiny_model.onnx)
-    for count in (1, 7):
-        images = tiny_model.validation.images[:count]
-        expected = model(images[..., None].astype(np.float32))
-        for name, found in exported.run(images)._asdict().items():
-            np.testing.assert_allclose(found, expected[name], atol=1e-4, err_msg=name)
-
-
-def test_saved_weights_start_a_model_of_another_image_size(tiny_model):
-    model = network.build(32, arch="tiny", seed=9)
-    training.load_weights(model, tiny_model.weights)
-    assert training.save_weights(model) == tiny_model.weights
-
-
-def test_weights_of_another_architecture_are_refused_and_change_nothing(tiny_model):
-    model = network.build(32, arch="compact", seed=9)
-    before = model.get_weights()
-    with pytest.raises(InvalidBundle, match="another architecture"):
-        training.load_weights(model, tiny_model.weights)
-    for old, new in zip(before, model.get_weights(), strict=True):
-        np.testing.assert_array_equal(old, new)
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[:500], lambda data: b"", lambda data: b"\x80\x04N."])
-def test_damaged_weights_are_refused(tiny_model, damage):
-    with pytest.raises(InvalidBundle, match="cannot be read"):
-        training.load_weights(network.build(32, arch="tiny"), damage(tiny_model.weights))

@@ -17,8 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from neuroloop.bootstrap import Services
-from neuroloop.core.schemas import LABELS
+from neuroloop.core.schemas import LABELS, SplitName
 from neuroloop.model import bundle as bundles
+from neuroloop.model.calibration import Calibration
 from neuroloop.model.gate import _MEASURES, Gate, _terms
 from neuroloop.serving.api import create_app
 
@@ -81,15 +82,35 @@ def texture_gate(*, roughest: float = 0.12) -> Gate:
     )
 
 
-def write_bundle(folder: Path, *, data_version: str = "d1", temperature: float = 1.0, roughest: float = 0.12) -> Path:
+def calibration(*, temperature: float = 1.0, refer_below: float = 0.5) -> Calibration:
+    """At 90 %, a class is in the set from a probability of 0.4 on; at 95 %, from 0.1 on."""
+    levels = {"0.90": 0.6, "0.95": 0.9}
+    return Calibration(
+        temperature=temperature,
+        conformal={level: dict.fromkeys(LABELS, q) for level, q in levels.items()},
+        refer_below=refer_below,
+    )
+
+
+def write_bundle(
+    folder: Path,
+    *,
+    data_version: str = "d1",
+    temperature: float = 1.0,
+    refer_below: float = 0.5,
+    roughest: float = 0.12,
+    split: SplitName = "grouped",
+) -> Path:
     return bundles.write(
         folder,
         onnx=quarter_network(),
         gate=texture_gate(roughest=roughest),
         statistics=b"{}",
         image_size=SIZE,
-        temperature=temperature,
+        architecture="tiny",
+        calibration=calibration(temperature=temperature, refer_below=refer_below),
         data_version=data_version,
+        split=split,
         simulated=True,
         metrics={"macro_f1": 0.9},
     )

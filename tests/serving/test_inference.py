@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model.cards import FACTS
 from neuroloop.core import keys
 from neuroloop.core.schemas import LABELS, RESEARCH_NOTICE
+from neuroloop.model.bundle import with_card
+from neuroloop.model.card import compose
 from serving.running import CORNERS, Api, encoded, head, noise, serving, wait, write_bundle
 
 
@@ -57,6 +60,51 @@ def test_the_heat_map_lies_on_the_evidence_in_the_frame_of_the_upload(api: Api, 
     lower, right = CORNERS[label]
     for mean, far, side in ((ys.mean(), lower, heat.shape[0]), (xs.mean(), right, heat.shape[1])):
         assert mean / side == pytest.approx(0.675 if far else 0.325, abs=0.06)  # where `head` puts the spot
+
+
+def test_the_answer_and_its_row_hold_the_prediction_sets_most_probable_first(api: Api):
+    answer = api.predict(head("meningioma")).json()
+    assert answer["prediction_sets"]["0.90"] == ["meningioma"]
+    assert answer["prediction_sets"]["0.95"][0] == "meningioma"
+    assert set(answer["prediction_sets"]["0.95"]) == {
+        label for label, probability in answer["probabilities"].items() if probability >= 0.1
+    }
+    assert (answer["refer"], answer["refer_reason"]) == (False, "")
+    row = api.client.get(f"/v1/predictions/{answer['id']}").json()
+    for name in ("prediction_sets", "refer", "refer_reason"):
+        assert row[name] == answer[name]
+
+
+def test_an_uncertain_answer_is_referred_to_a_reader_in_words_and_counted(services, champion, promote, tmp_path):
+    version = promote(write_bundle(tmp_path / "unsure", refer_below=0.9))
+    with serving(services) as api:
+        wait(lambda: api.client.get("/v1/model").json()["version"] == version)
+        answer = api.predict(head("glioma")).json()
+        refused = api.predict(noise()).json()
+        row = api.client.get(f"/v1/predictions/{answer['id']}").json()
+        seen = api.client.get("/v1/monitoring").json()
+        metrics = api.client.get("/metrics").text
+        other = api.client.get(f"/v1/predictions/{refused['id']}").json()
+    assert (answer["refer"], answer["label"]) == (True, "glioma")
+    assert f"{100 * answer['probabilities']['glioma']:.1f} %, is below 90.0 %" in answer["refer_reason"]
+    assert (row["refer"], row["refer_reason"]) == (True, answer["refer_reason"])
+    assert (seen["accepted"], seen["referred"], seen["per_class"]["glioma"]["referred"]) == (1, 1, 1)
+    assert 'neuroloop_referrals_total{label="glioma"} 1.0' in metrics
+    assert (other["refer"], other["prediction_sets"]) == (False, {})  # the gate has the word there
+
+
+def test_the_model_card_of_the_served_model_can_be_read(services, champion, promote, tmp_path):
+    folder = with_card(write_bundle(tmp_path / "carded"), compose(**FACTS))
+    with serving(services) as api:
+        wait(lambda: api.client.get("/v1/model").json()["version"] == champion)
+        missing = api.client.get("/v1/model/card")
+        version = promote(folder)
+        wait(lambda: api.client.get("/v1/model").json()["version"] == version)
+        answer = api.client.get("/v1/model/card").json()
+    assert (missing.status_code, "no model card" in missing.json()["detail"]) == (404, True)
+    assert answer["version"] == version
+    assert answer["markdown"] == (folder / "card.md").read_text()
+    assert answer["card"]["scores"]["macro_f1"] == FACTS["evaluated"]["test"]["macro_f1"]
 
 
 def test_no_heat_map_is_shown_where_no_tumour_is_predicted(api: Api):

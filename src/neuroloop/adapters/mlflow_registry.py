@@ -6,6 +6,7 @@ only ever loads the bundle, whose hashes it checks.
 """
 
 import contextlib
+import json
 import os
 import tempfile
 import threading
@@ -20,13 +21,24 @@ from typing import Any, TypeVar
 
 from neuroloop.core import keys
 from neuroloop.core.errors import InvalidBundle, NeuroLoopError, NotFound, Unavailable
-from neuroloop.core.schemas import ModelVersion
+from neuroloop.core.schemas import RESEARCH_NOTICE, ModelVersion
 
 MODEL = "brain-tumor-classifier"
 _RUN_TAG = "neuroloop.run_id"
+_DESCRIPTION_LETTERS = 5000  # the width of MLflow's database column
+_PARENT_TAG = "mlflow.parentRunId"  # by which MLflow nests runs
 _PATIENCE = 30.0  # seconds a write waits for a server that restarts: a training must not die of a live metric
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow answers the latter for an unknown alias
 _Result = TypeVar("_Result")
+
+_METADATA = {
+    "input": "image: float32 (n, size, size, 1), grey values 0..255 of canonical images, that is the head cut out, "
+    "padded to a square and stretched in contrast: neuroloop.imaging.canonical.canonicalize(pixels, size)",
+    "output": "logits (n, 4) before the bundle's temperature, in the order of bundle.json's labels; cam, the class-"
+    "activation map whose mean over the places is the logits; features, for the input gate",
+    "notice": RESEARCH_NOTICE,
+}
+"""What an `mlflow models serve` of the network takes and gives; it has neither the platform's gate nor its log."""
 
 # MLflow's defaults wait minutes for a server that is down, draw progress bars into logs and report usage.
 _CLIENT_SETTINGS = {
@@ -35,6 +47,7 @@ _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
@@ -48,9 +61,13 @@ class MlflowRegistry:
         self._uri = uri
         self._opening = threading.Lock()
 
-    def open_run(self, run_id: str, *, experiment: str, tags: Mapping[str, str] = {}) -> str:
-        """The tracking run of a pipeline run; the same `run_id` always gives the same run."""
+    def open_run(self, run_id: str, *, experiment: str, tags: Mapping[str, str] = {}, parent: str | None = None) -> str:
+        """The tracking run of a pipeline run; the same `run_id` always gives the same run.
+
+        `parent` is the tracking run below which a new one is shown, as a search's trials are below the search.
+        """
         tag = keys.safe_run_id(run_id)
+        fixed = {_RUN_TAG: tag} | ({_PARENT_TAG: parent} if parent else {})
 
         def find(experiment_id: str) -> str | None:
             found = self._client.search_runs(
@@ -62,7 +79,7 @@ class MlflowRegistry:
             experiment_id = self._experiment(experiment)
             run = find(experiment_id)
             if run is None:
-                made = self._client.create_run(experiment_id, tags={_RUN_TAG: tag}, run_name=run_id).info.run_id
+                made = self._client.create_run(experiment_id, tags=fixed, run_name=run_id).info.run_id
                 run = find(experiment_id) or made
                 if run != made:  # another process was first
                     self._client.delete_run(made)
@@ -97,6 +114,16 @@ class MlflowRegistry:
             file.write_bytes(data)
             self._write(self._client.log_artifact, run, str(file), above or None)
 
+    def log_dataset(
+        self, run: str, name: str, digest: str, *, context: str, source: str = "", profile: Mapping[str, Any] = {}
+    ) -> None:
+        """That the run read a data set; MLflow shows it on the run's page. A repeat changes nothing."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        found = Dataset(name, digest, "neuroloop", json.dumps({"source": source}), profile=json.dumps(dict(profile)))
+        read = DatasetInput(found, [InputTag("mlflow.data.context", context)])
+        self._write(self._client.log_inputs, run, datasets=[read])
+
     def set_tags(self, run: str, tags: Mapping[str, str]) -> None:
         """Tags of a run."""
         from mlflow.entities import RunTag
@@ -108,10 +135,11 @@ class MlflowRegistry:
         """Mark the run finished or failed."""
         self._write(self._client.set_terminated, run, "FAILED" if failed else "FINISHED")
 
-    def register(self, run: str, bundle: Path, *, tags: Mapping[str, str]) -> ModelVersion:
+    def register(self, run: str, bundle: Path, *, tags: Mapping[str, str], description: str = "") -> ModelVersion:
         """Register the bundle folder (see `model.bundle`) as a new version; once per run, then the same one.
 
-        Raises `InvalidBundle` where the folder has no readable `model.onnx`, `NotFound` for an unknown run.
+        `description` is Markdown for people, cut at a heading to what the server takes. Raises
+        `InvalidBundle` where the folder has no readable `model.onnx`, `NotFound` for an unknown run.
         """
         existing = self._version_of(run)
         if existing is None:
@@ -122,6 +150,8 @@ class MlflowRegistry:
             existing = self._write(self._create_version, run)
         for name, value in tags.items():
             self._write(self._client.set_model_version_tag, MODEL, existing, name, str(value))
+        if description:
+            self._write(self._client.update_model_version, MODEL, existing, _described(description))
         return self._version(existing)
 
     def by_alias(self, alias: str) -> ModelVersion | None:
@@ -285,6 +315,16 @@ def _or_none(call: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
+def _described(text: str) -> str:
+    """Markdown that fits MLflow's column, cut before a heading."""
+    if len(text) <= _DESCRIPTION_LETTERS:
+        return text
+    note = "\n\n*The rest stands in the run's artifacts, under bundle/card.md.*"
+    short = text[: _DESCRIPTION_LETTERS - len(note)]
+    end = short.rfind("\n## ")
+    return (short[:end] if end > 0 else short).rstrip() + note
+
+
 def _record(found: Any, aliases: tuple[str, ...], metrics: dict[str, float]) -> ModelVersion:
     return ModelVersion(
         version=str(found.version),
@@ -297,7 +337,11 @@ def _record(found: Any, aliases: tuple[str, ...], metrics: dict[str, float]) -> 
 
 
 def _save_mlflow_model(bundle: Path, folder: Path) -> None:
-    """The bundle's network as an MLflow model with signature and input example, read from its own graph."""
+    """The bundle's network as an MLflow model with signature and input example, read from its own graph.
+
+    What it takes and gives is not what a client of the platform sees, so its metadata says so: canonical images in, raw
+    logits out, without gate, calibration or record.
+    """
     import mlflow.onnx
     import numpy as np
     import onnx
@@ -328,4 +372,5 @@ def _save_mlflow_model(bundle: Path, folder: Path) -> None:
         pip_requirements=[f"{name}=={installed(name)}" for name in ("mlflow", "onnx", "onnxruntime", "numpy")],
         onnx_execution_providers=["CPUExecutionProvider"],
         save_as_external_data=False,
+        metadata=_METADATA,
     )

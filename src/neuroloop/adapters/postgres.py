@@ -25,11 +25,14 @@ SELECT json_build_object(
     'predictions', (SELECT count(*) FROM predictions),
     'accepted', (SELECT count(*) FROM predictions WHERE gate_accepted),
     'rejected', (SELECT count(*) FROM predictions WHERE NOT gate_accepted),
+    'referred', (SELECT count(*) FROM predictions WHERE refer),
     'per_class', (
         SELECT coalesce(json_object_agg(label, json_build_object(
-            'predictions', n, 'mean_probability', probability, 'mean_seconds', mean, 'p95_seconds', p95)), '{}')
+            'predictions', n, 'mean_probability', probability, 'mean_seconds', mean, 'p95_seconds', p95,
+            'referred', referred)), '{}')
         FROM (
-            SELECT label, count(*) AS n, avg((probabilities ->> label)::float8) AS probability,
+            SELECT label, count(*) AS n, count(*) FILTER (WHERE refer) AS referred,
+                avg((probabilities ->> label)::float8) AS probability,
                 avg(seconds) AS mean, percentile_cont(0.95) WITHIN GROUP (ORDER BY seconds) AS p95
             FROM predictions WHERE label IS NOT NULL GROUP BY label
         ) AS classes
@@ -69,9 +72,10 @@ class PostgresLog:
 
     def record_prediction(self, prediction: Prediction) -> None:
         """Append one row. Raises `AlreadyExists` on a repeated id."""
-        row = prediction.model_dump(exclude={"gate", "probabilities"})
+        row = prediction.model_dump(exclude={"gate", "probabilities", "prediction_sets"})
         row |= {f"gate_{name}": value for name, value in prediction.gate.model_dump().items()}
         row["probabilities"] = psycopg2.extras.Json(prediction.probabilities)
+        row["prediction_sets"] = psycopg2.extras.Json(prediction.prediction_sets)
         try:
             with self._transaction() as cursor:
                 cursor.execute(

@@ -36,6 +36,10 @@ class InvalidBundle(NeuroLoopError):
     """A model bundle is damaged, incomplete or not what its hash says."""
 
 
+class OutdatedBundle(InvalidBundle):
+    """A sound bundle of another version of this program, which this one can neither serve nor compare."""
+
+
 class NotFound(NeuroLoopError):
     """The named object, row, version or alias does not exist."""
 

@@ -2,7 +2,10 @@
 
 ```
 data/dvc/files/md5/ab/cdef...                             images, in DVC's own remote layout
-data/versions/<version>/{snapshot.json,split.json,data.dvc}
+data/versions/<version>/...                               snapshot.json, split.json, statistics.json, data.dvc, ...
+data/split-registry/000001.json                           which part an image has, for ever; each created once
+data/history/000001.json                                  the data versions in the order in which they were accepted
+data/test-openings/<run>-001.json                         each opening of a test part, created once
 runs/<run>/...                                            hand-off between the tasks of one pipeline run
 retraining/batches/000001.json                            corrections used by a retraining, created once
 InferenceLogs/ImageLogs/<class>/<id>.png
@@ -18,7 +21,11 @@ from neuroloop.core.errors import NeuroLoopError
 from neuroloop.core.schemas import LABELS
 
 DVC_REMOTE = "data/dvc"
-SPLIT_REGISTRY = "data/split-registry.json"
+SPLIT_REGISTRY = "data/split-registry/"
+FIRST_REGISTRY = "data/split-registry.json"
+"""Where the parts stood, as one object, before their registry became a log; still read."""
+HISTORY = "data/history/"
+TEST_OPENINGS = "data/test-openings/"
 BATCHES = "retraining/batches/"
 CORRECTIONS = "InferenceLogs/ImageLogsWithFeedback/"
 PREDICTIONS = "InferenceLogs/ImageLogs/"
@@ -72,6 +79,46 @@ def data_dvc(version: str) -> str:
 def split(version: str) -> str:
     """The grouped split of a data version."""
     return f"data/versions/{_safe(version)}/split.json"
+
+
+def legacy_split(version: str) -> str:
+    """The split of a data version that has the test part of its source."""
+    return f"data/versions/{_safe(version)}/legacy-split.json"
+
+
+def audit(version: str) -> str:
+    """What the audit of a data version found, for programs."""
+    return f"data/versions/{_safe(version)}/audit.json"
+
+
+def audit_page(version: str) -> str:
+    """The same as a page for people."""
+    return f"data/versions/{_safe(version)}/audit.html"
+
+
+def statistics(version: str) -> str:
+    """What the training images of a data version look like."""
+    return f"data/versions/{_safe(version)}/statistics.json"
+
+
+def split_decisions(number: int) -> str:
+    """The n-th addition to the registry of parts."""
+    return f"{SPLIT_REGISTRY}{number:06d}.json"
+
+
+def next_number(found: list[str]) -> int:
+    """The number that follows the last of the sorted keys of numbered objects; 1 where there are none."""
+    return int(found[-1].rsplit("/", 1)[-1].split(".")[0]) + 1 if found else 1
+
+
+def accepted_version(number: int) -> str:
+    """The n-th data version that was accepted."""
+    return f"{HISTORY}{number:06d}.json"
+
+
+def opening(run_id: str, number: int) -> str:
+    """The n-th time that a run opened its test part."""
+    return f"{TEST_OPENINGS}{_safe(safe_run_id(run_id))}-{number:03d}.json"
 
 
 def run(run_id: str, name: str) -> str:

@@ -63,8 +63,11 @@ class PredictionLog(Protocol):
 class Registry(Protocol):
     """Experiment tracking and the model registry. `run` is the tracking server's run id."""
 
-    def open_run(self, run_id: str, *, experiment: str, tags: Mapping[str, str] = {}) -> str:
-        """The tracking run of a pipeline run; the same `run_id` always gives the same run."""
+    def open_run(self, run_id: str, *, experiment: str, tags: Mapping[str, str] = {}, parent: str | None = None) -> str:
+        """The tracking run of a pipeline run; the same `run_id` always gives the same run.
+
+        `parent` is the tracking run below which a new one is shown, as a search's trials are below the search.
+        """
 
     def log_params(self, run: str, params: Mapping[str, Any]) -> None:
         """Parameters; a repeated key with the same value is fine."""
@@ -75,14 +78,26 @@ class Registry(Protocol):
     def log_bytes(self, run: str, path: str, data: bytes) -> None:
         """One artifact file at `path` below the run's artifacts."""
 
+    def log_dataset(
+        self, run: str, name: str, digest: str, *, context: str, source: str = "", profile: Mapping[str, Any] = {}
+    ) -> None:
+        """That the run read a data set.
+
+        `digest` identifies its content (36 characters at most), `context` says what for (training, validation, ...),
+        `source` where it came from, `profile` has its figures. A repeat changes nothing.
+        """
+
     def set_tags(self, run: str, tags: Mapping[str, str]) -> None:
         """Tags of a run."""
 
     def close_run(self, run: str, *, failed: bool = False) -> None:
         """Mark the run finished or failed."""
 
-    def register(self, run: str, bundle: Path, *, tags: Mapping[str, str]) -> ModelVersion:
-        """Register the bundle folder (see `model.bundle`) as a new version; once per run, then the same one."""
+    def register(self, run: str, bundle: Path, *, tags: Mapping[str, str], description: str = "") -> ModelVersion:
+        """Register the bundle folder (see `model.bundle`) as a new version; once per run, then the same one.
+
+        `description` is Markdown for people: the model card. It may be cut to what the server takes.
+        """
 
     def by_alias(self, alias: str) -> ModelVersion | None:
         """The version an alias points to, None where the alias or the model does not exist."""
@@ -112,6 +127,8 @@ class DataSource(Protocol):
 
     url: str
     simulated: bool
+    licence: str
+    """As declared: `CC0-1.0`, or by origin, `CC0-1.0, figshare=CC-BY-4.0`; empty: unknown."""
 
     def files(self) -> list[SourceFile]:
         """All image files with their class, sorted by path. Raises `InvalidSource`."""

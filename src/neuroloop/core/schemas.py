@@ -14,6 +14,10 @@ NO_TUMOUR = "notumor"
 Label = Literal["glioma", "meningioma", "notumor", "pituitary"]
 Part = Literal["train", "validation", "calibration", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "calibration", "test")
+SplitName = Literal["grouped", "legacy"]
+
+ArchitectureName = Literal["compact", "tiny", "plain64", "conv224", "xception", "inceptionv3", "resnet101v2"]
+"""The selectable networks; `model.architectures` describes them."""
 
 RESEARCH_NOTICE = "For research only. Not a medical device; not for diagnosis."
 
@@ -49,6 +53,9 @@ class ImageEntry(Record):
     md5: str = Field(description="Content hash DVC stores the file under")
     sha256: str
     size: int = Field(ge=0, description="bytes")
+    source_path: str = Field(default="", description="Path in the source, as the source spells it; empty: not recorded")
+    licence: str = Field(default="", description="Under which it may be used; empty: unknown")
+    origin: str = Field(default="", description="The set it was first published in, see `data.provenance`")
 
 
 class Snapshot(Record):
@@ -76,19 +83,37 @@ class SplitEntry(Record):
     sha256: str
     group: int = Field(description="Images of one group are identical, near-identical or mirrored twins")
     part: Part
+    origin: str = Field(default="", description="The set it was first published in, see `data.provenance`")
 
 
 class Split(Record):
-    """The grouped split of one data version; no group stands in two parts."""
+    """A split of one data version. In the grouped one no group stands in two parts.
+
+    The legacy one has the test part that the source itself declares, to compare with what others report; `leaked` are
+    the paths of its test images that have an identical or mirrored twin in another of the source's own parts.
+    """
 
     version: str
     simulated: bool
+    name: SplitName = "grouped"
     entries: tuple[SplitEntry, ...]
     quarantined: tuple[Quarantined, ...] = ()
+    leaked: tuple[str, ...] = ()
 
     def of(self, *parts: Part) -> list[SplitEntry]:
         """The entries of the named parts, in manifest order."""
         return [entry for entry in self.entries if entry.part in parts]
+
+
+class Opening(Record):
+    """One look at a test part. The more there are, the less its scores say about unseen images."""
+
+    run_id: str
+    number: int = Field(ge=1, description="the how-manieth of its run")
+    version: str = Field(description="data version")
+    split: SplitName
+    why: str
+    at: datetime = Field(default_factory=now)
 
 
 # --- predictions --------------------------------------------------------------------------------
@@ -119,6 +144,11 @@ class Prediction(Record):
     seconds: float = Field(ge=0, description="From decoded request to stored object")
     width: int = Field(gt=0, description="pixels of the uploaded image")
     height: int = Field(gt=0)
+    prediction_sets: dict[str, tuple[Label, ...]] = Field(
+        default={}, description="coverage (0.90, 0.95) -> the classes an answer leaves open at it, most probable first"
+    )
+    refer: bool = Field(default=False, description="Too uncertain to answer: a reader should look")
+    refer_reason: str = Field(default="", description="In words; empty when not referred")
 
 
 class Verdict(StrEnum):
@@ -147,6 +177,7 @@ class ClassMonitoring(Record):
     mean_probability: float
     mean_seconds: float
     p95_seconds: float
+    referred: int = Field(default=0, description="Of the predictions, those too uncertain to answer")
 
 
 class GatePoint(Record):
@@ -163,6 +194,7 @@ class Monitoring(Record):
     predictions: int
     accepted: int
     rejected: int
+    referred: int = Field(default=0, description="Of the accepted, those too uncertain to answer")
     per_class: dict[str, ClassMonitoring]
     gate_scores: tuple[GatePoint, ...] = Field(description="The latest 500, oldest first")
     feedback: dict[str, int] = Field(description="verdict -> count")

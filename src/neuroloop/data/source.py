@@ -75,6 +75,8 @@ class PhantomSource:
     """Simulated scans, the classes in equal numbers, rendered when they are read; the same for the same seed."""
 
     simulated = True
+    licence = "CC0-1.0"
+    """Nobody's scans, made from numbers: free for any use."""
 
     def __init__(self, images: int, seed: int, scanner: str = "A") -> None:
         if images < MINIMUM_PER_CLASS * len(LABELS):
@@ -110,13 +112,14 @@ class PhantomSource:
 class ObjectSource:
     """Real images in an object store (a folder or a bucket), laid out as `class/file` or `part/class/file`.
 
+    `licence` is what the operator declares, as the files themselves do not say.
     `ignored` counts, by suffix, the files that the last `files()` passed over because they are no images.
     """
 
     simulated = False
 
-    def __init__(self, url: str, store: ObjectStore) -> None:
-        self.url, self.store = url, store
+    def __init__(self, url: str, store: ObjectStore, licence: str = "") -> None:
+        self.url, self.store, self.licence = url, store, licence
         self.ignored: dict[str, int] = {}
 
     def files(self) -> list[SourceFile]:

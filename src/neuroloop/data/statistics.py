@@ -19,9 +19,21 @@ from neuroloop.imaging.decode import decode
 
 BINS = 64
 
+_Measure = tuple[str, NDArray[np.float64], float, float]  # size, histogram, mean, deviation of one image
+
 _COLOURS = {"glioma": "#4269d0", "meningioma": "#e07b39", "notumor": "#3f9b6c", "pituitary": "#a463b0"}
 _PART_COLOURS = dict(zip(PARTS, ("#1f3a5f", "#4f7cac", "#9cc0dd", "#e3a857"), strict=True))
 _INK, _FAINT = "#22303c", "#d5dbe1"
+
+
+class OriginStatistics(Record):
+    """The images of one class that came from one source: counts of all parts, measures of the training part."""
+
+    images: dict[str, int] = Field(description="part -> images")
+    measured: int = Field(description="training images that the figures below are of")
+    mean: float = Field(description="mean grey level, 0 to 255, averaged over images")
+    deviation: float = Field(description="standard deviation of grey levels within an image, averaged over images")
+    sizes: dict[str, int] = Field(description="'width x height' -> images, most frequent first")
 
 
 class ClassStatistics(Record):
@@ -38,6 +50,9 @@ class ClassStatistics(Record):
         description="0, 10, ... 100 % quantiles over images of an image's mean grey"
     )
     deviation_deciles: tuple[float, ...] = Field(description="the same of an image's standard deviation")
+    mean_counts: tuple[int, ...] = Field(default=(), description="images by mean grey, 32 equal bins of 0 to 256")
+    deviation_counts: tuple[int, ...] = Field(default=(), description="by standard deviation, 32 bins of 0 to 128")
+    origins: dict[str, OriginStatistics] = Field(default={}, description="recovered source -> its images, large first")
 
 
 class Statistics(Record):
@@ -73,23 +88,31 @@ def capture(
     classes = {}
     for label, entries in drawn.items():
         of_class = [entry for entry in split.entries if entry.label == label]
-        measures = []
+        measures: list[_Measure] = []
         with ThreadPoolExecutor(4) as pool:
             for measure in pool.map(lambda entry: _measure(decode(read(entry))), entries[:sample]):
                 measures.append(measure)
                 done += 1
                 if progress:
                     progress(done, total)
+        found = Counter(entry.origin for entry in of_class)
         classes[label] = ClassStatistics(
             images={part: sum(entry.part == part for entry in of_class) for part in PARTS},
             groups={part: len({entry.group for entry in of_class if entry.part == part}) for part in PARTS},
             measured=len(measures),
             sizes=dict(Counter(size for size, _, _, _ in measures).most_common()),
             histogram=_rounded(np.mean([m[1] for m in measures], axis=0) if measures else np.zeros(BINS), 6),
-            mean=round(float(np.mean([m[2] for m in measures])), 3) if measures else 0.0,
-            deviation=round(float(np.mean([m[3] for m in measures])), 3) if measures else 0.0,
+            mean=_mean([m[2] for m in measures]),
+            deviation=_mean([m[3] for m in measures]),
             mean_deciles=_deciles([m[2] for m in measures]),
             deviation_deciles=_deciles([m[3] for m in measures]),
+            mean_counts=_binned([m[2] for m in measures], 256),
+            deviation_counts=_binned([m[3] for m in measures], 128),
+            origins={
+                origin: _of_origin(origin, of_class, list(zip(entries, measures, strict=False)))
+                for origin, _ in found.most_common()
+                if origin
+            },
         )
     return Statistics(
         version=split.version,
@@ -101,7 +124,7 @@ def capture(
 
 
 def plots(statistics: Statistics, read: Callable[[SplitEntry], bytes]) -> dict[str, bytes]:
-    """PNGs by file name: `class_counts.png`, `intensity.png`, `samples.png`, and `sizes.png` where sizes differ."""
+    """PNGs by file name: `class_counts`, `intensity`, `samples`; `sizes` and `origins` where images differ in them."""
     made = {
         "class_counts.png": _class_counts(statistics),
         "intensity.png": _intensity(statistics),
@@ -113,6 +136,8 @@ def plots(statistics: Statistics, read: Callable[[SplitEntry], bytes]) -> dict[s
     }
     if len({size for each in statistics.classes.values() for size in each.sizes}) > 1:
         made["sizes.png"] = _sizes(statistics)
+    if len({origin for each in statistics.classes.values() for origin in each.origins}) > 1:
+        made["origins.png"] = _origins(statistics)
     return made
 
 
@@ -139,7 +164,29 @@ def grid(rows: Mapping[str, Sequence[NDArray[np.uint8]]], *, title: str, simulat
     return _png(figure)
 
 
-def _measure(pixels: NDArray[np.uint8]) -> tuple[str, NDArray[np.float64], float, float]:
+def _of_origin(
+    origin: str, of_class: list[SplitEntry], measured: list[tuple[SplitEntry, _Measure]]
+) -> OriginStatistics:
+    own = [measure for entry, measure in measured if entry.origin == origin]
+    return OriginStatistics(
+        images={part: sum(e.part == part and e.origin == origin for e in of_class) for part in PARTS},
+        measured=len(own),
+        mean=_mean([m[2] for m in own]),
+        deviation=_mean([m[3] for m in own]),
+        sizes=dict(Counter(m[0] for m in own).most_common(20)),
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return round(float(np.mean(values)), 3) if values else 0.0
+
+
+def _binned(values: list[float], end: int) -> tuple[int, ...]:
+    counts, _ = np.histogram(np.clip(values, 0, end), bins=32, range=(0, end))
+    return tuple(counts.tolist())
+
+
+def _measure(pixels: NDArray[np.uint8]) -> _Measure:
     counts = np.bincount(pixels.ravel(), minlength=256).reshape(BINS, -1).sum(axis=1)
     height, width = pixels.shape
     return f"{width} x {height}", counts / pixels.size, float(pixels.mean()), float(pixels.std())
@@ -197,6 +244,24 @@ def _class_counts(statistics: Statistics) -> bytes:
         groups = sum(statistics.classes[name].groups.values())
         axes.text(starts[position], position, f"  {groups} groups", va="center", color=_INK, size=9)
     axes.set_xlim(0, max(1.0, starts.max()) * 1.14)
+    axes.grid(axis="x", color=_FAINT, linewidth=0.8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(PARTS), frameon=False)
+    return _png(figure)
+
+
+def _origins(statistics: Statistics) -> bytes:
+    figure, axes = _axes("Where the images were first published", statistics, "images", "")
+    rows = [(f"{name}, {key}", own) for name, each in statistics.classes.items() for key, own in each.origins.items()]
+    # Beyond some twenty rows nobody reads the names; the JSON has them all.
+    rows = sorted(rows, key=lambda row: -sum(row[1].images.values()))[:20][::-1]
+    names, starts = [name for name, _ in rows], np.zeros(len(rows))
+    for part in PARTS:
+        counts = np.array([own.images[part] for _, own in rows])
+        axes.barh(names, counts, left=starts, color=_PART_COLOURS[part], height=0.7, label=part)
+        starts += counts
+    for position, total in enumerate(starts):
+        axes.text(total, position, f"  {int(total)}", va="center", color=_INK, size=9)
+    axes.set_xlim(0, max(1.0, starts.max()) * 1.1)
     axes.grid(axis="x", color=_FAINT, linewidth=0.8)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(PARTS), frameon=False)
     return _png(figure)

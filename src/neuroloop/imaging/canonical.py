@@ -1,8 +1,8 @@
 """The one form in which training and serving see an image: the head, square, on black, in robust greys.
 
 What this takes away (frame size, margin, border, stamped text outside the head, overall brightness) tells the source
-of an image, not the disease. On the public four-class set, border and bounding-box statistics alone classify 81 % of a
-leak-free split; after a crop to the head, 55 %.
+of an image, not the disease. On the public four-class set, border and bounding-box statistics of the whole image alone
+classify 81 % of a leak-free split; those of the canonical image 31 %, where 28 % are of the largest class.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-CANONICAL_VERSION = "1"
+CANONICAL_VERSION = "2"
 """Changes whenever the same pixels would give another canonical image; a bundle refuses another version."""
 
 _WORK = 128  # pixels of the long side on which the head is outlined: enough for an outline, fast to label
-_MARGIN = 0.02  # of the head's longer side, on each side of the square
+_MARGIN = 0.07  # of the head's longer side, on each side of the square: the outermost sixteenth is black in every image
 _LOW, _HIGH = 1.0, 99.0  # percentiles of the head that become 0 and 255
 
 
@@ -103,17 +103,22 @@ def _largest(bright: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _cut(pixels: NDArray[np.uint8], box: Box) -> NDArray[np.float32]:
-    out = np.zeros((box.height, box.width), dtype=np.float32)
-    height, width = pixels.shape
-    top, left = max(box.top, 0), max(box.left, 0)
-    bottom, right = min(box.top + box.height, height), min(box.left + box.width, width)
-    out[top - box.top : bottom - box.top, left - box.left : right - box.left] = pixels[top:bottom, left:right]
-    return out
+    """The box, beyond the frame the nearest edge pixel: black there would darken the frame's own edge in resizing."""
+    rows = np.clip(np.arange(box.top, box.top + box.height), 0, pixels.shape[0] - 1)
+    columns = np.clip(np.arange(box.left, box.left + box.width), 0, pixels.shape[1] - 1)
+    return pixels[np.ix_(rows, columns)].astype(np.float32)
 
 
 def _cut_mask(mask: NDArray[np.bool_], box: Box, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    full = Image.fromarray(mask.astype(np.uint8) * 255).resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
-    return _cut(np.asarray(full), box) / 255.0
+    """The box of the mask, 0..1; 0 beyond the frame."""
+    full = np.asarray(
+        Image.fromarray(mask.astype(np.uint8) * 255).resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
+    )
+    out = np.zeros((box.height, box.width), dtype=np.float32)
+    top, left = max(box.top, 0), max(box.left, 0)
+    bottom, right = min(box.top + box.height, shape[0]), min(box.left + box.width, shape[1])
+    out[top - box.top : bottom - box.top, left - box.left : right - box.left] = full[top:bottom, left:right]
+    return out / 255.0
 
 
 def _resize(values: NDArray[np.float32], size: int) -> NDArray[np.float32]:

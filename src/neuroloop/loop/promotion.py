@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel
 
-from neuroloop.core.schemas import LABELS, Check
+from neuroloop.core.schemas import LABELS, Check, SplitName
 
 ACCURACY_LOSS = 0.005
 """A retrained model may lose at most this much overall accuracy on the frozen test part."""
@@ -14,29 +14,52 @@ BASELINES = ("majority", "border", "thumbnail", "nearest")
 
 
 class Scores(BaseModel, frozen=True):
-    """Scores of one model on the frozen test part and, where there are any, on the held-out corrections."""
+    """Scores of one model on the test part of a split and, where there are any, on the held-out corrections."""
 
     test: dict[str, float]
     feedback: dict[str, float] = {}
     simulated: bool
+    split: SplitName = "grouped"
+    leaked: float | None = None
+    """Share (0..1) of the legacy test images that have a twin outside of the test part."""
+
+
+def legacy_notice(leaked: float | None) -> str:
+    """What stands beside every figure of the legacy split: `legacy, 75.7 % leaked`."""
+    return "legacy, leak rate unknown" if leaked is None else f"legacy, {100 * leaked:.1f} % leaked"
 
 
 def decide(
-    candidate: Scores, champion: Scores | None, baselines: Mapping[str, float], *, retraining: bool
+    candidate: Scores, champion: Scores | None, baselines: Mapping[str, float], *, retraining: bool, outdated: str = ""
 ) -> tuple[bool, tuple[Check, ...]]:
     """Promote or not, with a check per reason.
 
     A first model must beat every trivial baseline in macro-F1. Later ones must not be worse than the champion on the
     frozen test part (`ACCURACY_LOSS`, `RECALL_LOSS`) and must be better where it counts: a retraining on the held-out
     corrections, a new build in test macro-F1. A model trained on simulated scans never replaces one trained on real
-    ones. `baselines` has `<name>_macro_f1` for each of `BASELINES`.
+    ones. A model of the legacy split is never promoted: its test part leaks, and it may have trained on images of the
+    frozen one. `baselines` has `<name>_macro_f1` for each of `BASELINES`. `outdated` says
+    why a champion that is there cannot be compared: no server of this version can serve it either.
     """
+    if candidate.split != "grouped":
+        return False, (_frozen_split(candidate),)
     checks = [_beats_baselines(candidate, baselines)]
+    if outdated:
+        reason = f"The champion cannot be compared, nor served by this version of the program: {outdated.rstrip('.')}."
+        checks.append(Check(name="champion", passed=True, reason=reason))
     if champion is not None:
         checks += [_same_world(candidate, champion), _accuracy(candidate, champion)]
         checks += [_recall(label, candidate, champion) for label in LABELS if f"recall_{label}" in champion.test]
         checks.append(_learned(candidate, champion) if retraining else _better(candidate, champion))
     return all(check.passed for check in checks), tuple(checks)
+
+
+def _frozen_split(candidate: Scores) -> Check:
+    reason = (
+        f"It was trained and tested on the split that the source declares ({legacy_notice(candidate.leaked)}), which "
+        f"serves only to compare with others (test accuracy {candidate.test['accuracy']:.3f}): it is never promoted."
+    )
+    return Check(name="split", passed=False, reason=reason)
 
 
 def _beats_baselines(candidate: Scores, baselines: Mapping[str, float]) -> Check:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from neuroloop.imaging.decode import decode
 from neuroloop.loop import feedback, pipeline
 from neuroloop.loop.feedback import Correction
 from neuroloop.loop.pipeline import RETRAINING, Result, log
+from neuroloop.model.architectures import ARCHITECTURES
 from neuroloop.model.bundle import Bundle
 
 LEARNING_RATE = 1e-3
@@ -62,6 +64,7 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         bundle = Bundle.load(services.registry.download_bundle(champion.version, Path(folder)))
         version, size = bundle.manifest.data_version, bundle.image_size
         statistics_json, weights = bundle.statistics, bundle.weights
+        architecture = bundle.manifest.architecture
     found = feedback.used(services.store)
     kept, left_out = _trainable(services, version, found)
     pipeline.write_held_out(services, run_id, version, size)
@@ -90,7 +93,8 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         epochs=epochs,
         minutes=minutes,
         warm_start=weights,
-        learning_rate=LEARNING_RATE,
+        learning_rate=ARCHITECTURES[architecture].training.get("learning_rate", 3 * LEARNING_RATE) / 3,
+        architecture=architecture,
         experiment=RETRAINING,
     )
     return pipeline.keep(services, run_id, "retrain_model", {**result, "from_version": champion.version, **counts})
@@ -98,21 +102,9 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
 
 def evaluate_model(services: Services, run_id: str) -> Result:
     """As in the build, and champion and candidate on the held-out corrections too."""
-    result = pipeline.evaluate_model(services, run_id, RETRAINING)
     held_out = [correction for correction in feedback.used(services.store) if correction.held_out]
-    if held_out and result["champion"] is not None:
-        with pipeline.open_bundle(services, run_id) as candidate:
-            arrays = corrections_arrays(services, held_out, candidate.image_size)
-            result["feedback"] = pipeline.score(candidate.predict(arrays.images).probabilities, arrays)
-        with tempfile.TemporaryDirectory() as folder:
-            version = result["champion"]["version"]
-            champion = Bundle.load(services.registry.download_bundle(version, Path(folder)))
-            if champion.image_size != candidate.image_size:
-                arrays = corrections_arrays(services, held_out, champion.image_size)
-            result["champion"]["feedback"] = pipeline.score(champion.predict(arrays.images).probabilities, arrays)
-        run = pipeline.tracked(services, run_id, RETRAINING)
-        services.registry.log_metrics(run, {f"feedback_{name}": value for name, value in result["feedback"].items()})
-    return pipeline.keep(services, run_id, "evaluate_model", result)
+    corrections = partial(corrections_arrays, services, held_out) if held_out else None
+    return pipeline.evaluate_model(services, run_id, RETRAINING, corrections=corrections)
 
 
 def corrections_arrays(services: Services, found: list[Correction], size: int) -> Arrays:

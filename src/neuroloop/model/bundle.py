@@ -2,11 +2,12 @@
 
 | file | what |
 | --- | --- |
-| `bundle.json` | the manifest: labels, image size, versions, temperature, metrics, sha256 of every other file |
+| `bundle.json` | the manifest: labels, image size, versions, calibration, metrics, sha256 of every other file |
 | `model.onnx` | the network; outputs `logits`, `cam`, `features` |
 | `gate.json` | the input gate |
 | `statistics.json` | statistics of the training data, the reference for drift |
 | `weights.npz` | weights for the warm start of a retraining; optional |
+| `card.md`, `card.json` | the model card (`model.card`), for people and for machines; once the model is evaluated |
 
 Needs ONNX Runtime, not TensorFlow.
 """
@@ -16,23 +17,28 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from neuroloop.core.errors import InvalidBundle
-from neuroloop.core.schemas import LABELS, Record, now
+from neuroloop.core.errors import InvalidBundle, OutdatedBundle
+from neuroloop.core.schemas import LABELS, ArchitectureName, Record, SplitName, now
 from neuroloop.imaging.canonical import CANONICAL_VERSION
-from neuroloop.model.calibration import softmax
+from neuroloop.model.calibration import Calibration
+from neuroloop.model.card import Card, as_markdown
+from neuroloop.model.explanation import heat_map
 from neuroloop.model.gate import Gate
 
 Images = NDArray[np.uint8]
+_Record = TypeVar("_Record", bound=Record)
 
 MANIFEST, MODEL, GATE, STATISTICS, WEIGHTS = "bundle.json", "model.onnx", "gate.json", "statistics.json", "weights.npz"
-FORMAT = 1
+CARD, CARD_DATA = "card.md", "card.json"
+FORMAT = 2
+_REQUIRED, _OPTIONAL = {MODEL, GATE, STATISTICS}, {WEIGHTS, CARD, CARD_DATA}
 _BATCH = 64  # images a forward pass; bounds the memory of a large set
 
 
@@ -43,8 +49,14 @@ class Manifest(Record):
     labels: tuple[str, ...]
     image_size: int = Field(gt=0, description="Side of the canonical image, pixels")
     canonical_version: str = Field(description="Of the canonical form the model was trained on")
-    temperature: Annotated[float, Field(gt=0)]
+    architecture: ArchitectureName = Field(description="Of the network, for a retraining; see `model.architectures`")
+    calibration: Calibration
+    map_offset: tuple[float, float] = Field(
+        description="How far the activation map lies beside what it speaks of: down, right, shares of the width; see "
+        "`explanation.displacement`"
+    )
     data_version: str
+    split: SplitName = Field(description="Of the data; a model of the legacy split has seen twins of its test images")
     simulated: bool = Field(description="Trained on simulated scans")
     metrics: dict[str, float]
     created_at: datetime
@@ -63,13 +75,17 @@ class RawOutputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a bundle says of n images, all float32."""
+    """What a bundle says of n images; numbers are float32."""
 
     logits: NDArray[np.float32]
     probabilities: NDArray[np.float32]
     """(n, classes), calibrated, rows sum to 1"""
     cam: NDArray[np.float32]
     features: NDArray[np.float32]
+    sets: dict[str, NDArray[np.bool_]]
+    """level ("0.90", "0.95") -> (n, classes): the conformal prediction set"""
+    refer: NDArray[np.bool_]
+    """(n,): too uncertain to answer, a reader should look"""
 
 
 class OnnxModel:
@@ -119,10 +135,9 @@ class Bundle:
         self.sha256 = sha256
         """Identity of the whole bundle: the hash of `bundle.json`, which holds the hashes of the rest."""
         self._files = files
-        try:
-            self.gate = Gate.model_validate_json(files[GATE])
-        except ValidationError as error:
-            raise InvalidBundle(f"{GATE} is not valid", why=str(error.errors()[0]["msg"])) from error
+        self.gate = _parsed(Gate, files[GATE], GATE)
+        self.card = _parsed(Card, files[CARD_DATA], CARD_DATA) if CARD_DATA in files else None
+        """The model card, None before the model was evaluated."""
         self._network = OnnxModel(files[MODEL], threads=threads)
         if self._network.size != manifest.image_size:
             raise InvalidBundle(
@@ -147,32 +162,32 @@ class Bundle:
     def load(cls, folder: Path, *, threads: int = 1) -> "Bundle":
         """Read and verify the bundle in `folder`; `threads` is the number of cores one prediction may use.
 
-        Raises `InvalidBundle` on a missing or altered file, labels other than this program's, a canonical form of
-        another version, or a network or gate that does not fit.
+        Raises `OutdatedBundle` on another format or a canonical form of another version, `InvalidBundle` on a missing
+        or altered file, a file that no bundle has, labels other than this program's, or a network or gate that does
+        not fit.
         """
         raw = _read(folder / MANIFEST)
-        try:
-            manifest = Manifest.model_validate_json(raw)
-        except ValidationError as error:
-            raise InvalidBundle(f"{folder / MANIFEST} is not valid", why=str(error.errors()[0]["msg"])) from error
         fix = "build the model again with this version of NeuroLoop"
-        if manifest.format != FORMAT:
-            raise InvalidBundle(f"the bundle has format {manifest.format}", why=f"this program reads {FORMAT}", fix=fix)
+        if (found := _format(raw)) != FORMAT:
+            raise OutdatedBundle(f"the bundle has format {found}", why=f"this program reads format {FORMAT}", fix=fix)
+        manifest = _parsed(Manifest, raw, MANIFEST)
         if manifest.labels != LABELS:
             raise InvalidBundle(f"the bundle's labels are {manifest.labels}", why=f"expected {LABELS}", fix=fix)
         if manifest.canonical_version != CANONICAL_VERSION:
-            raise InvalidBundle(
+            raise OutdatedBundle(
                 f"the bundle was trained on canonical form {manifest.canonical_version}",
                 why=f"this program makes {CANONICAL_VERSION}, so predictions would be skewed",
                 fix=fix,
             )
-        unnamed = {MODEL, GATE, STATISTICS} - manifest.files.keys()
+        unnamed = _REQUIRED - manifest.files.keys()
         if unnamed:
             raise InvalidBundle(f"the manifest does not name {', '.join(sorted(unnamed))}")
+        foreign = manifest.files.keys() - _REQUIRED - _OPTIONAL
+        if foreign:
+            known = ", ".join(sorted(_REQUIRED | _OPTIONAL))
+            raise InvalidBundle(f"the manifest names {min(foreign)!r}", why=f"a bundle holds only {known}")
         files = {}
         for name, sha256 in manifest.files.items():
-            if name != Path(name).name:
-                raise InvalidBundle(f"the manifest names {name!r}", why="a bundle has no sub-folders")
             files[name] = _read(folder / name)
             if _sha256(files[name]) != sha256:
                 raise InvalidBundle(
@@ -192,28 +207,34 @@ class Bundle:
 
     @property
     def weights(self) -> bytes | None:
-        """The weights for a warm start (`training.load_weights`), None where the bundle has none."""
+        """The weights for a warm start (`export.load_weights`), None where the bundle has none."""
         return self._files.get(WEIGHTS)
+
+    @property
+    def onnx(self) -> bytes:
+        """The network's ONNX file."""
+        return self._files[MODEL]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(map(len, self._files.values()))
 
     def predict(self, images: Images) -> Outputs:
         """Classify canonical `images`, uint8 (n, image_size, image_size). Raises `ValueError` on another shape."""
         raw = self._network.run(images)
-        probabilities = softmax(raw.logits, self.manifest.temperature).astype(np.float32)
-        return Outputs(raw.logits, probabilities, raw.cam, raw.features)
+        calibration = self.manifest.calibration
+        probabilities = calibration.probabilities(raw.logits)
+        sets = {level: calibration.prediction_sets(probabilities, level) for level in calibration.conformal}
+        refer = calibration.refer(probabilities)
+        return Outputs(raw.logits, probabilities, raw.cam, raw.features, sets, refer)
 
     def heat(self, cam: NDArray[np.float32], class_index: int) -> NDArray[np.float32]:
-        """The class-activation map of one class, float32 (image_size, image_size) in 0..1.
+        """The class-activation map of one class, float32 (image_size, image_size) in 0..1; see `heat_map`.
 
-        `cam` (h, w, classes) as in `Outputs`. What speaks for the class beyond the mean of all classes is shown,
-        scaled so that the strongest place is 1; all zero where nothing does.
+        `cam` (h, w, classes) as in `Outputs`.
         """
-        relative = cam[..., class_index] - cam.mean(axis=-1)
-        positive = np.maximum(relative, 0.0)
-        if not positive.max() > 0:
-            return np.zeros((self.image_size, self.image_size), np.float32)
-        weights = [_interpolation(side, self.image_size) for side in positive.shape]
-        large = weights[0] @ (positive / positive.max()) @ weights[1].T
-        return np.asarray(large / large.max(), np.float32)
+        return heat_map(cam, class_index, self.image_size, self.manifest.map_offset)
 
 
 def write(
@@ -223,8 +244,11 @@ def write(
     gate: Gate,
     statistics: bytes,
     image_size: int,
-    temperature: float,
+    architecture: ArchitectureName,
+    calibration: Calibration,
+    map_offset: tuple[float, float] = (0.0, 0.0),
     data_version: str,
+    split: SplitName = "grouped",
     simulated: bool,
     metrics: Mapping[str, float],
     weights: bytes | None = None,
@@ -241,13 +265,33 @@ def write(
         labels=LABELS,
         image_size=image_size,
         canonical_version=CANONICAL_VERSION,
-        temperature=temperature,
+        architecture=architecture,
+        calibration=calibration,
+        map_offset=map_offset,
         data_version=data_version,
+        split=split,
         simulated=simulated,
         metrics=dict(metrics),
         created_at=created_at or now(),
         files={name: _sha256(data) for name, data in sorted(files.items())},
     )
+    return _stored(folder, manifest, files)
+
+
+def with_card(folder: Path, card: Card) -> Path:
+    """Add the model card to the bundle in `folder`, or replace the one it has; returns `folder`.
+
+    The bundle gets another identity, for its manifest names the card's hash; nothing else of it changes. It is
+    verified first, so that a damaged one is not hashed anew: raises `InvalidBundle`.
+    """
+    bundle = Bundle.load(folder)
+    added = {CARD: as_markdown(card).encode(), CARD_DATA: card.model_dump_json(indent=1).encode()}
+    files = {**bundle._files, **added}
+    hashes = {name: _sha256(data) for name, data in sorted(files.items())}
+    return _stored(folder, bundle.manifest.model_copy(update={"files": hashes}), files)
+
+
+def _stored(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
     raw = json.dumps(manifest.model_dump(mode="json"), indent=1).encode()
     Bundle(manifest, files, _sha256(raw))
     folder.mkdir(parents=True, exist_ok=True)
@@ -257,10 +301,22 @@ def write(
     return folder
 
 
-def _interpolation(small: int, large: int) -> NDArray[np.float32]:
-    """The (large, small) matrix of a linear interpolation between cell centres."""
-    position = np.clip((np.arange(large) + 0.5) * small / large - 0.5, 0, small - 1)
-    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(small))).astype(np.float32)
+def _format(raw: bytes) -> int | None:
+    """The format that a manifest names, of whatever version the rest of it is."""
+    try:
+        found = json.loads(raw).get("format")
+    except (ValueError, AttributeError):
+        return FORMAT  # no manifest at all: reading it as one says what is wrong
+    return found if isinstance(found, int) else None
+
+
+def _parsed(record: type[_Record], data: bytes, name: str) -> _Record:
+    try:
+        return record.model_validate_json(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise InvalidBundle(f"{name} is not valid", why=f"{place}: {problem['msg']}".lstrip(": ")) from error
 
 
 def _read(path: Path) -> bytes:

@@ -30,7 +30,7 @@ _WORK = 64  # side at which pixels are measured, so that the measures do not dep
 _RINGS = 6
 _BANDS = 6
 _BINS = 6
-_PER_KIND = 160  # made images a kind
+_PER_KIND, _FEWEST_PER_KIND = 160, 40  # made images a kind
 _MAX_BRAINS, _MAX_VALIDATION = 800, 400  # images a fit looks at, so that it ends well under a minute
 _COMPONENTS = 64  # directions in which the network's features vary most
 _CHUNKS = 8  # parts of the feature vector, about one a block, whose mean distance from the brains counts as a measure
@@ -124,15 +124,16 @@ def fit_gate(
     brains_validation: Images,
     generator: np.random.Generator,
     *,
-    per_kind: int = _PER_KIND,
+    per_kind: int | None = None,
 ) -> Gate:
     """Fit the gate of one network.
 
     `predict_features` maps uint8 (n, s, s) to the network's features (n, f); both sets of brains are canonical uint8
     (n, s, s), the second one unseen by the network. The other images (uniform, noise, text, drawings, photographs,
     scrambled brains) are made here, or cropped from the sample photographs inside the scikit-image, scikit-learn and
-    matplotlib packages, `per_kind` of each. The strength of the penalty is the one that best rejects kinds left out of
-    the fit. At most some 4,400 forward passes. Raises `ValueError` with fewer than 10 brains in a set.
+    matplotlib packages, `per_kind` of each, by default as many as there are brains, 40 to 160. The strength of the
+    penalty is the one that best rejects kinds left out of the fit. At most some 4,400 forward passes. Raises
+    `ValueError` with fewer than 10 brains in a set.
     """
     # Here and not above: a server only judges, and scikit-learn takes seconds to load.
     from sklearn.linear_model import LogisticRegression
@@ -140,6 +141,7 @@ def fit_gate(
 
     if min(len(brains_train), len(brains_validation)) < 10:
         raise ValueError("a gate needs at least 10 brains to learn from and 10 to set its threshold")
+    per_kind = per_kind or max(min(len(brains_train), _PER_KIND), _FEWEST_PER_KIND)
 
     def describe(images: Images) -> Floats:
         return np.hstack([predict_features(images), measure(images)]).astype(np.float32)

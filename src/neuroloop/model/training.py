@@ -1,12 +1,12 @@
-"""Training, export and weights. Imports TensorFlow: for the offline side only."""
+"""Training. Imports TensorFlow: for the offline side only."""
 
-import io
 import math
 import time
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -14,12 +14,9 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
-from neuroloop.core.errors import InvalidBundle
-
 Images = NDArray[np.uint8]
 Labels = NDArray[np.integer]
 
-OUTPUTS = ("logits", "cam", "features")
 _MIN_STEPS = 8  # an epoch of few images uses smaller batches instead of one or two huge steps
 _WARM_UP = 0.04  # share of the training with a rising learning rate; 2 epochs of 50
 _CLIP = 2.0  # largest global gradient norm
@@ -40,6 +37,8 @@ class TrainConfig:
     erasing: float = 0.2
     """Share of the images that lose a rectangle (Zhong et al., AAAI 2020)."""
     ema: float = 0.998
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the layers' arithmetic; auto takes bfloat16 where the machine multiplies it natively (1.6 times as fast)."""
     patience: int = 30
     """Epochs without a better validation score after which training stops."""
     seed: int = 0
@@ -144,6 +143,7 @@ class _Trainer:
 
     def __init__(self, model: keras.Model, config: TrainConfig) -> None:
         self.model, self.config = model, config
+        self.half = config.precision == "bfloat16" or (config.precision == "auto" and _has_half_precision())
         self.optimizer = keras.optimizers.AdamW(
             config.learning_rate, weight_decay=config.weight_decay, beta_2=0.99, global_clipnorm=_CLIP
         )
@@ -178,8 +178,8 @@ class _Trainer:
         target = tf.one_hot(labels, classes) * (1 - config.label_smoothing) + config.label_smoothing / classes
         x = _disturb(tf.cast(images, tf.float32)[..., None], seed, config.erasing)
         x, target = _mix(x, target, seed, config.mixup)
-        with tf.GradientTape() as tape:
-            logits = self.model(x, training=True)["logits"]
+        with tf.GradientTape() as tape, _half_precision(self.model, self.half):
+            logits = tf.cast(self.model(x, training=True)["logits"], tf.float32)
             loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, logits))
         variables = self.model.trainable_variables
         gradients = tape.gradient(loss, [v.value for v in variables])
@@ -217,6 +217,28 @@ class _Trainer:
         }
 
 
+def _has_half_precision() -> bool:
+    """Whether this machine multiplies bfloat16 natively: a GPU, or a CPU that says so."""
+    if tf.config.list_physical_devices("GPU"):
+        return True
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and bool({"avx512_bf16", "amx_bf16"} & set(cpu.read_text().split()))
+
+
+@contextmanager
+def _half_precision(model: keras.Model, wanted: bool) -> Iterator[None]:
+    """Layers compute in bfloat16 where `wanted`, their variables stay float32; only what is traced inside."""
+    policies = [(layer, layer.dtype_policy) for layer in model.layers]
+    if wanted:
+        for layer, _ in policies:
+            layer.dtype_policy = "mixed_bfloat16"
+    try:
+        yield
+    finally:
+        for layer, policy in policies:
+            layer.dtype_policy = policy
+
+
 def _disturb(x: Any, seed: Any, erasing: float) -> Any:
     """Light changes a scanner could make: gamma, gain, noise; and a grey rectangle on a share of the images."""
     n, size = tf.shape(x)[0], tf.shape(x)[1]
@@ -243,57 +265,3 @@ def _mix(x: Any, target: Any, seed: Any, share: float) -> tuple[Any, Any]:
     weight = tf.where(chosen, other, 0.0)
     x = x * (1 - weight[:, None, None, None]) + tf.roll(x, 1, 0) * weight[:, None, None, None]
     return x, target * (1 - weight[:, None]) + tf.roll(target, 1, 0) * weight[:, None]
-
-
-def export_onnx(model: keras.Model) -> bytes:
-    """The network as an ONNX file, for serving without TensorFlow.
-
-    Input `image` float32 (n, s, s, 1), values 0..255; outputs `logits`, `cam`, `features` as in `network.build`;
-    the batch size is free.
-    """
-    import tf2onnx
-
-    spec = [tf.TensorSpec((None, *model.inputs[0].shape[1:]), tf.float32, name="image")]
-
-    @tf.function(input_signature=spec)
-    def forward(image: Any) -> Any:
-        outputs = model(image, training=False)
-        return [outputs[name] for name in OUTPUTS]
-
-    proto, _ = tf2onnx.convert.from_function(forward, input_signature=spec, opset=17)
-    # tf2onnx calls the outputs Identity:0 and so on, and each free dimension something else.
-    names = {output.name: name for output, name in zip(proto.graph.output, OUTPUTS, strict=True)}
-    for node in proto.graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.name = names.get(value.name, value.name)
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    return cast(bytes, proto.SerializeToString())
-
-
-def save_weights(model: keras.Model) -> bytes:
-    """All weights as an npz archive without pickle, keyed by the variables' paths."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **{weight.path: np.asarray(weight) for weight in model.weights})  # type: ignore[arg-type]
-    return buffer.getvalue()
-
-
-def load_weights(model: keras.Model, data: bytes) -> None:
-    """Set the weights that `save_weights` wrote, for a warm start; the image size may differ.
-
-    Raises `InvalidBundle` where the archive is damaged or of another architecture; the model is then unchanged.
-    """
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InvalidBundle("the weights cannot be read", why=str(error), fix="train from scratch") from error
-    wanted = {weight.path: tuple(weight.shape) for weight in model.weights}
-    found = {name: array.shape for name, array in arrays.items()}
-    if wanted != found:
-        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise InvalidBundle(
-            "the weights are of another architecture", why=f"they differ in {differing[0]}", fix="train from scratch"
-        )
-    model.set_weights([arrays[weight.path] for weight in model.weights])

@@ -40,6 +40,11 @@ before it is given, and collects what readers say of it.
 
 Errors are problem documents (RFC 9457): `title`, `detail` (what and why) and `fix`.
 """
+_SANDBOX = {
+    # The page holds names that came with the data. They are escaped; should one slip through, nothing of it runs.
+    "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+    "X-Content-Type-Options": "nosniff",
+}
 _UPLOAD = {
     "required": True,
     "content": {
@@ -177,6 +182,32 @@ def create_app(services: bootstrap.Services) -> FastAPI:
     async def model() -> inference.ServedModel:
         """The model that answers."""
         return service.model()
+
+    @app.get("/v1/model/card", tags=["models"], responses=problems.responses(404, 503))
+    async def card() -> inference.ServedCard:
+        """The model card of the model that answers: Markdown for people, and all its figures."""
+        return service.card()
+
+    @app.get(
+        "/v1/data/audit",
+        tags=["data"],
+        response_class=Response,
+        responses=problems.responses(404, 503) | {200: {"content": {"text/html": {}}}},
+    )
+    async def audit_page() -> Response:
+        """What the audit found in the data of the model that answers, as one page for people."""
+        page = await asking.run(lambda: service.audit(page=True))
+        return Response(page, media_type="text/html; charset=utf-8", headers=_SANDBOX)
+
+    @app.get(
+        "/v1/data/audit.json",
+        tags=["data"],
+        response_class=Response,
+        responses=problems.responses(404, 503) | {200: {"content": {"application/json": {}}}},
+    )
+    async def audit_document() -> Response:
+        """The same for programs; `definitions` in it says what each figure means."""
+        return Response(await asking.run(lambda: service.audit(page=False)), media_type="application/json")
 
     @app.get("/v1/models", tags=["models"], responses=problems.responses(503))
     async def models() -> inference.Models:

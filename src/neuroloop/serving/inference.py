@@ -38,6 +38,7 @@ from neuroloop.core.schemas import (
 from neuroloop.data.corrections import unused
 from neuroloop.imaging.canonical import Box, canonicalize, head_box, place
 from neuroloop.imaging.decode import decode, encode_png
+from neuroloop.model.card import Card, as_markdown
 from neuroloop.serving import feedback as verdicts
 from neuroloop.serving.champion import Champion, Served
 from neuroloop.serving.metrics import Metrics
@@ -61,6 +62,12 @@ class Answer(Record):
     seconds: float
     width: int = Field(description="pixels of the uploaded image")
     height: int
+    prediction_sets: dict[str, tuple[Label, ...]] = Field(
+        description="coverage (0.90, 0.95) -> the classes the answer leaves open at it, most probable first: of the "
+        "images of each class, this share has its class in the set. May be empty: no class fits well enough"
+    )
+    refer: bool = Field(description="Too uncertain to answer: let a reader decide, whatever `label` says")
+    refer_reason: str = Field(description="Why, in words; empty when `refer` is false")
     heatmap: str | None = Field(
         description="Where the network found what speaks for the class, 0..255; null for notumor, where nothing is "
         "shown that a reader could take for a finding"
@@ -105,6 +112,14 @@ class ServedModel(Record):
     sha256: str
 
 
+class ServedCard(Record):
+    """The model card of the model being served."""
+
+    version: str
+    markdown: str
+    card: Card
+
+
 class Models(Record):
     """Everything that has been registered, and why it was promoted or not."""
 
@@ -139,6 +154,9 @@ class InferenceService:
         key = keys.prediction(label, prediction_id) if label else keys.invalid(prediction_id)
         self._services.store.put(key, encode_png(pixels), content_type="image/png")
         probabilities = outputs.probabilities[0].astype(float).tolist()
+        sets = {level: _open_classes(found[0], probabilities) for level, found in outputs.sets.items()}
+        refer = bool(outputs.refer[0]) and label is not None
+        limit = bundle.manifest.calibration.refer_below
         prediction = Prediction.model_validate(
             {
                 "id": prediction_id,
@@ -154,6 +172,9 @@ class InferenceService:
                 "seconds": time.perf_counter() - started,
                 "width": pixels.shape[1],
                 "height": pixels.shape[0],
+                "prediction_sets": sets if label else {},
+                "refer": refer,
+                "refer_reason": _refer_reason(max(probabilities), limit) if refer else "",
             }
         )
         self._record(prediction)
@@ -197,6 +218,33 @@ class InferenceService:
             loaded_at=served.loaded_at,
             sha256=served.bundle.sha256,
         )
+
+    def card(self) -> ServedCard:
+        """The card of the model being served. Raises `NotFound` where it has none, `Unavailable` before the first."""
+        served = self._champion.require()
+        card = served.bundle.card
+        if card is None:
+            raise NotFound(
+                f"Version {served.version.version} has no model card",
+                why="it was registered without an evaluation",
+                fix="build the model again; every build writes one",
+            )
+        return ServedCard(version=served.version.version, markdown=as_markdown(card), card=card)
+
+    def audit(self, *, page: bool) -> bytes:
+        """The audit of the data that the served model was trained on, as HTML page or as JSON.
+
+        Raises `NotFound` where that version was never audited, `Unavailable` before the first model.
+        """
+        version = self._champion.require().bundle.manifest.data_version
+        try:
+            return self._services.store.get(keys.audit_page(version) if page else keys.audit(version))
+        except NotFound:
+            raise NotFound(
+                f"Data version {version} has no audit report",
+                why="the model was built without one, or the report was deleted",
+                fix="build the model again; every build audits its data",
+            ) from None
 
     def models(self) -> Models:
         """All registered versions and the promotion ledger. Raises `Unavailable`."""
@@ -254,6 +302,8 @@ class InferenceService:
                 _LOG.warning("%s could not be removed after its row failed: %s", prediction.object_key, error)
             raise
         self._metrics.predictions.labels(prediction.label or "rejected").inc()
+        if prediction.refer:
+            self._metrics.referrals.labels(prediction.label).inc()
         self._metrics.prediction_seconds.observe(prediction.seconds)
 
     def _corrections_waiting(self) -> int:
@@ -277,6 +327,19 @@ def _answer(prediction: Prediction, pixels: NDArray[np.uint8], heat: NDArray[np.
         tumour=prediction.label != NO_TUMOUR,
         heatmap=None if overlay is None else _base64(overlay),
         image=_base64(shown),
+    )
+
+
+def _open_classes(found: NDArray[np.bool_], probabilities: list[float]) -> list[str]:
+    """The classes of a prediction set, bool (classes,), most probable first."""
+    order = sorted(range(len(LABELS)), key=lambda index: -probabilities[index])
+    return [LABELS[index] for index in order if found[index]]
+
+
+def _refer_reason(largest: float, limit: float) -> str:
+    return (
+        f"The largest probability, {100 * largest:.1f} %, is below {100 * limit:.1f} %: where the model was this "
+        "uncertain, it was wrong too often in calibration."
     )
 
 

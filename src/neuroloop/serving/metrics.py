@@ -14,6 +14,7 @@ class Metrics:
         self.requests = self._counter("requests", "Answered requests", "method", "route", "status")
         self.request_seconds = self._histogram("request_seconds", "From first byte to last", "route")
         self.predictions = self._counter("predictions", "Recorded predictions; rejected: by the gate", "label")
+        self.referrals = self._counter("referrals", "Recorded predictions that a reader should look at", "label")
         self.prediction_seconds = self._histogram("prediction_seconds", "From decoded request to stored object")
         self.feedback = self._counter("feedback", "Recorded verdicts", "verdict")
         self.reloads = self._counter("model_reloads", "Models that were loaded and served")

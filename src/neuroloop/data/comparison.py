@@ -1,0 +1,165 @@
+"""What changed from one data version to the next, in images and in how they look."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+from scipy.stats import chi2
+
+from neuroloop.core.schemas import LABELS, Record, Snapshot
+from neuroloop.data.statistics import ClassStatistics, Statistics
+
+Grade = Literal["stable", "moderate", "large", "too few"]
+
+MODERATE, LARGE = 0.10, 0.25
+"""Population stability index from which a distribution counts as moderately and as largely shifted: the convention of
+credit scoring (Lewis, An Introduction to Credit Scoring, 1994; Siddiqi, Credit Risk Scorecards, 2006)."""
+
+CHANCE = 0.99
+"""Two samples of one distribution differ too: their index, times nm/(n+m), follows chi-square with bins - 1 degrees of
+freedom (Yurdakul, Statistical Properties of Population Stability Index, 2018). Below this quantile of it no shift is
+graded, whatever the convention says; else every small class would alarm."""
+
+_BINS = 10
+_FEWEST = 20
+_LISTED = 100
+
+
+class Shift(Record):
+    """How far one distribution moved."""
+
+    psi: float = Field(description="population stability index, 0 for equal distributions")
+    chance: float = Field(description="what it would stay under in 99 of 100 draws from one distribution")
+    grade: Grade
+
+
+class ClassChange(Record):
+    """One class: images that came and went, by recovered source, and how far the training images moved."""
+
+    added: dict[str, int] = Field(description="recovered source -> images that the earlier version had not")
+    removed: dict[str, int] = Field(description="recovered source -> images that are not there any more")
+    relabelled: dict[str, int] = Field(description="class they had before -> images")
+    shifts: dict[str, Shift] = Field(description="grey_level and contrast (mean and deviation of an image), size")
+
+
+class Comparison(Record):
+    """What changed from the data version `previous` to `version`."""
+
+    previous: str
+    version: str
+    unchanged: int = Field(description="images that both have, under the same class")
+    classes: dict[str, ClassChange]
+    relabelled: tuple[tuple[str, str, str], ...] = Field(
+        description="path, class before and class now of the first hundred relabelled images"
+    )
+
+    @property
+    def psi_max(self) -> float:
+        """The largest index that is more than chance, 0 where there is none."""
+        return max((shift.psi for _, shift in self._shifts() if shift.psi > shift.chance), default=0.0)
+
+    @property
+    def grade(self) -> Grade:
+        """The worst grade of all shifts."""
+        grades = {shift.grade for _, shift in self._shifts()}
+        return next((grade for grade in ("large", "moderate", "stable") if grade in grades), "too few")
+
+    def summary(self) -> dict[str, object]:
+        """Small JSON: totals, the worst grade, and each shift that is not stable."""
+        return {
+            "previous": self.previous,
+            "unchanged": self.unchanged,
+            "added": sum(sum(change.added.values()) for change in self.classes.values()),
+            "removed": sum(sum(change.removed.values()) for change in self.classes.values()),
+            "relabelled": sum(sum(change.relabelled.values()) for change in self.classes.values()),
+            "psi_max": self.psi_max,
+            "grade": self.grade,
+            "shifted": {name: shift.psi for name, shift in self._shifts() if shift.grade in ("moderate", "large")},
+        }
+
+    def _shifts(self) -> list[tuple[str, Shift]]:
+        return [
+            (f"{label} {name}", shift)
+            for label, change in self.classes.items()
+            for name, shift in change.shifts.items()
+        ]
+
+
+def compare(before: Snapshot, after: Snapshot, earlier: Statistics, later: Statistics) -> Comparison:
+    """Images by their content, all parts; distributions of the training part, per class.
+
+    An image that only changed its name or place counts as unchanged. `earlier` and `later` are the statistics of the
+    snapshots `before` and `after`.
+    """
+    had = {image.sha256: image for image in before.images}
+    has = {image.sha256: image for image in after.images}
+    moved = [(had[sha256], image) for sha256, image in has.items() if sha256 in had]
+    relabelled = sorted((now.path, then.label, now.label) for then, now in moved if then.label != now.label)
+    return Comparison(
+        previous=before.version,
+        version=after.version,
+        unchanged=len(moved) - len(relabelled),
+        classes={
+            label: ClassChange(
+                added=_counted(i.origin for key, i in has.items() if i.label == label and key not in had),
+                removed=_counted(i.origin for key, i in had.items() if i.label == label and key not in has),
+                relabelled=_counted(then for _, then, now in relabelled if now == label),
+                shifts=_class_shifts(earlier.classes[label], later.classes[label]),
+            )
+            for label in LABELS
+        },
+        relabelled=tuple(relabelled[:_LISTED]),
+    )
+
+
+def psi(reference: Sequence[int], current: Sequence[int], *, samples: tuple[int, int] | None = None) -> Shift:
+    """The population stability index of two ordered histograms over the same fine bins.
+
+    Neighbouring bins are joined until each holds a tenth of the reference (fewer where there are few images), and half
+    an image is added to each, so that an empty one does not make the index infinite. `samples` are the independent
+    images in each, where they are fewer than the counts say: similar images of one group count once for what is chance.
+    """
+    old, new = np.asarray(reference, float), np.asarray(current, float)
+    if len(old) != len(new):
+        old = new = np.zeros(1)
+    n, m = samples or (int(old.sum()), int(new.sum()))
+    if min(n, m, old.sum(), new.sum()) < _FEWEST:
+        return Shift(psi=0.0, chance=0.0, grade="too few")
+    share = 1 / min(_BINS, min(n, m) // 10)
+    cuts, filled = [0], 0.0
+    for index in range(len(old) - 1):
+        filled += old[index] / old.sum()
+        if filled >= share - 1e-9:
+            cuts.append(index + 1)
+            filled = 0.0
+    p, q = (np.add.reduceat(counts, cuts) + 0.5 for counts in (old, new))
+    p, q = p / p.sum(), q / q.sum()
+    value = float(((q - p) * np.log(q / p)).sum())
+    chance = float(chi2.ppf(CHANCE, max(1, len(cuts) - 1))) * (1 / n + 1 / m)
+    grade: Grade = "stable"
+    if value > chance and value >= MODERATE:
+        grade = "large" if value >= LARGE else "moderate"
+    return Shift(psi=round(value, 4), chance=round(chance, 4), grade=grade)
+
+
+def _class_shifts(earlier: ClassStatistics, later: ClassStatistics) -> dict[str, Shift]:
+    # A sample may have been measured of each; of groups there are never more than images.
+    groups = tuple(min(each.groups["train"], each.measured) for each in (earlier, later))
+    sizes = _by_frequency(earlier.sizes, later.sizes)
+    samples = (groups[0], groups[1])
+    return {
+        "grey_level": psi(earlier.mean_counts, later.mean_counts, samples=samples),
+        "contrast": psi(earlier.deviation_counts, later.deviation_counts, samples=samples),
+        "size": psi(*sizes, samples=samples),
+    }
+
+
+def _by_frequency(earlier: Mapping[str, int], later: Mapping[str, int]) -> tuple[list[int], list[int]]:
+    names = sorted(earlier.keys() | later.keys(), key=lambda name: (-earlier.get(name, 0), name))
+    return [earlier.get(name, 0) for name in names], [later.get(name, 0) for name in names]
+
+
+def _counted(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(value or "unknown" for value in values).most_common())

@@ -1,0 +1,113 @@
+"""Data versions over time: which were accepted in what order, and how to bring one back."""
+
+import hashlib
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import Field
+
+from neuroloop.bootstrap import Services
+from neuroloop.core import keys
+from neuroloop.core.errors import AlreadyExists, InvalidSource, NotFound
+from neuroloop.core.ports import ObjectStore
+from neuroloop.core.schemas import Record, Snapshot, now
+from neuroloop.data.comparison import Comparison, compare
+from neuroloop.data.statistics import Statistics
+
+
+class Accepted(Record):
+    """A data version that a build went on with."""
+
+    version: str
+    simulated: bool
+    source: str = Field(description="the data URL it came from")
+    run_id: str
+    at: datetime = Field(default_factory=now)
+
+
+def accepted(store: ObjectStore) -> list[Accepted]:
+    """All accepted data versions, oldest first; one that came back stands there again."""
+    return [Accepted.model_validate_json(store.get(key)) for key in store.list(keys.HISTORY)]
+
+
+def accept(store: ObjectStore, snapshot: Snapshot, run_id: str) -> None:
+    """Note that a run goes on with a data version; nothing happens where it is the latest of its kind already."""
+    while True:
+        key = keys.accepted_version(keys.next_number(store.list(keys.HISTORY)))
+        history = accepted(store)
+        own = [each for each in history if each.simulated == snapshot.simulated]
+        if own and own[-1].version == snapshot.version:
+            return
+        entry = Accepted(version=snapshot.version, simulated=snapshot.simulated, source=snapshot.source, run_id=run_id)
+        try:
+            store.create(key, entry.model_dump_json().encode(), content_type="application/json")
+        except AlreadyExists:
+            continue
+        return
+
+
+def previous(store: ObjectStore, snapshot: Snapshot) -> str | None:
+    """The version accepted before this one, simulated or real like it; None for the first.
+
+    The same before and after `accept`, so that a repeated step compares with the same version again.
+    """
+    others = [
+        each.version
+        for each in accepted(store)
+        if each.simulated == snapshot.simulated and each.version != snapshot.version
+    ]
+    known = (v for v in reversed(others) if store.exists(keys.statistics(v)) and store.exists(keys.snapshot(v)))
+    return next(known, None)
+
+
+def compare_with_previous(store: ObjectStore, snapshot: Snapshot, statistics: Statistics) -> Comparison | None:
+    """What changed since the version accepted before; None for the first of its kind."""
+    version = previous(store, snapshot)
+    if version is None:
+        return None
+    before = Snapshot.model_validate_json(store.get(keys.snapshot(version)))
+    earlier = Statistics.model_validate_json(store.get(keys.statistics(version)))
+    return compare(before, snapshot, earlier, statistics)
+
+
+def restore(services: Services, folder: Path, *, version: str = "", model: str = "") -> str:
+    """Bring exactly the images of a data version to `folder/data`, verify every one, and return the version.
+
+    Without `version` it is the one that the registered model version `model` was trained on, without both the
+    champion's. Raises `NotFound` for an unknown model or version, `InvalidSource` where a file is not the snapshot's.
+    """
+    version = version or _trained_on(services, model)
+    try:
+        data_dvc = services.store.get(keys.data_dvc(version))
+        snapshot = Snapshot.model_validate_json(services.store.get(keys.snapshot(version)))
+    except NotFound as error:
+        raise NotFound(f"there is no data version {version}", why=str(error), fix="check the version") from error
+    services.versions.restore(data_dvc, folder)
+    there = {path.relative_to(folder / "data").as_posix(): path for path in _files(folder / "data")}
+    wanted = {image.path: image.sha256 for image in snapshot.images}
+    wrong = sorted(there.keys() ^ wanted.keys()) or [
+        path for path, file in sorted(there.items()) if hashlib.sha256(file.read_bytes()).hexdigest() != wanted[path]
+    ]
+    if wrong:
+        raise InvalidSource(
+            f"{folder / 'data'} is not data version {version}",
+            why=f"{len(wrong)} files are missing, too many or different, first {wrong[0]}",
+            fix="restore into an empty folder",
+        )
+    return version
+
+
+def _trained_on(services: Services, model: str) -> str:
+    if model:
+        found = next((each for each in services.registry.versions() if each.version == model), None)
+        if found is None:
+            raise NotFound(f"there is no model version {model}", fix="MLflow's page of the registered model lists them")
+    else:
+        found = services.registry.by_alias("champion")
+        if found is None:
+            raise NotFound("there is no champion", fix="name a data version with --version, or a model with --model")
+    return found.tags["data_version"]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]

@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+
+from neuroloop.core.schemas import LABELS
+from neuroloop.data.audit import audit
+from neuroloop.data.comparison import LARGE, MODERATE, Comparison, compare, psi
+from neuroloop.data.dataset import make_split
+from neuroloop.data.statistics import capture
+from neuroloop.imaging.decode import encode_png
+
+from .drawn import picture, snapshot_of
+
+
+def counts(values):
+    return np.histogram(np.clip(values, 0, 255), bins=32, range=(0, 256))[0].tolist()
+
+
+@pytest.fixture
+def generator():
+    return np.random.default_rng(0)
+
+
+def test_the_index_of_two_halves_of_a_known_table_is_the_textbooks():
+    # Each bin holds a tenth of the reference at least, so none are joined; the half image a bin does not show in 1e6.
+    old, new = [500_000, 300_000, 200_000], [300_000, 300_000, 400_000]
+    expected = (0.3 - 0.5) * np.log(0.3 / 0.5) + (0.4 - 0.2) * np.log(0.4 / 0.2)
+    assert psi(old, new).psi == pytest.approx(expected, abs=1e-4)
+
+
+def test_draws_from_one_distribution_are_stable_however_small_and_chance_bounds_them(generator):
+    for size in (25, 60, 300, 2000):
+        shifts = [
+            psi(counts(generator.normal(100, 20, size)), counts(generator.normal(100, 20, size))) for _ in range(200)
+        ]
+        assert np.mean([shift.psi <= shift.chance for shift in shifts]) >= 0.96
+        assert np.mean([shift.grade == "stable" for shift in shifts]) >= 0.96
+
+
+def test_a_shift_of_the_mean_is_graded_by_its_size(generator):
+    reference = counts(generator.normal(100, 20, 3000))
+    grades = {moved: psi(reference, counts(generator.normal(100 + moved, 20, 3000))) for moved in (2, 8, 20)}
+    assert [shift.grade for shift in grades.values()] == ["stable", "moderate", "large"]
+    assert grades[2].psi < MODERATE < grades[8].psi < LARGE < grades[20].psi
+
+
+def test_images_of_one_group_count_once_for_what_is_chance(generator):
+    old, new = counts(generator.normal(100, 20, 1000)), counts(generator.normal(108, 20, 1000))
+    assert psi(old, new).grade == "moderate"
+    assert psi(old, new, samples=(40, 40)).grade == "stable"
+
+
+def test_a_value_that_no_image_had_before_is_a_large_shift():
+    assert psi([500, 0], [300, 200]).grade == "large"
+    assert psi([500], [500]).psi == 0
+
+
+def test_too_few_images_are_not_graded():
+    assert psi([10, 9], [500, 500]).grade == "too few"
+    assert psi((), ()).grade == "too few"
+
+
+def stats_of(files, version):
+    snapshot = snapshot_of(files, version)
+    snapshot = snapshot.model_copy(
+        update={"images": tuple(image.model_copy(update={"origin": "drawn"}) for image in snapshot.images)}
+    )
+    split = make_split(snapshot, audit(snapshot, lambda entry: files[entry.path]))
+    return snapshot, capture(split, lambda entry: files[entry.path])
+
+
+@pytest.fixture(scope="module")
+def versions():
+    """45 pictures a class, of which the next version has some fewer, some new, one corrected, and brighter gliomas."""
+    first = {
+        f"{label}/{number:03d}.png": encode_png(picture(1000 * order + number, 40))
+        for order, label in enumerate(LABELS)
+        for number in range(45)
+    }
+    second = {path: data for path, data in first.items() if not path.startswith("glioma")}
+    second |= {f"glioma/b{n}.png": encode_png(picture(n, 40) // 2 + 128) for n in range(45)}
+    second["notumor/corrected.png"] = second.pop("pituitary/000.png")
+    second["notumor/renamed.png"] = second.pop("notumor/001.png")
+    second["meningioma/large.png"] = encode_png(picture(77_000, 64))
+    return stats_of(first, "v1"), stats_of(second, "v2")
+
+
+def test_what_came_and_went_is_counted_by_content_class_and_origin(versions):
+    (before, earlier), (after, later) = versions
+    result = compare(before, after, earlier, later)
+    assert (result.previous, result.version) == ("v1", "v2")
+    assert result.unchanged == 3 * 45 - 1
+    assert result.classes["glioma"].added == result.classes["glioma"].removed == {"drawn": 45}
+    assert result.classes["meningioma"].added == {"drawn": 1}
+    assert result.classes["notumor"].added == result.classes["notumor"].removed == {}
+    assert result.classes["notumor"].relabelled == {"pituitary": 1}
+    assert result.relabelled == (("notumor/corrected.png", "pituitary", "notumor"),)
+
+
+def test_only_the_class_whose_greys_changed_is_reported_as_shifted(versions):
+    (before, earlier), (after, later) = versions
+    result = compare(before, after, earlier, later)
+    assert result.grade == "large"
+    assert result.psi_max == result.classes["glioma"].shifts["grey_level"].psi > LARGE
+    assert {name.split()[0] for name in result.summary()["shifted"]} == {"glioma"}
+    assert Comparison.model_validate_json(result.model_dump_json()) == result
+
+
+def test_a_version_compared_with_itself_has_not_changed(versions):
+    (before, earlier), _ = versions
+    result = compare(before, before, earlier, earlier)
+    assert (result.unchanged, result.psi_max, result.grade) == (180, 0.0, "stable")
+    assert result.summary()["shifted"] == {}

@@ -1,0 +1,69 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from neuroloop.core.schemas import LABELS
+from neuroloop.data.modality import RING, bone_ring
+from neuroloop.imaging.decode import decode
+from neuroloop.imaging.phantom import SCANNERS, scan
+
+from .drawn import ct, mri, picture
+
+
+def frame(pixels):
+    return np.asarray(Image.fromarray(pixels).resize((128, 128), Image.Resampling.BOX))
+
+
+def test_a_closed_saturated_ring_that_touches_the_brain_is_ct():
+    assert bone_ring(ct()[None])[0] >= RING
+    assert bone_ring(frame(np.pad(ct(240), ((10, 60), (30, 0))))[None])[0] >= RING
+
+
+def test_scalp_fat_with_dark_bone_below_it_is_no_ct():
+    assert bone_ring(mri()[None])[0] == 0
+
+
+def test_half_a_ring_is_no_ct():
+    open_skull = ct()
+    open_skull[64:][open_skull[64:] == 255] = 90
+    assert bone_ring(open_skull[None])[0] < RING
+
+
+def test_a_brain_almost_as_bright_as_the_ring_is_no_ct():
+    assert bone_ring(ct(brain=200)[None])[0] == 0
+
+
+def test_black_white_and_shapeless_images_are_no_ct_and_none_at_all_is_fine():
+    images = np.stack([np.zeros((128, 128), np.uint8), np.full((128, 128), 255, np.uint8), frame(picture(5))])
+    assert (bone_ring(images) < RING).all()
+    assert bone_ring(images[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("scanner", sorted(SCANNERS))
+def test_no_simulated_mri_is_taken_for_ct(scanner):
+    images = np.stack(
+        [frame(scan(label, index, scanner=scanner).pixels) for label in LABELS for index in range(32, 35)]
+    )
+    assert bone_ring(images).max() < RING
+
+
+@pytest.mark.skipif(
+    not os.environ.get("NEUROLOOP_REAL_DATA"), reason="NEUROLOOP_REAL_DATA names no folder of real images"
+)
+@pytest.mark.parametrize(
+    ("name", "is_ct"),
+    [
+        ("Training/notumor/Tr-no_0157.jpg", True),
+        ("Training/notumor/Tr-no_0102.jpg", True),  # lowest of those that are told
+        ("Training/meningioma/Tr-me_0182.jpg", True),
+        ("Training/notumor/Tr-no_0230.jpg", False),  # T2, highest of the MRI
+        ("Training/meningioma/Tr-me_1292.jpg", False),  # near the vertex, all bright scalp
+        ("Training/notumor/Tr-no_1199.jpg", False),  # FLAIR
+    ],
+)
+def test_real_images_next_to_the_threshold_are_told_apart(name, is_ct):
+    pixels = decode((Path(os.environ["NEUROLOOP_REAL_DATA"]) / name).read_bytes())
+    assert (bone_ring(frame(pixels)[None])[0] >= RING) == is_ct

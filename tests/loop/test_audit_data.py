@@ -1,0 +1,78 @@
+"""The task `audit_data` on a source with faults: its reports, its figures, and when it stops the run."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data.drawn import ct, four_classes, picture
+from neuroloop.bootstrap import Services
+from neuroloop.core import keys
+from neuroloop.core.errors import InvalidSource
+from neuroloop.core.settings import Settings
+from neuroloop.imaging.decode import encode_png
+from neuroloop.loop import pipeline
+
+
+@pytest.fixture
+def platform(tmp_path, mlflow_uri):
+    """A store, MLflow, and a source of two parts that leak, with a CT and a wrong label."""
+    source = tmp_path / "source"
+    files = {f"Training/{path}": data for path, data in four_classes(14).items()}
+    files |= {f"Testing/{path}": encode_png(picture(60_000 + n)) for n, path in enumerate(four_classes(3))}
+    files["Testing/glioma/mirror.png"] = encode_png(np.ascontiguousarray(picture(0)[:, ::-1]))
+    files["Training/notumor/ct.png"] = encode_png(ct())
+    files["Training/pituitary/conflict.png"] = encode_png(np.rot90(picture(3)))
+    for name, data in files.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(data)
+
+    def services(**settings) -> Services:
+        return Services(
+            Settings(home=tmp_path / "home", mlflow_tracking_uri=mlflow_uri, data_url=str(source), **settings)
+        )
+
+    return services
+
+
+def download(services: Services, run_id: str) -> str:
+    params = pipeline.Params.of(services, {})
+    pipeline.check_source(services, run_id, params)
+    return pipeline.download_data(services, run_id, params)["version"]
+
+
+def test_both_reports_stand_in_the_store_and_in_mlflow_and_the_figures_are_metrics(platform, mlflow_uri, request):
+    from mlflow import MlflowClient
+
+    # Named, but not found: that stops nothing.
+    services, run_id = platform(audit_stop_on="tiny,blank,unreadable"), request.node.name
+    version = download(services, run_id)
+    result = pipeline.audit_data(services, run_id)
+    report = json.loads(services.store.get(keys.audit(version)))
+    assert (report["twins_across_parts"], report["wrong_modality"]) == (1, ["Training/notumor/ct.png"])
+    assert result["twins_across_parts"] == result["wrong_modality"] == result["label_conflicts"] == 1
+    assert {"source", "grouped"} == set(report["shortcuts"]["border"])
+    assert None not in report["shortcuts"]["border"].values()
+    assert services.store.get(keys.audit_page(version)).startswith(b"<!doctype html>")
+
+    client, run = MlflowClient(mlflow_uri), pipeline.tracked(services, run_id)
+    assert {"data/audit.json", "data/audit.html", "data/split.json"} <= {
+        artifact.path for artifact in client.list_artifacts(run, "data")
+    }
+    metrics = client.get_run(run).data.metrics
+    assert metrics["data_leak_rate"] == pytest.approx(1 / 13)
+    assert metrics["data_twins_across_parts"] == 1
+    assert metrics["legacy_test_shortcut_border_accuracy"] == pytest.approx(
+        report["shortcuts"]["border"]["source"], abs=1e-3
+    )
+    assert metrics["grouped_validation_shortcut_nearest_accuracy"] <= 1
+
+
+def test_a_finding_that_the_settings_name_stops_the_run_after_its_report_and_before_its_split(platform, request):
+    services, run_id = platform(audit_stop_on="tiny, label_conflicts"), request.node.name
+    version = download(services, run_id)
+    with pytest.raises(InvalidSource, match=r"one picture under two classes.*NEUROLOOP_AUDIT_STOP_ON"):
+        pipeline.audit_data(services, run_id)
+    assert services.store.exists(keys.audit_page(version))
+    assert not services.store.exists(keys.split(version))
+    assert services.store.list(keys.SPLIT_REGISTRY) == []

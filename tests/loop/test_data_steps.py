@@ -1,0 +1,232 @@
+"""Data versions, their statistics and the openings of their test parts, on a real store, DVC and MLflow."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from data.drawn import four_classes, picture, snapshot_of
+from neuroloop.bootstrap import Services, open_store
+from neuroloop.core import keys
+from neuroloop.core.errors import InvalidSource, NeuroLoopError, NotFound
+from neuroloop.core.schemas import LABELS, Snapshot
+from neuroloop.core.settings import Settings
+from neuroloop.data.audit import audit
+from neuroloop.data.statistics import Statistics
+from neuroloop.imaging.decode import encode_png
+from neuroloop.loop import pipeline, versions
+from serving.running import write_bundle
+
+
+def services_of(tmp_path: Path, mlflow_uri: str, **settings: object) -> Services:
+    return Services(Settings.model_validate({"home": tmp_path / "home", "mlflow_tracking_uri": mlflow_uri, **settings}))
+
+
+@pytest.fixture
+def services(tmp_path, mlflow_uri):
+    return services_of(tmp_path, mlflow_uri)
+
+
+def built_until_split(services, files, run_id, version, *, split="grouped"):
+    """What check_source, download_data and audit_data leave, without DVC."""
+    snapshot = snapshot_of(files, version)
+    for entry in snapshot.images:
+        services.store.put(keys.image(entry.md5), files[entry.path])
+    services.store.put(keys.snapshot(version), snapshot.model_dump_json().encode())
+    pipeline.keep(services, run_id, "check_source", {"split": split})
+    pipeline.keep(services, run_id, "download_data", {"version": version})
+    return pipeline.write_splits(services, snapshot, audit(snapshot, lambda entry: files[entry.path]))
+
+
+def captured(services, files, run_id, version):
+    built_until_split(services, files, run_id, version)
+    return pipeline.capture_statistics(services, run_id)
+
+
+@pytest.fixture(scope="module")
+def files():
+    return {
+        f"{label}/{n:03d}.png": encode_png(picture(1000 * k + n, 40))
+        for k, label in enumerate(LABELS)
+        for n in range(36)
+    }
+
+
+@pytest.fixture(scope="module")
+def brighter(files):
+    """The gliomas of `files` replaced by other, brighter pictures."""
+    others = {path: data for path, data in files.items() if not path.startswith("glioma")}
+    return others | {f"glioma/b{n}.png": encode_png(picture(50_000 + n, 40) // 2 + 128) for n in range(36)}
+
+
+# --- statistics against the previous version ----------------------------------------------------
+
+
+def test_each_version_is_compared_with_the_one_accepted_before_it_of_its_kind(services, files, brighter):
+    first = captured(services, files, "r1", "aa")
+    assert first["changes"] is None
+    simulated = snapshot_of(brighter, "sim", simulated=True)
+    assert versions.previous(services.store, simulated) is None
+    versions.accept(services.store, simulated, "r2")
+    second = captured(services, brighter, "r3", "bb")
+    assert second["changes"]["previous"] == "aa"
+    assert (second["changes"]["added"], second["changes"]["removed"]) == (36, 36)
+    assert second["changes"]["grade"] == "large"
+    assert pipeline.capture_statistics(services, "r3") == second  # a repeated task compares with the same version
+    back = captured(services, files, "r4", "aa")
+    assert back["changes"]["previous"] == "bb"
+    assert [each.version for each in versions.accepted(services.store)] == ["aa", "sim", "bb", "aa"]
+    stored = Statistics.model_validate_json(services.store.get(keys.statistics("bb")))
+    assert stored.version == "bb"
+    assert services.store.get(keys.run("r3", "statistics.json")) == services.store.get(keys.statistics("bb"))
+
+
+def test_a_change_beyond_the_limit_stops_the_build_and_is_not_the_next_ones_reference(
+    services, files, brighter, tmp_path, mlflow_uri
+):
+    import mlflow
+
+    captured(services, files, "limit-1", "aa")
+    strict = services_of(tmp_path, mlflow_uri, statistics_stop_psi=0.25)
+    with pytest.raises(InvalidSource, match=r"changed too much since version aa.*glioma grey_level.*STOP_PSI above"):
+        captured(strict, brighter, "limit-2", "bb")
+    assert [each.version for each in versions.accepted(services.store)] == ["aa"]
+    fewer = {path: data for path, data in files.items() if path != "pituitary/035.png"}
+    assert captured(strict, fewer, "limit-3", "cc")["changes"]["previous"] == "aa"
+    # A person who decides whether the change is wanted finds it in MLflow.
+    client = mlflow.MlflowClient(mlflow_uri)
+    run = client.get_run(pipeline.tracked(services, "limit-2"))
+    assert run.data.metrics["data_psi_max"] > 0.25
+    assert run.data.tags["previous_data_version"] == "aa"
+    names = {each.path for each in client.list_artifacts(run.info.run_id, "statistics")}
+    assert {"statistics/statistics.json", "statistics/comparison.json"} <= names
+
+
+# --- legacy split -------------------------------------------------------------------------------
+
+
+def test_a_run_on_the_legacy_split_reads_it_everywhere_and_leaves_no_reference_behind(services, files):
+    public = {f"{'Testing' if path[-5] in '05' else 'Training'}/{path}": data for path, data in files.items()}
+    built_until_split(services, public, "legacy", "dd", split="legacy")
+    split = pipeline.run_split(services, "legacy")
+    assert split.name == "legacy"
+    assert {entry.path.split("/")[0] for entry in split.of("test")} == {"Testing"}
+    pipeline.capture_statistics(services, "legacy")
+    assert not services.store.exists(keys.statistics("dd"))
+    assert versions.accepted(services.store) == []
+    params = pipeline.Params.of(services, {"image_size": 32})
+    pipeline.transform_testing_data(services, "legacy", params)
+    assert set(pipeline.open_test(services, "legacy", "a test").paths) == {entry.path for entry in split.of("test")}
+    assert [each.split for each in pipeline.openings(services, "dd")] == ["legacy"]
+
+
+def test_a_source_without_a_test_part_is_refused_for_a_legacy_run_before_anything_is_fetched(services):
+    params = pipeline.Params.of(services, {"split": "legacy"})
+    with pytest.raises(InvalidSource, match="has no test part of its own"):
+        pipeline.check_source(services, "no-legacy", params)
+    with pytest.raises(NotFound, match="has no legacy split"):
+        pipeline.read_split(services, "unknown", "legacy")
+
+
+# --- the test part ------------------------------------------------------------------------------
+
+
+def test_the_test_part_is_only_opened_with_a_reason_and_each_opening_is_logged_for_ever(services, files):
+    split = built_until_split(services, files, "run:1", "aa")
+    pipeline.write_held_out(services, "run:1", "aa", 32)
+    assert pipeline.openings(services) == []
+    with pytest.raises(NeuroLoopError, match=r"call open_test\(services, run_id, why\)"):
+        pipeline.load_arrays(services, "run:1", "test")
+
+    first = pipeline.open_test(services, "run:1", "score the candidate")
+    assert set(first.paths) == {entry.path for entry in split.of("test")}
+    pipeline.open_test(services, "run:1", "score it again")
+    found = pipeline.openings(services, "aa")
+    assert [(each.number, each.why) for each in found] == [(1, "score the candidate"), (2, "score it again")]
+    assert {(each.version, each.split, each.run_id) for each in found} == {("aa", "grouped", "run:1")}
+    assert found[0].at < found[1].at
+    assert services.store.list(keys.TEST_OPENINGS) == [
+        "data/test-openings/run-1-001.json",
+        "data/test-openings/run-1-002.json",
+    ]
+    assert pipeline.openings(services, "another") == []
+
+
+def test_the_number_of_openings_and_the_last_reason_are_tags_of_the_run(services, files):
+    import mlflow
+
+    built_until_split(services, files, "tags", "aa")
+    pipeline.write_held_out(services, "tags", "aa", 32)
+    for why in ("first look", "second look"):
+        pipeline.open_test(services, "tags", why)
+    tags = (
+        mlflow.MlflowClient(services.settings.mlflow_tracking_uri).get_run(pipeline.tracked(services, "tags")).data.tags
+    )
+    assert (tags["test_openings"], tags["test_opened_for"]) == ("2", "second look")
+
+
+# --- back to a data version ---------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("remote", ["folder", "gcs"])
+def test_the_images_a_registered_model_was_trained_on_come_back_exactly(request, tmp_path, mlflow_uri, remote):
+    url = "" if remote == "folder" else f"gs://{request.getfixturevalue('gcs_bucket')}"
+    source = tmp_path / "source"
+    services = services_of(
+        tmp_path, mlflow_uri, store_url=url, data_url=str(source), data_licence="CC0-1.0, png-grey=CC-BY-4.0"
+    )
+    params = pipeline.Params.of(services, {})
+    first = {f"Training/{path.replace('notumor', 'No Tumor')}": data for path, data in four_classes(11).items()}
+    models, expected = {}, {}
+
+    def build(run_id: str) -> None:
+        pipeline.check_source(services, run_id, params)
+        version = pipeline.download_data(services, run_id, params)["version"]
+        expected[run_id] = contents(source)
+        bundle = write_bundle(tmp_path / run_id, data_version=version)
+        run = pipeline.tracked(services, run_id)
+        models[run_id] = services.registry.register(run, bundle, tags={"data_version": version})
+
+    for path, data in first.items():
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_bytes(data)
+    build(f"{remote}-1")
+    (source / "Training/glioma/000.png").unlink()
+    (source / "Training/pituitary/000.png").write_bytes(encode_png(picture(4242)))
+    (source / "Training/No Tumor/new.png").write_bytes(encode_png(picture(4343)))
+    build(f"{remote}-2")
+
+    versions_by_run = {run_id: model.tags["data_version"] for run_id, model in models.items()}
+    assert len(set(versions_by_run.values())) == 2
+    back = tmp_path / "back"
+    version = versions.restore(services, back, model=models[f"{remote}-1"].version)
+    assert version == versions_by_run[f"{remote}-1"]
+    named = {path.replace("No Tumor", "notumor"): sha256 for path, sha256 in expected[f"{remote}-1"].items()}
+    assert contents(back / "data") == named
+
+    snapshot = Snapshot.model_validate_json(open_store(services.settings.store).get(keys.snapshot(version)))
+    spelt = {image.source_path: image for image in snapshot.images}
+    assert {path: image.sha256 for path, image in spelt.items()} == expected[f"{remote}-1"]
+    assert {(image.origin, image.licence) for image in snapshot.images} == {("png-grey", "CC-BY-4.0")}
+
+    other = snapshot.images[0].model_copy(update={"sha256": "0" * 64})
+    wrong = snapshot.model_copy(update={"images": (other, *snapshot.images[1:])})
+    services.store.put(keys.snapshot(version), wrong.model_dump_json().encode())
+    with pytest.raises(InvalidSource, match="1 files are missing, too many or different, first Training/glioma"):
+        versions.restore(services, back, version=version)
+
+
+def test_an_unknown_model_or_data_version_cannot_be_brought_back(services, tmp_path):
+    with pytest.raises(NotFound, match="no model version 987654"):
+        versions.restore(services, tmp_path, model="987654")
+    with pytest.raises(NotFound, match="no data version 00ff"):
+        versions.restore(services, tmp_path, version="00ff")
+    assert list(tmp_path.iterdir()) == []

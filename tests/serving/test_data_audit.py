@@ -1,0 +1,29 @@
+"""The audit of the data behind the served model, as page and as JSON."""
+
+from neuroloop.core import keys
+from serving.running import Api
+
+
+def test_the_audit_of_the_champions_data_is_served_as_a_sandboxed_page_and_as_json(api: Api):
+    version = api.client.get("/v1/model").json()["data_version"]
+    api.services.store.put(keys.audit_page(version), b"<!doctype html><p>r\xc3\xb6port</p>")
+    api.services.store.put(keys.audit(version), b'{"images": 3}')
+    page = api.client.get("/v1/data/audit")
+    assert page.text == "<!doctype html><p>röport</p>"
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("sandbox; default-src 'none'")
+    assert "script" not in policy
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert api.client.get("/v1/data/audit.json").json() == {"images": 3}
+
+
+def test_data_that_was_never_audited_is_a_404_that_says_what_to_do(api: Api):
+    version = api.client.get("/v1/model").json()["data_version"]
+    for key in (keys.audit_page(version), keys.audit(version)):
+        api.services.store.delete(key)
+    for path in ("/v1/data/audit", "/v1/data/audit.json"):
+        answer = api.client.get(path)
+        assert answer.status_code == 404
+        assert "has no audit report" in answer.json()["detail"]
+        assert "build the model again" in answer.json()["fix"].lower()

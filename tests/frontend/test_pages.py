@@ -10,7 +10,7 @@ from neuroloop.core import keys
 from neuroloop.core.schemas import RESEARCH_NOTICE, Check, Promotion
 from serving.running import head, noise, write_bundle
 
-PAGES = ("classify", "monitoring", "models", "mail", "about")
+PAGES = ("classify", "data", "monitoring", "models", "mail", "about")
 
 
 @pytest.mark.parametrize("view", PAGES)

@@ -28,8 +28,8 @@ from neuroloop.imaging.decode import encode_png
 from neuroloop.imaging.phantom import scan
 
 # A short first training, so that the second has something left to learn on either scanner.
-BUILD = {"minutes": 8, "epochs": 14, "image_size": 64}
-RETRAINING = {"minutes": 12, "epochs": 24}
+BUILD = {"minutes": 8, "epochs": 14, "image_size": 96}
+RETRAINING = {"minutes": 12, "epochs": 32}
 THRESHOLD = 50
 MOST_UPLOADS = 600
 """Scans shown to the first model at most, until 51 of them had to be corrected."""
@@ -151,7 +151,8 @@ class Story:
     def _champion(self) -> dict[str, Any]:
         """The model that serves, once the server has picked up the latest promotion."""
         ledger = self.api.get("/v1/models").json()["promotions"]
-        newest = next(row["version"] for row in ledger if row["promoted"])
+        newest = next((row["version"] for row in ledger if row["promoted"]), None)
+        assert newest, f"no model was promoted: {[row['checks'] for row in ledger]}"
 
         def served() -> bool:
             answer = self.api.get("/v1/model")

@@ -17,14 +17,14 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from neuroloop.adapters.folder import FolderStore
-from neuroloop.core.schemas import LABELS, ImageEntry, Snapshot, Split
+from neuroloop.core.schemas import LABELS, PARTS, ImageEntry, Part, Snapshot, Split
 from neuroloop.data import dataset, source
 from neuroloop.data.audit import audit
+from neuroloop.data.dataset import Arrays
 from neuroloop.imaging.augment import AugmentParams, augment_batch
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.imaging.phantom import scan
@@ -85,7 +85,7 @@ def training_rates() -> dict[str, float]:
 
 def snapshot_of(folder: Path) -> tuple[Snapshot, dict[str, bytes]]:
     """The images of `part/class/file` in `folder`, and their bytes by path."""
-    origin = source.ObjectSource(folder.as_uri(), FolderStore(folder))
+    origin = source.ObjectSource(folder.as_uri(), FolderStore(str(folder)))
     entries, data = [], {}
     for file in origin.files():
         content = origin.read(file)
@@ -100,12 +100,9 @@ def snapshot_of(folder: Path) -> tuple[Snapshot, dict[str, bytes]]:
     return Snapshot(version=version, source=origin.url, simulated=False, images=tuple(entries)), data
 
 
-def scores(split: Split, data: dict[str, bytes], *, size: int, minutes: float, seed: int) -> dict[str, Any]:
+def scores(split: Split, parts: dict[Part, Arrays], *, minutes: float, seed: int) -> dict[str, Any]:
     """Train on one split with one seed and score its test part, as the build does."""
-    parts = {
-        part: dataset.canonical_arrays(split.of(part), lambda entry: data[entry.path], size)
-        for part in ("train", "validation", "calibration", "test")
-    }
+    size = parts["train"].images.shape[1]
     shards = list(
         dataset.augmented_epochs(
             parts["train"], epochs=SHARDS, generator=np.random.default_rng(seed), params=AugmentParams()
@@ -134,16 +131,15 @@ def scores(split: Split, data: dict[str, bytes], *, size: int, minutes: float, s
         "epochs": result.epochs,
         "seconds": result.seconds,
         "test": evaluation.evaluate(probabilities, test.labels, test.groups, generator=np.random.default_rng(0)),
-        "coverage": evaluation.coverage(calibrated, probabilities, test.labels),
-        "risk_coverage": evaluation.risk_coverage(probabilities, test.labels),
+        "coverage": evaluation.coverage(
+            probabilities, test.labels, test.groups, calibrated, generator=np.random.default_rng(0)
+        ),
+        "accuracy_at_85": evaluation.risk_coverage(probabilities, test.labels).at(0.85),
     }
     if split.name == "legacy":
         hit = probabilities.argmax(axis=1) == test.labels
         leaked = np.isin(test.paths, list(split.leaked))
         found["leaked_accuracy"], found["unleaked_accuracy"] = float(hit[leaked].mean()), float(hit[~leaked].mean())
-    else:
-        train = parts["train"]
-        found["baselines"] = evaluation.baselines(train.images, train.labels, test.images, test.labels)
     return found
 
 
@@ -176,7 +172,6 @@ def main() -> None:
         folder = os.environ.get("NEUROLOOP_REAL_DATA")
         if not folder:
             raise SystemExit("--scores needs real images: set NEUROLOOP_REAL_DATA to a folder of part/class/images")
-        keras.utils.set_random_seed(0)
         snapshot, data = snapshot_of(Path(folder))
         report_ = audit(snapshot, lambda entry: data[entry.path])
         split = (
@@ -184,9 +179,17 @@ def main() -> None:
             if chosen.split == "legacy"
             else dataset.make_split(snapshot, report_)
         )
+        parts: dict[Part, Arrays] = {
+            part: dataset.canonical_arrays(split.of(part), lambda entry: data[entry.path], chosen.size)
+            for part in PARTS
+        }
+        train, test_part = parts["train"], parts["test"]
+        rules = evaluation.baselines(train.images, train.labels, test_part.images, test_part.labels)
+        report.setdefault("baselines", {})[chosen.split] = rules
+        print(", ".join(f"{name} {value:.3f}" for name, value in rules.items()), flush=True)
         runs = report.setdefault("scores", {})[chosen.split] = []
         for seed in range(chosen.seeds):
-            runs.append(scores(split, data, size=chosen.size, minutes=chosen.minutes, seed=seed))
+            runs.append(scores(split, parts, minutes=chosen.minutes, seed=seed))
             test = runs[-1]["test"]
             recalls = ", ".join(f"{label} {test[f'recall_{label}']:.3f}" for label in LABELS)
             print(f"{chosen.split}, seed {seed}: macro-F1 {test['macro_f1']:.4f} ({test['macro_f1_low']:.4f} to "

@@ -130,7 +130,7 @@ class ObjectSource:
         """
         try:
             self.store.check()
-            keys = [key for key in self.store.list("") if not _hidden(key)]
+            keys = [key for key in self.store.list("") if not hidden(key)]
         except (Unavailable, NotFound) as error:
             raise InvalidSource(
                 f"The source {self.url} cannot be read",
@@ -188,7 +188,8 @@ class ObjectSource:
             ) from error
 
 
-def _hidden(key: str) -> bool:
+def hidden(key: str) -> bool:
+    """Whether a file is no part of a source: its name or a folder above is hidden, or a Mac archive's shadow."""
     # Archives unpacked on a Mac bring "__MACOSX/glioma/._image.jpg", which is no image whatever its name says.
     return any(piece.startswith(".") or piece == "__MACOSX" for piece in key.split("/"))
 

@@ -15,7 +15,7 @@ from neuroloop.core.schemas import Record
 from neuroloop.data import audit_report, shortcuts
 from neuroloop.data.audit import Audit, Looks, judge, look, own_split
 from neuroloop.data.findings import Finding, findings
-from neuroloop.data.source import IMAGE_SUFFIXES, label_of
+from neuroloop.data.source import IMAGE_SUFFIXES, hidden, label_of
 
 FOLDS = 5
 """A folder has no frozen split; for its shortcuts one group in five is tested on."""
@@ -89,7 +89,7 @@ def audit_folder(store: ObjectStore, name: str, *, say: Callable[[str], None] = 
 def list_folder(store: ObjectStore, name: str) -> Folder:
     """The images below a folder, told by their suffix, each read once for its hash. Raises `InvalidSource`."""
     store.check()
-    found = [key for key in store.list("") if not any(piece.startswith((".", "__MACOSX")) for piece in key.split("/"))]
+    found = [key for key in store.list("") if not hidden(key)]
     images = [key for key in found if key.lower().endswith(IMAGE_SUFFIXES)]
     if not images:
         kinds = Counter(key.rsplit(".", 1)[-1] if "." in key.rsplit("/", 1)[-1] else "no suffix" for key in found)

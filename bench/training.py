@@ -28,7 +28,7 @@ from neuroloop.data.dataset import Arrays
 from neuroloop.imaging.augment import AugmentParams, augment_batch
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.imaging.phantom import scan
-from neuroloop.loop.pipeline import SHARDS
+from neuroloop.loop.handoff import SHARDS
 from neuroloop.model import calibration, evaluation, network, training
 from neuroloop.model.bundle import OnnxModel
 from neuroloop.model.export import export_onnx
@@ -148,7 +148,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--scores", action="store_true", help="train on the real images; takes seeds x minutes")
     options.add_argument("--split", choices=("grouped", "legacy"), default="grouped")
-    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--minutes", type=float, default=25.0)
     options.add_argument("--size", type=int, default=128)
     chosen = options.parse_args()
@@ -188,13 +188,18 @@ def main() -> None:
         report.setdefault("baselines", {})[chosen.split] = rules
         print(", ".join(f"{name} {value:.3f}" for name, value in rules.items()), flush=True)
         runs = report.setdefault("scores", {})[chosen.split] = []
-        for seed in range(chosen.seeds):
-            runs.append(scores(split, parts, minutes=chosen.minutes, seed=seed))
-            test = runs[-1]["test"]
+        for seed in chosen.seeds:
+            found = scores(split, parts, minutes=chosen.minutes, seed=seed)
+            runs.append(found)
+            test = found["test"]
             recalls = ", ".join(f"{label} {test[f'recall_{label}']:.3f}" for label in LABELS)
             print(f"{chosen.split}, seed {seed}: macro-F1 {test['macro_f1']:.4f} ({test['macro_f1_low']:.4f} to "
                   f"{test['macro_f1_high']:.4f}), accuracy {test['accuracy']:.4f}, ECE {test['ece']:.4f}; recall "
-                  f"{recalls}; {runs[-1]['epochs']} epochs in {runs[-1]['seconds']:.0f} s", flush=True)  # fmt: skip
+                  f"{recalls}; at 85 % coverage {found['accuracy_at_85']:.4f}; "
+                  f"{found['epochs']} epochs in {found['seconds']:.0f} s", flush=True)  # fmt: skip
+            if "leaked_accuracy" in found:
+                print(f"  leaked images {found['leaked_accuracy']:.4f}, others {found['unleaked_accuracy']:.4f}",
+                      flush=True)  # fmt: skip
             out.write_text(json.dumps(report, indent=1))
     out.write_text(json.dumps(report, indent=1))
     print(f"written to {out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out}")

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from neuroloop.imaging import phantom
 from neuroloop.imaging.decode import encode_png
@@ -90,6 +91,19 @@ def waiting(page: Page, frontend_url: str) -> int:
     return int(shown.first.inner_text(timeout=60_000).split()[0])
 
 
+def choose_first(page: Page, box: Locator) -> None:
+    """The first entry of a select box; Streamlit closes an open list when the page is drawn anew meanwhile."""
+    for _ in range(12):
+        box.click()
+        try:
+            page.get_by_role("option").first.click(timeout=5_000)
+        except PlaywrightTimeout:
+            page.keyboard.press("Escape")
+        else:
+            return
+    pytest.fail("the list of classes never stayed open")
+
+
 def test_a_reader_uploads_a_scan_reads_the_result_corrects_it_and_sees_the_count_rise(page, frontend_url, live_api):
     expect.set_options(timeout=60_000)
     before = waiting(page, frontend_url)
@@ -107,8 +121,7 @@ def test_a_reader_uploads_a_scan_reads_the_result_corrects_it_and_sees_the_count
 
     page.get_by_label("Your name").fill("Ann")
     page.get_by_label("Your name").press("Enter")
-    page.locator(".st-key-card-feedback").get_by_role("combobox").click()
-    page.get_by_role("option").first.click()
+    choose_first(page, page.locator(".st-key-card-feedback").get_by_role("combobox"))
     page.get_by_role("button", name="Send correction").click()
     expect(page.get_by_text(f"{before + 1} correction")).to_be_visible()
 

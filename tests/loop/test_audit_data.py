@@ -11,7 +11,8 @@ from neuroloop.core import keys
 from neuroloop.core.errors import InvalidSource
 from neuroloop.core.settings import Settings
 from neuroloop.imaging.decode import encode_png
-from neuroloop.loop import pipeline
+from neuroloop.loop import handoff, preparation
+from neuroloop.loop.params import Params
 
 
 @pytest.fixture
@@ -36,9 +37,9 @@ def platform(tmp_path, mlflow_uri):
 
 
 def download(services: Services, run_id: str) -> str:
-    params = pipeline.Params.of(services, {})
-    pipeline.check_source(services, run_id, params)
-    return pipeline.download_data(services, run_id, params)["version"]
+    params = Params.of(services, {})
+    preparation.check_source(services, run_id, params)
+    return preparation.download_data(services, run_id, params)["version"]
 
 
 def test_both_reports_stand_in_the_store_and_in_mlflow_and_the_figures_are_metrics(platform, mlflow_uri, request):
@@ -47,7 +48,7 @@ def test_both_reports_stand_in_the_store_and_in_mlflow_and_the_figures_are_metri
     # Named, but not found: that stops nothing.
     services, run_id = platform(audit_stop_on="tiny,blank,unreadable"), request.node.name
     version = download(services, run_id)
-    result = pipeline.audit_data(services, run_id)
+    result = preparation.audit_data(services, run_id)
     report = json.loads(services.store.get(keys.audit(version)))
     assert (report["twins_across_parts"], report["wrong_modality"]) == (1, ["Training/notumor/ct.png"])
     assert result["twins_across_parts"] == result["wrong_modality"] == result["label_conflicts"] == 1
@@ -55,7 +56,7 @@ def test_both_reports_stand_in_the_store_and_in_mlflow_and_the_figures_are_metri
     assert None not in report["shortcuts"]["border"].values()
     assert services.store.get(keys.audit_page(version)).startswith(b"<!doctype html>")
 
-    client, run = MlflowClient(mlflow_uri), pipeline.tracked(services, run_id)
+    client, run = MlflowClient(mlflow_uri), handoff.tracked(services, run_id)
     assert {"data/audit.json", "data/audit.html", "data/split.json"} <= {
         artifact.path for artifact in client.list_artifacts(run, "data")
     }
@@ -72,7 +73,7 @@ def test_a_finding_that_the_settings_name_stops_the_run_after_its_report_and_bef
     services, run_id = platform(audit_stop_on="tiny, label_conflicts"), request.node.name
     version = download(services, run_id)
     with pytest.raises(InvalidSource, match=r"one picture under two classes.*NEUROLOOP_AUDIT_STOP_ON"):
-        pipeline.audit_data(services, run_id)
+        preparation.audit_data(services, run_id)
     assert services.store.exists(keys.audit_page(version))
     assert not services.store.exists(keys.split(version))
     assert services.store.list(keys.SPLIT_REGISTRY) == []

@@ -14,7 +14,8 @@ from neuroloop.core.settings import Settings
 from neuroloop.data.audit import audit
 from neuroloop.data.statistics import Statistics
 from neuroloop.imaging.decode import encode_png
-from neuroloop.loop import pipeline, versions
+from neuroloop.loop import handoff, preparation, versions
+from neuroloop.loop.params import Params
 from serving.running import write_bundle
 
 
@@ -33,14 +34,14 @@ def built_until_split(services, files, run_id, version, *, split="grouped"):
     for entry in snapshot.images:
         services.store.put(keys.image(entry.md5), files[entry.path])
     services.store.put(keys.snapshot(version), snapshot.model_dump_json().encode())
-    pipeline.keep(services, run_id, "check_source", {"split": split})
-    pipeline.keep(services, run_id, "download_data", {"version": version})
-    return pipeline.write_splits(services, snapshot, audit(snapshot, lambda entry: files[entry.path]))
+    handoff.keep(services, run_id, "check_source", {"split": split})
+    handoff.keep(services, run_id, "download_data", {"version": version})
+    return preparation.write_splits(services, snapshot, audit(snapshot, lambda entry: files[entry.path]))
 
 
 def captured(services, files, run_id, version):
     built_until_split(services, files, run_id, version)
-    return pipeline.capture_statistics(services, run_id)
+    return preparation.capture_statistics(services, run_id)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_each_version_is_compared_with_the_one_accepted_before_it_of_its_kind(se
     assert second["changes"]["previous"] == "aa"
     assert (second["changes"]["added"], second["changes"]["removed"]) == (36, 36)
     assert second["changes"]["grade"] == "large"
-    assert pipeline.capture_statistics(services, "r3") == second  # a repeated task compares with the same version
+    assert preparation.capture_statistics(services, "r3") == second  # a repeated task compares with the same version
     back = captured(services, files, "r4", "aa")
     assert back["changes"]["previous"] == "bb"
     assert [each.version for each in versions.accepted(services.store)] == ["aa", "sim", "bb", "aa"]
@@ -95,7 +96,7 @@ def test_a_change_beyond_the_limit_stops_the_build_and_is_not_the_next_ones_refe
     assert captured(strict, fewer, "limit-3", "cc")["changes"]["previous"] == "aa"
     # A person who decides whether the change is wanted finds it in MLflow.
     client = mlflow.MlflowClient(mlflow_uri)
-    run = client.get_run(pipeline.tracked(services, "limit-2"))
+    run = client.get_run(handoff.tracked(services, "limit-2"))
     assert run.data.metrics["data_psi_max"] > 0.25
     assert run.data.tags["previous_data_version"] == "aa"
     names = {each.path for each in client.list_artifacts(run.info.run_id, "statistics")}
@@ -108,24 +109,24 @@ def test_a_change_beyond_the_limit_stops_the_build_and_is_not_the_next_ones_refe
 def test_a_run_on_the_legacy_split_reads_it_everywhere_and_leaves_no_reference_behind(services, files):
     public = {f"{'Testing' if path[-5] in '05' else 'Training'}/{path}": data for path, data in files.items()}
     built_until_split(services, public, "legacy", "dd", split="legacy")
-    split = pipeline.run_split(services, "legacy")
+    split = handoff.run_split(services, "legacy")
     assert split.name == "legacy"
     assert {entry.path.split("/")[0] for entry in split.of("test")} == {"Testing"}
-    pipeline.capture_statistics(services, "legacy")
+    preparation.capture_statistics(services, "legacy")
     assert not services.store.exists(keys.statistics("dd"))
     assert versions.accepted(services.store) == []
-    params = pipeline.Params.of(services, {"image_size": 32})
-    pipeline.transform_testing_data(services, "legacy", params)
-    assert set(pipeline.open_test(services, "legacy", "a test").paths) == {entry.path for entry in split.of("test")}
-    assert [each.split for each in pipeline.openings(services, "dd")] == ["legacy"]
+    params = Params.of(services, {"image_size": 32})
+    preparation.transform_testing_data(services, "legacy", params)
+    assert set(handoff.open_test(services, "legacy", "a test").paths) == {entry.path for entry in split.of("test")}
+    assert [each.split for each in handoff.openings(services, "dd")] == ["legacy"]
 
 
 def test_a_source_without_a_test_part_is_refused_for_a_legacy_run_before_anything_is_fetched(services):
-    params = pipeline.Params.of(services, {"split": "legacy"})
+    params = Params.of(services, {"split": "legacy"})
     with pytest.raises(InvalidSource, match="has no test part of its own"):
-        pipeline.check_source(services, "no-legacy", params)
+        preparation.check_source(services, "no-legacy", params)
     with pytest.raises(NotFound, match="has no legacy split"):
-        pipeline.read_split(services, "unknown", "legacy")
+        handoff.read_split(services, "unknown", "legacy")
 
 
 # --- the test part ------------------------------------------------------------------------------
@@ -133,15 +134,15 @@ def test_a_source_without_a_test_part_is_refused_for_a_legacy_run_before_anythin
 
 def test_the_test_part_is_only_opened_with_a_reason_and_each_opening_is_logged_for_ever(services, files):
     split = built_until_split(services, files, "run:1", "aa")
-    pipeline.write_held_out(services, "run:1", "aa", 32)
-    assert pipeline.openings(services) == []
+    preparation.write_held_out(services, "run:1", "aa", 32)
+    assert handoff.openings(services) == []
     with pytest.raises(NeuroLoopError, match=r"call open_test\(services, run_id, why\)"):
-        pipeline.load_arrays(services, "run:1", "test")
+        handoff.load_arrays(services, "run:1", "test")
 
-    first = pipeline.open_test(services, "run:1", "score the candidate")
+    first = handoff.open_test(services, "run:1", "score the candidate")
     assert set(first.paths) == {entry.path for entry in split.of("test")}
-    pipeline.open_test(services, "run:1", "score it again")
-    found = pipeline.openings(services, "aa")
+    handoff.open_test(services, "run:1", "score it again")
+    found = handoff.openings(services, "aa")
     assert [(each.number, each.why) for each in found] == [(1, "score the candidate"), (2, "score it again")]
     assert {(each.version, each.split, each.run_id) for each in found} == {("aa", "grouped", "run:1")}
     assert found[0].at < found[1].at
@@ -149,18 +150,18 @@ def test_the_test_part_is_only_opened_with_a_reason_and_each_opening_is_logged_f
         "data/test-openings/run-1-001.json",
         "data/test-openings/run-1-002.json",
     ]
-    assert pipeline.openings(services, "another") == []
+    assert handoff.openings(services, "another") == []
 
 
 def test_the_number_of_openings_and_the_last_reason_are_tags_of_the_run(services, files):
     import mlflow
 
     built_until_split(services, files, "tags", "aa")
-    pipeline.write_held_out(services, "tags", "aa", 32)
+    preparation.write_held_out(services, "tags", "aa", 32)
     for why in ("first look", "second look"):
-        pipeline.open_test(services, "tags", why)
+        handoff.open_test(services, "tags", why)
     tags = (
-        mlflow.MlflowClient(services.settings.mlflow_tracking_uri).get_run(pipeline.tracked(services, "tags")).data.tags
+        mlflow.MlflowClient(services.settings.mlflow_tracking_uri).get_run(handoff.tracked(services, "tags")).data.tags
     )
     assert (tags["test_openings"], tags["test_opened_for"]) == ("2", "second look")
 
@@ -183,16 +184,16 @@ def test_the_images_a_registered_model_was_trained_on_come_back_exactly(request,
     services = services_of(
         tmp_path, mlflow_uri, store_url=url, data_url=str(source), data_licence="CC0-1.0, png-grey=CC-BY-4.0"
     )
-    params = pipeline.Params.of(services, {})
+    params = Params.of(services, {})
     first = {f"Training/{path.replace('notumor', 'No Tumor')}": data for path, data in four_classes(11).items()}
     models, expected = {}, {}
 
     def build(run_id: str) -> None:
-        pipeline.check_source(services, run_id, params)
-        version = pipeline.download_data(services, run_id, params)["version"]
+        preparation.check_source(services, run_id, params)
+        version = preparation.download_data(services, run_id, params)["version"]
         expected[run_id] = contents(source)
         bundle = write_bundle(tmp_path / run_id, data_version=version)
-        run = pipeline.tracked(services, run_id)
+        run = handoff.tracked(services, run_id)
         models[run_id] = services.registry.register(run, bundle, tags={"data_version": version})
 
     for path, data in first.items():

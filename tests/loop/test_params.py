@@ -7,7 +7,7 @@ import pytest
 from neuroloop.bootstrap import Services
 from neuroloop.core.errors import InvalidSetting
 from neuroloop.core.settings import Settings
-from neuroloop.loop.pipeline import Params
+from neuroloop.loop.params import Params
 
 
 def params(given: dict[str, object], **settings: object) -> Params:

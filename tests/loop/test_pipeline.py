@@ -11,7 +11,8 @@ from neuroloop.core.schemas import LABELS, PARTS
 from neuroloop.core.settings import Settings
 from neuroloop.imaging.decode import encode_png
 from neuroloop.imaging.phantom import scan
-from neuroloop.loop import pipeline, retraining
+from neuroloop.loop import handoff, pipeline, preparation, retraining
+from neuroloop.loop.params import Params
 from neuroloop.model.bundle import Bundle
 
 RUN, AGAIN = "manual__2026-01-01T00:00:00+00:00", "scheduled__2026-01-02T00:00:00+00:00"
@@ -43,13 +44,14 @@ def platform(tmp_path_factory, postgres_server, mlflow_uri, free_port):
 @pytest.fixture(scope="module")
 def built(platform):
     """The results of every step of one build."""
-    given = {"minutes": 2, "epochs": 2, "architecture": "tiny", "hyperparameters": {"learning_rate": 2e-3}}
-    params = pipeline.Params.of(platform, {**given, "data_url": ""})
+    given = {"minutes": 2, "epochs": 2, "architecture": "tiny"}
+    given["hyperparameters"] = {"learning_rate": 2e-3, "mixup": 0.3}
+    params = Params.of(platform, {**given, "data_url": ""})
     results = {}
     for name in ("check_source", "download_data"):
         results[name] = getattr(pipeline, name)(platform, RUN, params)
-    results["audit_data"] = pipeline.audit_data(platform, RUN)
-    results["capture_statistics"] = pipeline.capture_statistics(platform, RUN)
+    results["audit_data"] = preparation.audit_data(platform, RUN)
+    results["capture_statistics"] = preparation.capture_statistics(platform, RUN)
     for name in ("augment_input_data", "transform_testing_data", "building_model"):
         results[name] = getattr(pipeline, name)(platform, RUN, params)
     for name in ("evaluate_model", "register_model", "promote_model"):
@@ -58,7 +60,7 @@ def built(platform):
 
 
 def test_the_parts_hold_every_image_that_is_not_quarantined_and_share_no_group(platform, built):
-    split = pipeline.read_split(platform, built["download_data"]["version"])
+    split = handoff.read_split(platform, built["download_data"]["version"])
     assert len(split.entries) + len(split.quarantined) == built["check_source"]["images"] == IMAGES
     parts = {}
     for entry in split.entries:
@@ -67,15 +69,15 @@ def test_the_parts_hold_every_image_that_is_not_quarantined_and_share_no_group(p
 
 
 def test_every_image_of_the_version_can_be_read_back_by_its_hash(platform, built):
-    split = pipeline.read_split(platform, built["download_data"]["version"])
-    read = pipeline.image_reader(platform)
+    split = handoff.read_split(platform, built["download_data"]["version"])
+    read = handoff.image_reader(platform)
     assert all(read(entry).startswith(b"\x89PNG") for entry in split.entries[:20])
 
 
 def test_the_run_says_what_was_trained_how_and_on_what(platform, built, mlflow_uri):
     from mlflow import MlflowClient
 
-    run = MlflowClient(mlflow_uri).get_run(pipeline.tracked(platform, RUN))
+    run = MlflowClient(mlflow_uri).get_run(handoff.tracked(platform, RUN))
     assert (run.data.params["architecture"], run.data.tags["architecture"]) == ("tiny", "tiny")
     assert run.data.params["pretrained"] == "none"
     assert float(run.data.params["train_learning_rate"]) == 2e-3
@@ -86,7 +88,7 @@ def test_training_reads_the_augmented_shards(platform, built):
     from neuroloop.data import dataset
 
     shards = platform.store.list(keys.run(RUN, "shards/x")[:-1])
-    assert len(shards) == pipeline.SHARDS
+    assert len(shards) == handoff.SHARDS
     first, second = (dataset.unpack(platform.store.get(key)) for key in shards[:2])
     assert first["images"].shape == second["images"].shape
     assert (first["images"] != second["images"]).any()
@@ -115,7 +117,7 @@ def test_the_model_card_of_the_run_stands_in_the_bundle_in_mlflow_and_as_the_des
     folder = platform.registry.download_bundle(version, tmp_path)
     card = Bundle.load(folder).card
     text = (folder / "card.md").read_text()
-    split = pipeline.read_split(platform, built["download_data"]["version"])
+    split = handoff.read_split(platform, built["download_data"]["version"])
     assert card.scores == pytest.approx(built["evaluate_model"]["test"])
     assert card.data.parts == {part: len(split.of(part)) for part in PARTS}
     assert card.data.shortcuts.keys() >= {"border", "histogram"}
@@ -124,7 +126,7 @@ def test_the_model_card_of_the_run_stands_in_the_bundle_in_mlflow_and_as_the_des
     assert card.test_openings == 1
     assert built["register_model"]["shortcomings"][0].startswith("It was trained on simulated scans only")
     client = MlflowClient(mlflow_uri)
-    run = pipeline.tracked(platform, RUN)
+    run = handoff.tracked(platform, RUN)
     assert {each.path for each in client.list_artifacts(run, "model-card")} == {
         "model-card/card.json",
         "model-card/card.md",
@@ -140,7 +142,7 @@ def test_the_evaluation_is_in_mlflow_with_its_plots_its_data_sets_and_metrics_na
     from mlflow import MlflowClient
 
     client = MlflowClient(mlflow_uri)
-    run = client.get_run(pipeline.tracked(platform, RUN))
+    run = client.get_run(handoff.tracked(platform, RUN))
     names = {name for name in run.data.metrics if "_test_" in name}
     assert {"grouped_test_accuracy", "grouped_test_stress_blur_drop", "grouped_test_coverage_90_glioma"} <= names
     assert {name.split("_")[0] for name in names} == {"grouped"}
@@ -170,10 +172,10 @@ def test_a_legacy_run_moves_no_alias_whatever_its_scores_and_the_ledger_says_why
     legacy = "manual__legacy"
     best = dict.fromkeys(built["evaluate_model"]["test"], 1.0)
     evaluated = built["evaluate_model"] | {"split": "legacy", "test": best, "leaked": {"share": 0.757}}
-    pipeline.keep(platform, legacy, "evaluate_model", evaluated | {"champion": None})
-    with pipeline.unzipped(platform.store.get(keys.run(RUN, "bundle.zip"))) as folder:
-        registered = platform.registry.register(pipeline.tracked(platform, legacy), folder, tags={"split": "legacy"})
-    pipeline.keep(platform, legacy, "register_model", {"version": registered.version})
+    handoff.keep(platform, legacy, "evaluate_model", evaluated | {"champion": None})
+    with handoff.unzipped(platform.store.get(keys.run(RUN, "bundle.zip"))) as folder:
+        registered = platform.registry.register(handoff.tracked(platform, legacy), folder, tags={"split": "legacy"})
+    handoff.keep(platform, legacy, "register_model", {"version": registered.version})
     promoted = pipeline.promote_model(platform, legacy)
     assert promoted["promoted"] is False
     assert "legacy, 75.7 % leaked" in promoted["reason"]
@@ -187,27 +189,27 @@ def test_a_repeated_registration_gives_the_same_version(platform, built):
 
 
 def test_a_repeated_download_fetches_only_what_is_damaged(platform, built):
-    params = pipeline.Params.of(platform, {"minutes": 1})
+    params = Params.of(platform, {"minutes": 1})
     data = next((platform.settings.home / "dvc").glob("*/data"))
     images = sorted(path for path in data.rglob("*") if path.is_file())
     images[0].unlink()
     images[1].write_bytes(b"damaged")
     untouched = images[2].stat().st_mtime_ns
-    assert pipeline.download_data(platform, RUN, params) == built["download_data"]
+    assert preparation.download_data(platform, RUN, params) == built["download_data"]
     assert images[1].read_bytes().startswith(b"\x89PNG")
     assert images[2].stat().st_mtime_ns == untouched
 
 
 def test_a_missing_source_fails_loudly_before_anything_is_fetched(platform, tmp_path):
-    params = pipeline.Params.of(platform, {"data_url": str(tmp_path / "nowhere")})
+    params = Params.of(platform, {"data_url": str(tmp_path / "nowhere")})
     with pytest.raises(InvalidSource, match="nowhere"):
-        pipeline.check_source(platform, "manual__missing", params)
+        preparation.check_source(platform, "manual__missing", params)
     assert not platform.store.exists(keys.run("manual__missing", "check_source.json"))
 
 
 def test_a_step_whose_input_is_missing_says_which_step_to_clear(platform):
     with pytest.raises(NotFound, match="clear download_data"):
-        pipeline.audit_data(platform, "manual__nothing")
+        preparation.audit_data(platform, "manual__nothing")
 
 
 def correct(platform, number):
@@ -236,24 +238,26 @@ def test_at_the_threshold_nothing_is_retrained_and_one_more_trains_evaluates_and
     result = retraining.retrain_model(platform, AGAIN, minutes=2, epochs=1, seed=0)
     assert result["from_version"] == built["register_model"]["version"]
     assert result["trained_on"] + result["held_out"] == CORRECTIONS
-    train = pipeline.load_arrays(platform, AGAIN, "train")
-    base = pipeline.load_arrays(platform, RUN, "train")
+    # As its champion was trained, at a third of the rate.
+    assert (result["settings"]["mixup"], result["settings"]["learning_rate"]) == (0.3, pytest.approx(2e-3 / 3))
+    train = handoff.load_arrays(platform, AGAIN, "train")
+    base = handoff.load_arrays(platform, RUN, "train")
     corrected = [path for path in train.paths if path.startswith(keys.CORRECTIONS)]
     assert train.paths[: len(base.paths)] == base.paths
     assert len(set(corrected)) == result["trained_on"] - result["left_out"]
     evaluated = retraining.evaluate_model(platform, AGAIN)
     assert evaluated["champion"]["version"] == built["register_model"]["version"]
     assert evaluated["champion"]["test"] == pytest.approx(built["evaluate_model"]["test"])
-    registered = pipeline.register_model(platform, AGAIN, pipeline.RETRAINING)
-    promoted = pipeline.promote_model(platform, AGAIN, pipeline.RETRAINING)
+    registered = pipeline.register_model(platform, AGAIN, handoff.RETRAINING)
+    promoted = pipeline.promote_model(platform, AGAIN, handoff.RETRAINING)
     assert registered["version"] != built["register_model"]["version"]
     assert any(limit.startswith("It was trained on simulated") for limit in registered["shortcomings"])
-    with pipeline.open_bundle(platform, AGAIN) as bundle:
+    with handoff.open_bundle(platform, AGAIN) as bundle:
         assert bundle.card.model.from_version == built["register_model"]["version"]
         assert bundle.card.feedback == pytest.approx(evaluated["feedback"])
         assert bundle.sha256 == registered["bundle_sha256"]
     assert promoted["previous"] == built["register_model"]["version"]
-    sent = pipeline.send_email(platform, AGAIN, pipeline.RETRAINING)
+    sent = pipeline.send_email(platform, AGAIN, handoff.RETRAINING)
     assert promoted["version"] in sent["subject"]
     assert platform.store.list(keys.run(AGAIN, "shards/x")[:-1]) == []
 

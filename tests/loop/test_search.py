@@ -17,7 +17,8 @@ from neuroloop.core.schemas import LABELS
 from neuroloop.core.settings import Settings
 from neuroloop.data import dataset
 from neuroloop.imaging.decode import encode_png
-from neuroloop.loop import pipeline
+from neuroloop.loop import handoff, preparation
+from neuroloop.loop.params import Params
 from neuroloop.loop.search import SEARCH, SEARCHED, Objective, new_study, search
 
 RUN = "search-1"
@@ -49,11 +50,11 @@ def prepared(tmp_path_factory, mlflow_uri):
             architecture="plain64",
         )
     )
-    params = pipeline.Params.of(services, {"data_url": str(source)})
-    pipeline.check_source(services, RUN, params)
-    pipeline.download_data(services, RUN, params)
-    pipeline.audit_data(services, RUN)
-    split = pipeline.run_split(services, RUN)
+    params = Params.of(services, {"data_url": str(source)})
+    preparation.check_source(services, RUN, params)
+    preparation.download_data(services, RUN, params)
+    preparation.audit_data(services, RUN)
+    split = handoff.run_split(services, RUN)
     for entry in split.of("test", "calibration"):
         services.store.delete(keys.image(entry.md5))
     return services, params, split
@@ -106,7 +107,7 @@ def test_a_trial_below_the_median_of_those_before_it_is_given_up_and_its_run_say
     from mlflow import MlflowClient
 
     services, params, split = prepared
-    read = pipeline.image_reader(services)
+    read = handoff.image_reader(services)
     train, validation = (dataset.canonical_arrays(split.of(part), read, 32) for part in ("train", "validation"))
     parent = services.registry.open_run("search-4", experiment=SEARCH)
     objective = Objective(services, "search-4", parent, params, train, validation, 30, time.monotonic() + 600)
@@ -138,7 +139,7 @@ def test_a_build_takes_what_the_search_found_and_refuses_anything_else(prepared,
     from neuroloop.model.hyperparameters import configure
 
     services, _, _ = prepared
-    params = pipeline.Params.of(services, {"hyperparameters": found["hyperparameters"]})
+    params = Params.of(services, {"hyperparameters": found["hyperparameters"]})
     config = configure("plain64", params.hyperparameters, epochs=3, minutes=None, seed=7)
     assert {name: getattr(config, name) for name in SEARCHED} == pytest.approx(found["hyperparameters"])
     assert (config.epochs, config.seed) == (3, 7)
@@ -151,7 +152,7 @@ def test_a_build_takes_what_the_search_found_and_refuses_anything_else(prepared,
         ({"seed": 1}, "'seed' is no hyper-parameter"),
     ):
         with pytest.raises(InvalidSetting, match=why):
-            pipeline.Params.of(services, {"hyperparameters": wrong})
+            Params.of(services, {"hyperparameters": wrong})
 
 
 def test_every_searched_name_is_a_field_of_the_training_configuration():
@@ -163,14 +164,14 @@ def test_every_searched_name_is_a_field_of_the_training_configuration():
 def test_the_same_seed_gives_the_same_search(prepared, found):
     services, params, _ = prepared
     for step in ("check_source", "download_data"):
-        pipeline.keep(services, "search-5", step, pipeline.kept(services, RUN, step))
+        handoff.keep(services, "search-5", step, handoff.kept(services, RUN, step))
     assert search(services, "search-5", params, trials=TRIALS, minutes=5, epochs=EPOCHS) == found
 
 
 def test_a_search_whose_time_is_short_still_answers_with_its_first_trial(prepared):
     services, params, _ = prepared
     for step in ("check_source", "download_data"):
-        pipeline.keep(services, "search-2", step, pipeline.kept(services, RUN, step))
+        handoff.keep(services, "search-2", step, handoff.kept(services, RUN, step))
     found = search(services, "search-2", params, trials=50, minutes=0.02, epochs=500)
     assert len(found["trials"]) == 1
     assert found["trials"][0]["state"] == "complete"

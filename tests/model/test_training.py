@@ -2,6 +2,7 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from neuroloop.model import network, training
 
@@ -54,6 +55,23 @@ def test_the_same_seed_trains_the_same_model_from_the_shards_in_turn():
     assert read == [0, 1, 0]
     np.testing.assert_allclose(weights(), first, atol=1e-6)
     assert np.abs(first).max() > 0
+
+
+def test_images_are_moved_by_whole_pixels_and_flipped_without_blurring_them():
+    images = np.zeros((64, 32, 32, 1), np.float32)
+    images[:, 10:13, 8] = images[:, 10, 8:11] = 200  # an L, so that its mirror image is another
+    moved = np.asarray(training._move(tf.constant(images), tf.constant([0, 0]), 0.1))
+    seen = set()
+    for image in moved[..., 0]:
+        corner = [int(axis.min()) for axis in np.nonzero(image)]
+        shape = image[corner[0] : corner[0] + 3, corner[1] : corner[1] + 3]
+        flipped = shape[2, 0] == 0
+        assert np.array_equal(shape[:, ::-1] if flipped else shape, images[0, 10:13, 8:11, 0])
+        assert image.sum() == images[0].sum()
+        seen.add((corner[0] - 10, corner[1] - (21 if flipped else 8), bool(flipped)))
+    assert {down for down, _, _ in seen} == {right for _, right, _ in seen} == set(range(-3, 4))
+    assert {flipped for _, _, flipped in seen} == {False, True}
+    assert np.array_equal(training._move(tf.constant(images), tf.constant([0, 0]), 0.0), images)
 
 
 def test_a_time_budget_ends_the_training_in_time_with_an_annealed_rate():

@@ -15,9 +15,9 @@ from neuroloop.data.audit import thumbnail, twins
 from neuroloop.data.dataset import Arrays
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.imaging.decode import decode
-from neuroloop.loop import feedback, pipeline
+from neuroloop.loop import feedback, handoff, pipeline, preparation
 from neuroloop.loop.feedback import Correction
-from neuroloop.loop.pipeline import RETRAINING, Result, log
+from neuroloop.loop.handoff import RETRAINING, Result, log
 from neuroloop.model.architectures import ARCHITECTURES
 from neuroloop.model.bundle import Bundle
 
@@ -33,16 +33,16 @@ def check_source_flag(services: Services, run_id: str) -> Result:
     verb = "more than" if waiting > threshold else "not more than"
     reason = f"{waiting} corrections wait, {verb} {threshold}."
     result = {"waiting": waiting, "threshold": threshold, "go": mine or waiting > threshold, "reason": reason}
-    return pipeline.keep(services, run_id, "check_source_flag", result)
+    return handoff.keep(services, run_id, "check_source_flag", result)
 
 
 def flag_false(services: Services, run_id: str, *, by_hand: bool) -> Result:
     """End without a retraining; only a person who triggered the run gets a mail, so that a schedule does not spam."""
-    found = pipeline.kept(services, run_id, "check_source_flag")
+    found = handoff.kept(services, run_id, "check_source_flag")
     if by_hand:
         body = f"Run {run_id} of {RETRAINING} did not retrain: {found['reason']}"
         services.notifier.send(f"NeuroLoop {RETRAINING}: not enough corrections yet", body)
-    return pipeline.keep(services, run_id, "flag_false", {"waiting": found["waiting"], "reason": found["reason"]})
+    return handoff.keep(services, run_id, "flag_false", {"waiting": found["waiting"], "reason": found["reason"]})
 
 
 def flag_true(services: Services, run_id: str) -> Result:
@@ -52,28 +52,28 @@ def flag_true(services: Services, run_id: str) -> Result:
         log.info("another run has taken the corrections: nothing is left to do")
         return {}
     result = {"batch": batch.number, "corrections": len(batch.corrections)}
-    return pipeline.keep(services, run_id, "flag_true", result)
+    return handoff.keep(services, run_id, "flag_true", result)
 
 
 def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: int | None, seed: int) -> Result:
     """Train the champion further on its own training part plus the corrections that are not held out."""
     champion = services.registry.by_alias("champion")
     if champion is None:
-        raise NotFound("no champion to retrain", fix=f"run {pipeline.BUILD} first")
+        raise NotFound("no champion to retrain", fix=f"run {handoff.BUILD} first")
     with tempfile.TemporaryDirectory() as folder:
         bundle = Bundle.load(services.registry.download_bundle(champion.version, Path(folder)))
         version, size = bundle.manifest.data_version, bundle.image_size
         statistics_json, weights = bundle.statistics, bundle.weights
-        architecture = bundle.manifest.architecture
+        architecture, chosen = bundle.manifest.architecture, bundle.manifest.hyperparameters
     found = feedback.used(services.store)
     kept, left_out = _trainable(services, version, found)
-    pipeline.write_held_out(services, run_id, version, size)
-    split = pipeline.read_split(services, version)
-    base = dataset.canonical_arrays(split.of("train"), pipeline.image_reader(services), size)
+    preparation.write_held_out(services, run_id, version, size)
+    split = handoff.read_split(services, version)
+    base = dataset.canonical_arrays(split.of("train"), handoff.image_reader(services), size)
     times = feedback.repeats(len(kept), len(set(base.groups.tolist())))
     arrays = _joined(base, corrections_arrays(services, kept, size), times)
-    pipeline.write_shards(services, run_id, arrays, seed, simulated=split.simulated, experiment=RETRAINING)
-    run = pipeline.tracked(services, run_id, RETRAINING)
+    preparation.write_shards(services, run_id, arrays, seed, simulated=split.simulated, experiment=RETRAINING)
+    run = handoff.tracked(services, run_id, RETRAINING)
     services.registry.set_tags(run, {"data_version": version, "warm_start_version": champion.version})
     counts = {**feedback.summary(found), "left_out": len(left_out)}
     services.registry.log_params(
@@ -83,6 +83,7 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
     )
     corrections = {"corrections": [each.model_dump() for each in found], "left_out": left_out}
     services.registry.log_bytes(run, "data/corrections.json", json.dumps(corrections, indent=1).encode())
+    usual = {"learning_rate": 3 * LEARNING_RATE, **ARCHITECTURES[architecture].training, **chosen}
     result = pipeline.fit(
         services,
         run_id,
@@ -93,11 +94,12 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         epochs=epochs,
         minutes=minutes,
         warm_start=weights,
-        learning_rate=ARCHITECTURES[architecture].training.get("learning_rate", 3 * LEARNING_RATE) / 3,
+        learning_rate=float(usual["learning_rate"]) / 3,
         architecture=architecture,
+        hyperparameters=chosen,
         experiment=RETRAINING,
     )
-    return pipeline.keep(services, run_id, "retrain_model", {**result, "from_version": champion.version, **counts})
+    return handoff.keep(services, run_id, "retrain_model", {**result, "from_version": champion.version, **counts})
 
 
 def evaluate_model(services: Services, run_id: str) -> Result:
@@ -120,8 +122,8 @@ def corrections_arrays(services: Services, found: list[Correction], size: int) -
 
 def _trainable(services: Services, version: str, found: list[Correction]) -> tuple[list[Correction], dict[str, str]]:
     """The corrections to train on, and those left out because a twin of theirs is held out: path -> reason."""
-    split = pipeline.read_split(services, version)
-    read = pipeline.image_reader(services)
+    split = handoff.read_split(services, version)
+    read = handoff.image_reader(services)
     entries = split.of("validation", "calibration", "test")
     held_out = [correction for correction in found if correction.held_out]
     candidates = [correction for correction in found if not correction.held_out]

@@ -16,8 +16,9 @@ from neuroloop.core.errors import InvalidSetting, NeuroLoopError
 from neuroloop.data import dataset
 from neuroloop.data.dataset import Arrays
 from neuroloop.imaging.augment import AugmentParams
-from neuroloop.loop import pipeline
-from neuroloop.loop.pipeline import Params, Result, log
+from neuroloop.loop import handoff
+from neuroloop.loop.handoff import Result, log
+from neuroloop.loop.params import Params
 
 SEARCH = "hyperparameter_search"
 EPOCHS = 8
@@ -69,8 +70,8 @@ def search(
     if trials < 1 or epochs < 1 or not minutes > 0:
         raise InvalidSetting("a search needs at least one trial, one epoch and some minutes")
     deadline = time.monotonic() + minutes * 60
-    split = pipeline.run_split(services, run_id)
-    read = pipeline.image_reader(services)
+    split = handoff.run_split(services, run_id)
+    read = handoff.image_reader(services)
     train, validation = (
         dataset.canonical_arrays(split.of(part), read, params.image_size) for part in ("train", "validation")
     )

@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import onnxruntime
@@ -50,6 +50,9 @@ class Manifest(Record):
     image_size: int = Field(gt=0, description="Side of the canonical image, pixels")
     canonical_version: str = Field(description="Of the canonical form the model was trained on")
     architecture: ArchitectureName = Field(description="Of the network, for a retraining; see `model.architectures`")
+    hyperparameters: dict[str, bool | int | float | str] = Field(
+        default={}, description="What a person or a search chose for its training, for a retraining"
+    )
     calibration: Calibration
     map_offset: tuple[float, float] = Field(
         description="How far the activation map lies beside what it speaks of: down, right, shares of the width; see "
@@ -245,6 +248,7 @@ def write(
     statistics: bytes,
     image_size: int,
     architecture: ArchitectureName,
+    hyperparameters: Mapping[str, Any] = {},
     calibration: Calibration,
     map_offset: tuple[float, float] = (0.0, 0.0),
     data_version: str,
@@ -266,6 +270,7 @@ def write(
         image_size=image_size,
         canonical_version=CANONICAL_VERSION,
         architecture=architecture,
+        hyperparameters=dict(hyperparameters),
         calibration=calibration,
         map_offset=map_offset,
         data_version=data_version,

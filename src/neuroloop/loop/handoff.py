@@ -1,0 +1,149 @@
+"""What the steps of a run leave for one another in the store and in MLflow, and how they find it.
+
+Everything of a run lies under `runs/<run>/`: a step's result as `<step>.json`, arrays, shards, the candidate's bundle.
+"""
+
+import io
+import json
+import logging
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from neuroloop.bootstrap import Services
+from neuroloop.core import keys
+from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound
+from neuroloop.core.schemas import ImageEntry, Opening, Split, SplitEntry, SplitName
+from neuroloop.data.dataset import Arrays
+from neuroloop.model.bundle import Bundle
+
+log = logging.getLogger("neuroloop.pipeline")
+
+Result = dict[str, Any]
+BUILD, RETRAINING = "data_and_model_build", "model_retraining"
+SHARDS = 24
+"""Epochs' worth of augmented training images; a longer training goes round them again."""
+
+
+def keep(services: Services, run_id: str, step: str, result: Result) -> Result:
+    """Store a step's result for later steps, and return it."""
+    data = json.dumps(result, indent=1, sort_keys=True).encode()
+    services.store.put(keys.run(run_id, f"{step}.json"), data, content_type="application/json")
+    log.info("%s: %s", step, json.dumps(result)[:2000])
+    return result
+
+
+def kept(services: Services, run_id: str, step: str) -> Result:
+    """What an earlier step of this run returned."""
+    try:
+        found: Result = json.loads(services.store.get(keys.run(run_id, f"{step}.json")))
+    except NotFound:
+        raise NotFound(
+            f"run {run_id} has no result of {step}", why="that step has not run", fix=f"clear {step} in Airflow"
+        ) from None
+    return found
+
+
+def tracked(services: Services, run_id: str, experiment: str = BUILD) -> str:
+    """The MLflow run of a pipeline run."""
+    return services.registry.open_run(run_id, experiment=experiment, tags={"neuroloop.pipeline": experiment})
+
+
+def read_split(services: Services, version: str, name: SplitName = "grouped") -> Split:
+    """A split of a data version. Raises `NotFound`, for the legacy one where the source declares no test part."""
+    key = keys.split(version) if name == "grouped" else keys.legacy_split(version)
+    try:
+        return Split.model_validate_json(services.store.get(key))
+    except NotFound as error:
+        why = "the source has no part of its own whose name starts with test, or one that lacks a class"
+        raise NotFound(
+            f"data version {version} has no {name} split",
+            why=why if name == "legacy" else str(error),
+            fix="choose the grouped split" if name == "legacy" else "clear audit_data in Airflow",
+        ) from None
+
+
+def run_split(services: Services, run_id: str) -> Split:
+    """The split that a build works on, of the data version it downloaded."""
+    version = kept(services, run_id, "download_data")["version"]
+    return read_split(services, version, kept(services, run_id, "check_source").get("split", "grouped"))
+
+
+def image_reader(services: Services) -> Callable[[ImageEntry | SplitEntry], bytes]:
+    """Reads a snapshot's image from the store, by its content hash."""
+    return lambda entry: services.store.get(keys.image(entry.md5))
+
+
+def load_arrays(services: Services, run_id: str, part: str) -> Arrays:
+    """A part's canonical arrays as this run wrote them. Raises `NeuroLoopError` for the test part: see `open_test`."""
+    if part == "test":
+        raise NeuroLoopError(
+            "the test part is not loaded like the others",
+            why="each look at it is logged, so that nobody can choose a model by it unseen",
+            fix="call open_test(services, run_id, why)",
+        )
+    return Arrays.from_bytes(services.store.get(keys.run(run_id, f"{part}.npz")))
+
+
+def open_test(services: Services, run_id: str, why: str, experiment: str = BUILD) -> Arrays:
+    """The test part's canonical arrays as this run wrote them; the only way to them, and every call is logged."""
+    held_out = kept(services, run_id, "held_out")
+    log_opening(services, run_id, why, version=held_out["version"], split=held_out["split"], experiment=experiment)
+    return Arrays.from_bytes(services.store.get(keys.run(run_id, "test.npz")))
+
+
+def log_opening(
+    services: Services, run_id: str, why: str, *, version: str, split: SplitName = "grouped", experiment: str = BUILD
+) -> Opening:
+    """Write down, in the store and in MLflow, that test images of a data version are looked at, before they are."""
+    number = 1
+    while True:
+        opening = Opening(run_id=run_id, number=number, version=version, split=split, why=why)
+        try:
+            key = keys.opening(run_id, number)
+            services.store.create(key, opening.model_dump_json().encode(), content_type="application/json")
+            break
+        except AlreadyExists:
+            number += 1
+    tags = {"test_openings": str(number), "test_opened_for": why}
+    services.registry.set_tags(tracked(services, run_id, experiment), tags)
+    log.info("opened the %s test part of data version %s, time %d of this run: %s", split, version, number, why)
+    return opening
+
+
+def openings(services: Services, version: str = "") -> list[Opening]:
+    """Every opening of a test part so far, of one data version or of all, oldest first."""
+    found = [Opening.model_validate_json(services.store.get(key)) for key in services.store.list(keys.TEST_OPENINGS)]
+    return sorted((each for each in found if version in ("", each.version)), key=lambda each: each.at)
+
+
+@contextmanager
+def open_bundle(services: Services, run_id: str) -> Iterator[Bundle]:
+    """The candidate of this run, verified."""
+    with unzipped(services.store.get(keys.run(run_id, "bundle.zip"))) as folder:
+        yield Bundle.load(folder, threads=2)
+
+
+@contextmanager
+def unzipped(data: bytes) -> Iterator[Path]:
+    """The files of a zip archive of ours in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(io.BytesIO(data)) as archive:
+        archive.extractall(folder)
+        yield Path(folder)
+
+
+def zipped(folder: Path) -> bytes:
+    """The inverse of `unzipped`."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, file.name)
+    return buffer.getvalue()
+
+
+def shard_key(run_id: str, number: int) -> str:
+    """Where a run keeps a shard of augmented images."""
+    return keys.run(run_id, f"shards/{number:03d}.npz")

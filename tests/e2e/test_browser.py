@@ -14,6 +14,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
+from neuroloop.adapters.mlflow_registry import MlflowRegistry
 from neuroloop.imaging import phantom
 from neuroloop.imaging.decode import encode_png
 
@@ -127,3 +128,12 @@ def test_a_reader_uploads_a_scan_reads_the_result_corrects_it_and_sees_the_count
 
     assert waiting(page, frontend_url) == before + 1
     assert page.locator("[data-testid=stException]").count() == 0
+
+
+def test_the_link_in_a_mail_leads_to_the_runs_and_not_to_pages_for_language_models(page, mlflow_uri):
+    registry = MlflowRegistry(mlflow_uri)
+    run = registry.open_run("a-run-to-compare", experiment="browser")
+
+    page.goto(f"{mlflow_uri}/{registry.runs_page(run)}")
+
+    page.get_by_text("a-run-to-compare").first.wait_for(timeout=60_000)

@@ -90,6 +90,12 @@ class MlflowRegistry:
         self.set_tags(run, tags)
         return run
 
+    def runs_page(self, run: str) -> str:
+        """Without the workflow in the address MLflow opens its pages for language models."""
+        with self._errors():
+            experiment = self._client.get_run(run).info.experiment_id
+        return f"#/experiments/{experiment}?workflowType=machine_learning"
+
     def log_params(self, run: str, params: Mapping[str, Any]) -> None:
         """Parameters; a repeated key with the same value is fine, another value raises `NeuroLoopError`."""
         from mlflow.entities import Param
@@ -235,7 +241,7 @@ class MlflowRegistry:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                # Without it MLflow opens the experiment with its pages for language models, and the runs are hidden.
+                # MLflow's own mark of an experiment that trains models, not one of language-model traces.
                 kind = {"mlflow.experimentKind": "custom_model_development"}
                 return self._client.create_experiment(name, tags=kind)
             except RestException as error:

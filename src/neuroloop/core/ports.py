@@ -69,6 +69,9 @@ class Registry(Protocol):
         `parent` is the tracking run below which a new one is shown, as a search's trials are below the search.
         """
 
+    def runs_page(self, run: str) -> str:
+        """Where the tracking server's own pages list this run among those to compare it with: a path, `#/...`."""
+
     def log_params(self, run: str, params: Mapping[str, Any]) -> None:
         """Parameters; a repeated key with the same value is fine."""
 

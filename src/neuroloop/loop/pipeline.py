@@ -428,6 +428,7 @@ def send_email(services: Services, run_id: str, experiment: str = BUILD) -> Resu
     """Tell the operator how the run ended, and drop the shards, which no later step reads."""
     promoted, evaluated = kept(services, run_id, "promote_model"), kept(services, run_id, "evaluate_model")
     registered = kept(services, run_id, "register_model")
+    run = tracked(services, run_id, experiment)
     test = evaluated["test"]
     verdict = "is the new champion" if promoted["promoted"] else "was not promoted"
     subject = f"NeuroLoop {experiment}: version {promoted['version']} {verdict}"
@@ -453,7 +454,7 @@ def send_email(services: Services, run_id: str, experiment: str = BUILD) -> Resu
             *(f"- {each}" for each in shortcomings),
             "",
             f"The model card stands with the version: {services.settings.mlflow_page}/#/models",
-            f"Compare the runs: {services.settings.mlflow_page}/#/experiments",
+            f"Compare the runs: {services.settings.mlflow_page}/{services.registry.runs_page(run)}",
         ]
     )
     services.notifier.send(subject, body)

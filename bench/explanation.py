@@ -52,7 +52,7 @@ def main() -> None:
     """Train or load, check, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, help="folder of a bundle trained on simulated scans")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of training, where no bundle is given")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of training, where no bundle is given")
     parser.add_argument("--size", type=int, default=128, help="canonical image, where no bundle is given")
     parser.add_argument("--scans", type=int, default=100, help="of each tumour class to look at")
     parser.add_argument("--scanner", default="A", help="A, as in training, or B, which the model has not met")

@@ -212,8 +212,8 @@ def test_the_rest_of_the_legacy_split_is_divided_by_groups_among_themselves(publ
     assert {len(each) for each in parts.values()} == {1}
     for label in LABELS:
         counts = Counter(e.part for e in split.entries if e.label == label and e.part != "test")
-        assert counts["validation"] / counts.total() == pytest.approx(0.1, abs=0.03)
-        assert counts["calibration"] / counts.total() == pytest.approx(0.1, abs=0.03)
+        assert counts["validation"] / counts.total() == pytest.approx(0.05, abs=0.03)
+        assert counts["calibration"] / counts.total() == pytest.approx(0.05, abs=0.03)
 
 
 def test_a_source_without_a_test_part_has_no_legacy_split(files):

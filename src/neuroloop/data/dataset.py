@@ -107,15 +107,16 @@ def make_split(
 
 
 def source_split(
-    snapshot: Snapshot, audit: Audit, *, validation: float = 0.1, calibration: float = 0.1, seed: int = 0
+    snapshot: Snapshot, audit: Audit, *, validation: float = 0.05, calibration: float = 0.05, seed: int = 0
 ) -> Split:
     """The legacy split: tested on the part that the source itself calls test, to compare with what others report.
 
-    The test part is every usable image of the source's parts whose name starts with "test", otherwise quarantined ones
-    included, as others test on them. The rest is divided into train, validation and calibration, fractions of a class's
-    images, by groups among themselves, but not kept apart from the test part: that is what this split is there to show.
-    `leaked` names the test images with a twin in another of the source's parts. Raises `InvalidSource` where the source
-    has no test part of its own, or a class reaches not every part.
+    The test part is every usable image of the source's parts whose name starts with "test", otherwise quarantined
+    ones included, as others test on them. The rest is divided into train, validation and calibration, fractions of
+    a class's images (small ones: what it is compared with trained on nearly all of them), by groups among
+    themselves, but not kept apart from the test part: that is what this split is there to show. `leaked` names the
+    test images with a twin in another of the source's parts. Raises `InvalidSource` where the source has no test
+    part of its own, or a class reaches not every part.
     """
     tests = [entry for entry in snapshot.images if is_test(entry.part)]
     if not tests or len(tests) == len(snapshot.images):

@@ -43,8 +43,8 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the layers' arithmetic; auto takes bfloat16 where the machine multiplies it natively (1.6 times as fast)."""
     patience: int = 60
-    """Epochs without a better validation score after which training stops. Long, because the validation score is noisy
-    and the last, annealed third of a training is where most of it is gained."""
+    """Epochs without a lower validation loss after which training stops. Long, because that loss is noisy and the last,
+    annealed third of a training is where most of it is gained."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,13 +81,14 @@ def train(
     AdamW (no decay on biases and norms), warm-up and cosine to zero. Under a time budget the cosine follows the
     clock, not an estimate of the number of epochs, so a busy neighbour makes the training shorter, never cut off
     half-annealed. Validation and the result use an exponential average of all weights, norm statistics included.
-    "Best" is the highest macro-F1, of equal ones the lowest loss. Raises `ValueError` where there is no image.
+    "Best" is the lowest loss: of some hundred images, macro-F1 moves by whole images and picks an epoch by luck, often
+    one before the rate has annealed. Raises `ValueError` where there is no image.
     """
     start = time.monotonic()
     budget = None if config.minutes is None else config.minutes * 60
     trainer = _Trainer(model, config)
     generator = np.random.default_rng(config.seed)
-    best: tuple[tuple[float, float], int, list[NDArray[Any]]] | None = None
+    best: tuple[float, int, list[NDArray[Any]]] | None = None
     history: list[dict[str, float]] = []
     reserve = 0.0  # seconds the last validation took, kept free of the budget
     epoch, done = 0, False
@@ -124,9 +125,8 @@ def train(
         }
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(f"the training loss became {metrics['loss']} in epoch {epoch}")
-        score = (metrics["val_macro_f1"], -metrics["val_loss"])
-        if best is None or score > best[0]:
-            best = (score, epoch, trainer.averaged())
+        if best is None or metrics["val_loss"] < best[0]:
+            best = (metrics["val_loss"], epoch, trainer.averaged())
         history.append(metrics)
         on_epoch(epoch, metrics)
         epoch += 1

@@ -104,12 +104,14 @@ def fit(
     epochs: int | None,
     minutes: float,
     warm_start: bytes | None = None,
-    learning_rate: float | None = None,
     architecture: ArchitectureName = "compact",
     hyperparameters: Mapping[str, Any] = {},
     experiment: str = BUILD,
 ) -> Result:
-    """Train on the run's shards and leave `bundle.zip`; `warm_start` are weights to begin from."""
+    """Train on the run's shards and leave `bundle.zip`; `warm_start` are weights to begin from.
+
+    They are a start, not noise to be burnt away: the learning rate is then a third of a fresh training's.
+    """
     # TensorFlow: only where a model is trained
     from neuroloop.model import calibration, devices, explanation, export, gate, network, training
     from neuroloop.model.bundle import OnnxModel, write
@@ -117,8 +119,8 @@ def fit(
 
     run = tracked(services, run_id, experiment)
     config = configure(architecture, hyperparameters, epochs=epochs, minutes=minutes, seed=seed)
-    if learning_rate is not None:
-        config = replace(config, learning_rate=learning_rate)
+    if warm_start is not None:  # and smaller images would unlearn what they know of this size
+        config = replace(config, learning_rate=config.learning_rate / 3, small_start=0.0)
     device = devices.prepare()
     weights = services.pretrained(architecture) if warm_start is None else None
     model = network.build(size, arch=architecture, seed=seed, weights=weights)

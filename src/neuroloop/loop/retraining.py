@@ -18,11 +18,7 @@ from neuroloop.imaging.decode import decode
 from neuroloop.loop import feedback, handoff, pipeline, preparation
 from neuroloop.loop.feedback import Correction
 from neuroloop.loop.handoff import RETRAINING, Result, log
-from neuroloop.model.architectures import ARCHITECTURES
 from neuroloop.model.bundle import Bundle
-
-LEARNING_RATE = 1e-3
-"""A third of a fresh training's: the champion's weights are a start, not noise to be burnt away."""
 
 
 def check_source_flag(services: Services, run_id: str) -> Result:
@@ -83,7 +79,6 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
     )
     corrections = {"corrections": [each.model_dump() for each in found], "left_out": left_out}
     services.registry.log_bytes(run, "data/corrections.json", json.dumps(corrections, indent=1).encode())
-    usual = {"learning_rate": 3 * LEARNING_RATE, **ARCHITECTURES[architecture].training, **chosen}
     result = pipeline.fit(
         services,
         run_id,
@@ -94,7 +89,6 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         epochs=epochs,
         minutes=minutes,
         warm_start=weights,
-        learning_rate=float(usual["learning_rate"]) / 3,
         architecture=architecture,
         hyperparameters=chosen,
         experiment=RETRAINING,

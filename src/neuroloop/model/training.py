@@ -1,5 +1,6 @@
 """Training. Imports TensorFlow: for the offline side only."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,11 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score
+
+from neuroloop.model import network
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.integer]
@@ -20,6 +24,7 @@ Labels = NDArray[np.integer]
 _MIN_STEPS = 8  # an epoch of few images uses smaller batches instead of one or two huge steps
 _WARM_UP = 0.04  # share of the training with a rising learning rate; 2 epochs of 50
 _CLIP = 2.0  # largest global gradient norm
+_SMALLEST = 64  # pixels of the images that a training begins with: on smaller ones, lesions vanish
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class TrainConfig:
     shift: float = 0.04
     """Largest further shift of an image each time it is seen, as a share of the side, in whole pixels; an even chance
     of a left-right flip goes with it. So the shards come round again without showing the same pixels twice."""
+    small_start: float = 0.6
+    """Share of the training on smaller images: first at half the side, which takes a quarter of the time, in its second
+    half at three quarters (progressive resizing: Howard 2018; Tan and Le, ICML 2021). 0 where the network cannot."""
     ema: float = 0.998
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the layers' arithmetic; auto takes bfloat16 where the machine multiplies it natively (1.6 times as fast)."""
@@ -75,20 +83,21 @@ def train(
     """Train `model` in place; it ends with the averaged weights that did best on `validation`.
 
     Epoch e reads `shards[e % len(shards)]()`: images uint8 (n, s, s), labels (n,). `on_epoch(e, metrics)` is called
-    after each epoch with loss, accuracy, val_loss, val_accuracy, val_macro_f1, learning_rate, seconds,
+    after each epoch with loss, accuracy, val_loss, val_accuracy, val_macro_f1, learning_rate, image_size, seconds,
     images_per_second. With `epochs` alone the result is fixed by `seed` (same machine, same number of threads).
 
-    AdamW (no decay on biases and norms), warm-up and cosine to zero. Under a time budget the cosine follows the
-    clock, not an estimate of the number of epochs, so a busy neighbour makes the training shorter, never cut off
-    half-annealed. Validation and the result use an exponential average of all weights, norm statistics included.
-    "Best" is the lowest loss: of some hundred images, macro-F1 moves by whole images and picks an epoch by luck, often
-    one before the rate has annealed. Raises `ValueError` where there is no image.
+    AdamW (no decay on biases and norms), warm-up and cosine to zero, on images that grow (see `small_start`). Under a
+    time budget both follow the clock, not an estimate of the number of epochs, so a busy neighbour makes the training
+    shorter, never cut off half-annealed. Validation, at the size trained at, and the result use an exponential average
+    of all weights, norm statistics included. "Best" is the lowest loss at the largest size: of some hundred images,
+    macro-F1 moves by whole images and picks an epoch by luck, often one before the rate has annealed. Raises
+    `ValueError` where there is no image.
     """
     start = time.monotonic()
     budget = None if config.minutes is None else config.minutes * 60
     trainer = _Trainer(model, config)
     generator = np.random.default_rng(config.seed)
-    best: tuple[float, int, list[NDArray[Any]]] | None = None
+    best: tuple[tuple[int, float], int, list[NDArray[Any]]] | None = None
     history: list[dict[str, float]] = []
     reserve = 0.0  # seconds the last validation took, kept free of the budget
     epoch, done = 0, False
@@ -109,24 +118,28 @@ def train(
                 done = True
                 break
             rate = config.learning_rate * _schedule(progress)
-            loss, correct = trainer.step(images[chosen], labels[chosen], rate)
+            side = _side(images.shape[1], progress, config.small_start)
+            loss, correct = trainer.step(_resized(images[chosen], side), labels[chosen], rate)
             losses.append(loss)
             hits, seen = hits + correct, seen + len(chosen)
         if not losses:
             break  # the budget ended between two epochs
         tested = time.monotonic()
-        metrics = {"loss": float(np.mean(losses)), "accuracy": hits / seen, **trainer.validate(*validation)}
+        metrics = {"loss": float(np.mean(losses)), "accuracy": hits / seen}
+        metrics |= trainer.validate(_resized(validation[0], side), validation[1])
         now = time.monotonic()
         reserve = now - tested
         metrics |= {
             "learning_rate": rate,
+            "image_size": side,
             "seconds": now - began,
             "images_per_second": seen / max(tested - began, 1e-9),
         }
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(f"the training loss became {metrics['loss']} in epoch {epoch}")
-        if best is None or metrics["val_loss"] < best[0]:
-            best = (metrics["val_loss"], epoch, trainer.averaged())
+        worth = (side, -metrics["val_loss"])
+        if best is None or worth > best[0]:
+            best = (worth, epoch, trainer.averaged())
         history.append(metrics)
         on_epoch(epoch, metrics)
         epoch += 1
@@ -142,8 +155,20 @@ def _schedule(progress: float) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def _side(size: int, progress: float, small_start: float) -> int:
+    """Side of the images at `progress` in 0..1, a multiple of 16 pixels as every size here."""
+    share = 1.0 if progress >= small_start else 0.75 if progress >= small_start / 2 else 0.5
+    return min(size, max(_SMALLEST, round(share * size / 16) * 16))
+
+
+def _resized(images: Images, side: int) -> Images:
+    if images.shape[1] == side:
+        return images
+    return np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in images])
+
+
 class _Trainer:
-    """A model with its optimiser and the average of its weights."""
+    """A model with its optimiser and the average of its weights; takes images of any size that the network does."""
 
     def __init__(self, model: keras.Model, config: TrainConfig) -> None:
         self.model, self.config = model, config
@@ -156,35 +181,45 @@ class _Trainer:
         self.optimizer.build(model.trainable_variables)
         self.average = [tf.Variable(weight, trainable=False) for weight in model.get_weights()]
         self.steps = 0
-        size = model.inputs[0].shape[1]
-        image_spec = tf.TensorSpec((None, size, size), tf.uint8)
-        self._step = tf.function(
-            self._step_body,
-            input_signature=[image_spec, tf.TensorSpec((None,), tf.int64), *[tf.TensorSpec((), tf.float32)] * 2,
-                             tf.TensorSpec((2,), tf.int32)],
-        )  # fmt: skip
-        self._logits = tf.function(self._logits_body, input_signature=[image_spec])
+        self._sized: dict[int, tuple[Any, Any]] = {}
+
+    def _at(self, side: int) -> tuple[Any, Any]:
+        """The compiled step and forward pass for images of this side."""
+        if side not in self._sized:
+            model = self.model if side == self.model.inputs[0].shape[1] else network.at_size(self.model, side)
+            image_spec = tf.TensorSpec((None, side, side), tf.uint8)
+            step = tf.function(
+                functools.partial(self._step_body, model),
+                input_signature=[image_spec, tf.TensorSpec((None,), tf.int64), *[tf.TensorSpec((), tf.float32)] * 2,
+                                 tf.TensorSpec((2,), tf.int32)],
+            )  # fmt: skip
+            logits = tf.function(functools.partial(self._logits_body, model), input_signature=[image_spec])
+            self._sized[side] = (step, logits)
+        return self._sized[side]
 
     def step(self, images: Images, labels: Labels, rate: float) -> tuple[float, int]:
         """One update; the loss and the number of images whose (possibly mixed) main class was hit."""
         # The average forgets the random start quickly and reaches its full length as training goes on.
         decay = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
-        loss, correct = self._step(
+        step, _ = self._at(images.shape[1])
+        loss, correct = step(
             tf.constant(images), tf.constant(labels.astype(np.int64)), tf.constant(rate, tf.float32),
             tf.constant(decay, tf.float32), tf.constant([self.config.seed, self.steps], tf.int32),
         )  # fmt: skip
         self.steps += 1
         return float(loss), int(correct)
 
-    def _step_body(self, images: Any, labels: Any, rate: Any, decay: Any, seed: Any) -> tuple[Any, Any]:
+    def _step_body(
+        self, model: keras.Model, images: Any, labels: Any, rate: Any, decay: Any, seed: Any
+    ) -> tuple[Any, Any]:
         config = self.config
-        classes = self.model.output["logits"].shape[-1]
+        classes = model.output["logits"].shape[-1]
         target = tf.one_hot(labels, classes) * (1 - config.label_smoothing) + config.label_smoothing / classes
         x = _move(tf.cast(images, tf.float32)[..., None], seed, config.shift)
         x = _disturb(x, seed, config.erasing)
         x, target = _mix(x, target, seed, config.mixup)
-        with tf.GradientTape() as tape, _half_precision(self.model, self.half):
-            logits = tf.cast(self.model(x, training=True)["logits"], tf.float32)
+        with tf.GradientTape() as tape, _half_precision(model, self.half):
+            logits = tf.cast(model(x, training=True)["logits"], tf.float32)
             loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, logits))
         variables = self.model.trainable_variables
         gradients = tape.gradient(loss, [v.value for v in variables])
@@ -198,8 +233,8 @@ class _Trainer:
         hit = tf.argmax(logits, axis=1) == tf.argmax(target, axis=1)
         return loss, tf.reduce_sum(tf.cast(hit, tf.int32))
 
-    def _logits_body(self, images: Any) -> Any:
-        return self.model(tf.cast(images, tf.float32)[..., None], training=False)["logits"]
+    def _logits_body(self, model: keras.Model, images: Any) -> Any:
+        return model(tf.cast(images, tf.float32)[..., None], training=False)["logits"]
 
     def averaged(self) -> list[NDArray[Any]]:
         """A copy of the averaged weights, in the order of `model.get_weights()`."""
@@ -209,7 +244,8 @@ class _Trainer:
         """Loss, accuracy and macro-F1 of the averaged weights; the model keeps its own."""
         own = self.model.get_weights()
         self.model.set_weights(self.averaged())
-        parts = [self._logits(tf.constant(images[i : i + 256])).numpy() for i in range(0, len(images), 256)]
+        _, logits_of = self._at(images.shape[1])
+        parts = [logits_of(tf.constant(images[i : i + 256])).numpy() for i in range(0, len(images), 256)]
         self.model.set_weights(own)
         logits = np.concatenate(parts)
         log_p = logits - logits.max(axis=1, keepdims=True)

@@ -1,9 +1,6 @@
 """The served model follows the alias, without a failed request."""
 
-import contextlib
 import hashlib
-import socket
-import socketserver
 import threading
 import time
 
@@ -12,6 +9,7 @@ import pytest
 
 from neuroloop.bootstrap import Services
 from neuroloop.core.settings import Settings
+from servers.relay import Relay
 from serving.running import Api, head, serving, wait, write_bundle
 
 
@@ -117,56 +115,3 @@ def test_settings_bound_how_rarely_the_registry_is_asked():
     assert Settings().refresh_seconds <= 5
     with pytest.raises(ValueError, match="less than or equal to 10"):
         Settings(refresh_seconds=11)
-
-
-class Relay(contextlib.AbstractContextManager):
-    """A TCP relay on `port` to a local server, which can be closed and opened again as a network can."""
-
-    def __init__(self, target: int, port: int) -> None:
-        self._target, self._port = target, port
-        self.url = f"http://127.0.0.1:{port}"
-        self._threads: list[threading.Thread] = []
-
-    def __enter__(self):
-        self.open()
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.close()
-
-    def open(self) -> None:
-        target = self._target
-        self._open: set = set()
-        connections = self._open
-
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                with socket.create_connection(("127.0.0.1", target)) as upstream:
-                    connections.update({self.request, upstream})
-                    back = threading.Thread(target=pump, args=(upstream, self.request))
-                    back.start()
-                    pump(self.request, upstream)
-                    back.join()
-
-        def pump(source, sink) -> None:
-            with contextlib.suppress(OSError):
-                while data := source.recv(65536):
-                    sink.sendall(data)
-            for end in (source, sink):
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-        class Server(socketserver.ThreadingTCPServer):
-            allow_reuse_address = True
-            daemon_threads = True
-
-        self._server = Server(("127.0.0.1", self._port), Handler)
-        thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        for end in list(self._open):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)

@@ -10,6 +10,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from neuroloop.core.schemas import Consent
+from neuroloop.core.settings import Settings
 from neuroloop.serving import problems
 
 ENVELOPE_BYTES = 64_000
@@ -46,6 +48,13 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted, send)
+
+
+def consent(stated: Consent | None, settings: Settings) -> Consent:
+    """The consent to record with an upload. Raises `HTTPException` with status 422 where it has to be stated."""
+    if stated in (None, "unstated") and settings.require_consent:
+        raise HTTPException(422, "This service takes no upload without the header X-Consent: training, or record")
+    return stated or "unstated"
 
 
 async def read_image(request: Request) -> bytes:

@@ -12,10 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from neuroloop.core.errors import (
+    Erased,
     ImageTooLarge,
     InvalidImage,
+    KeyReused,
     NeuroLoopError,
     NotFound,
+    OutOfSpace,
     Unavailable,
     UnsupportedImage,
 )
@@ -43,7 +46,10 @@ _KINDS: tuple[tuple[type[NeuroLoopError], int, str, str], ...] = (  # the first 
     (UnsupportedImage, 415, "unsupported-image", "The file is not an image that can be read"),
     (InvalidImage, 400, "invalid-image", "The image cannot be read"),
     (InvalidFeedback, 422, "invalid-feedback", "The feedback contradicts itself"),
+    (KeyReused, 422, "idempotency-key-reused", "The Idempotency-Key belongs to another request"),
     (NotFound, 404, "not-found", "There is no such thing"),
+    (Erased, 410, "erased", "This was erased"),
+    (OutOfSpace, 507, "out-of-space", "There is no room left to store it"),
     (Unavailable, 503, "unavailable", "The service cannot answer for now"),
 )
 
@@ -69,7 +75,7 @@ def problem(
     """A problem document as a response; `more` are further members."""
     document = Problem(type=f"urn:neuroloop:problem:{name}", title=title, status=status, detail=detail, fix=fix, **more)
     headers = dict(headers or {})
-    if status == http.HTTPStatus.SERVICE_UNAVAILABLE:
+    if status in (http.HTTPStatus.SERVICE_UNAVAILABLE, http.HTTPStatus.INSUFFICIENT_STORAGE):
         headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
     return JSONResponse(document.model_dump(mode="json"), status, headers=headers, media_type=MEDIA_TYPE)
 

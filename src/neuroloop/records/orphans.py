@@ -1,0 +1,90 @@
+"""Leftovers: objects that no row speaks of, because a process died between the object and its row.
+
+Such an upload was never answered, so nobody misses it, and nobody could erase it. Only objects older than any request
+can last are looked at.
+"""
+
+import logging
+import uuid
+from collections.abc import Iterator
+from datetime import datetime
+
+from neuroloop.core import keys
+from neuroloop.core.errors import Erased, NeuroLoopError, NotFound
+from neuroloop.core.ports import ObjectStore, PredictionLog
+from neuroloop.records import corrections
+
+AT_MOST, SHARE = 50, 0.1
+"""More leftovers than both this number and this share of all objects are no leftovers but a wrong or restored database:
+then nothing is removed."""
+_CHUNK = 1000
+_LOG = logging.getLogger(__name__)
+
+
+def sweep(log: PredictionLog, store: ObjectStore, before: datetime, *, force: bool = False) -> list[str]:
+    """Remove the images without a row that were written before this time; their keys.
+
+    Raises `NeuroLoopError` where they are too many to be leftovers, unless `force`.
+    """
+    objects = [key for prefix in (keys.PREDICTIONS, keys.INVALID) for key in store.list(prefix)]
+    orphans = []
+    for some in _chunks(objects):
+        rows = log.known([name for key in some if (name := prediction_id(key))])
+        for key in some:
+            name = prediction_id(key)
+            row = rows.get(name or "")
+            if name and (row is None or row.object_key != key) and _older(store, key, before):
+                orphans.append(key)
+    if len(orphans) > max(AT_MOST, SHARE * len(objects)) and not force:
+        raise NeuroLoopError(
+            f"{len(orphans)} of {len(objects)} images have no row in the database, so none is removed",
+            why="crashes leave single ones; so many mean another database, or one restored from before they came",
+            fix="check NEUROLOOP_DATABASE_URL; neuroloop sweep --force removes them all the same",
+        )
+    for key in orphans:
+        store.delete(key)
+        _LOG.info("removed %s, which no row speaks of", key)
+    store.discard_unfinished(before)
+    return orphans
+
+
+def settle_corrections(log: PredictionLog, store: ObjectStore) -> int:
+    """Put the corrected copies in order with the rows, and remove those of erased images; how many were looked at.
+
+    A copy that no row explains and no mark forbids stays: it came from elsewhere.
+    """
+    found = [key for key in store.list(keys.CORRECTIONS) if prediction_id(key)]
+    for some in _chunks(found):
+        ids = {name for key in some if (name := prediction_id(key))}
+        rows, erased = log.known(ids), log.erased(ids)
+        for key in some:
+            name = prediction_id(key) or ""
+            if name in erased:
+                store.delete(key)
+            elif name in rows:
+                try:
+                    corrections.settle(log, store, rows[name])
+                except (Erased, NotFound) as error:
+                    _LOG.info("%s was not put in order: %s", key, error)
+    return len(found)
+
+
+def prediction_id(key: str) -> str | None:
+    """The id in an image's key, None where the object is not one of a server's."""
+    name = key.rsplit("/", 1)[-1].removesuffix(".png")
+    try:
+        return name if str(uuid.UUID(name)) == name else None
+    except ValueError:
+        return None
+
+
+def _older(store: ObjectStore, key: str, before: datetime) -> bool:
+    try:
+        return store.modified(key) < before
+    except NotFound:
+        return False
+
+
+def _chunks(found: list[str]) -> Iterator[list[str]]:
+    for start in range(0, len(found), _CHUNK):
+        yield found[start : start + _CHUNK]

@@ -1,5 +1,6 @@
 """The command line: the platform's processes, and the same steps without Airflow."""
 
+import getpass
 import json
 import logging
 import subprocess
@@ -169,6 +170,31 @@ def search(
     _show({name: value for name, value in found.items() if name != "trials"})
     chosen = json.dumps(found["hyperparameters"])
     print(f"Build with them: neuroloop build --architecture {params.architecture} --hyperparameters '{chosen}'")
+
+
+@app.command()
+def rollback(
+    to: Annotated[str, typer.Option(help="Registered model version; empty: the champion before.")] = "",
+    reason: Annotated[str, typer.Option(help="Stands in the ledger.")] = "rolled back from the command line",
+    by: Annotated[str, typer.Option(help="Who does it; empty: the user of this shell.")] = "",
+) -> None:
+    """Make the previous champion, or another version, the champion again; servers follow within seconds."""
+    from neuroloop.bootstrap import services
+    from neuroloop.serving.rollback import make_champion
+
+    row = make_champion(services(), to or None, by=by or getpass.getuser(), reason=reason)
+    print(row.reason)
+
+
+@app.command()
+def sweep(
+    force: Annotated[bool, typer.Option("--force", help="Remove leftovers however many they are.")] = False,
+) -> None:
+    """Finish erasures, keep the retention, remove what crashes left behind (what the DAG housekeeping does)."""
+    from neuroloop.bootstrap import services
+    from neuroloop.loop.housekeeping import tidy
+
+    _show(tidy(services(), force=force))
 
 
 @app.command()

@@ -22,9 +22,10 @@ from neuroloop.core.schemas import (
     Label,
     Mail,
     Monitoring,
+    Promotion,
     Verdict,
 )
-from neuroloop.serving import inference, intake, problems
+from neuroloop.serving import inference, intake, problems, rollback
 from neuroloop.serving.champion import Champion
 from neuroloop.serving.metrics import Metrics
 from neuroloop.serving.request_log import RequestLog
@@ -33,6 +34,8 @@ ANSWER_SECONDS = 12.0
 """Longest wait of a request for a thread, the store and the database together; then it is a 503."""
 CHECK_SECONDS = 3.0
 """Longest wait of a readiness probe for each part."""
+CHAMPION_SECONDS = 60.0
+"""Longest wait of a person who moves the champion: the bundle is fetched and verified first."""
 PREDICTING_THREADS = 4
 """Predictions at a time. Bounds memory too: a 40-megapixel upload takes some 500 MB while it is worked on."""
 
@@ -96,6 +99,15 @@ class FeedbackRequest(BaseModel):
     verdict: Verdict
     label: Label | None = None
     reader: Reader = Field(description="Who says so; a second verdict by the same reader replaces the first")
+
+
+class ChampionRequest(BaseModel):
+    """Who makes a version the champion, and why; both stand in the ledger."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    by: Reader
+    reason: Annotated[Reader, Field(max_length=500)]
 
 
 class Ready(BaseModel):
@@ -260,6 +272,15 @@ def create_app(services: bootstrap.Services) -> FastAPI:
     async def models() -> inference.Models:
         """All registered versions, and the ledger of promotions with their reasons."""
         return await asking.run(service.models)
+
+    @app.post("/v1/models/{version}/champion", tags=["models"], responses=problems.responses(404, 409, 413, 422, 503))
+    async def make_champion(version: str, said: ChampionRequest) -> Promotion:
+        """Make a registered version the champion, by hand: as a rule to go back to the one before.
+
+        It is verified first; every server follows within seconds. The answer is the ledger's new row.
+        """
+        move = partial(rollback.make_champion, services, version, by=said.by, reason=said.reason)
+        return await asking.run(move, seconds=CHAMPION_SECONDS)
 
     @app.get("/v1/monitoring", tags=["monitoring"], responses=problems.responses(503))
     async def monitoring() -> Monitoring:

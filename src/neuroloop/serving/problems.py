@@ -23,6 +23,7 @@ from neuroloop.core.errors import (
     UnsupportedImage,
 )
 from neuroloop.serving.feedback import InvalidFeedback
+from neuroloop.serving.rollback import NotPromotable
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 5
@@ -46,6 +47,7 @@ _KINDS: tuple[tuple[type[NeuroLoopError], int, str, str], ...] = (  # the first 
     (UnsupportedImage, 415, "unsupported-image", "The file is not an image that can be read"),
     (InvalidImage, 400, "invalid-image", "The image cannot be read"),
     (InvalidFeedback, 422, "invalid-feedback", "The feedback contradicts itself"),
+    (NotPromotable, 409, "not-promotable", "The version cannot become the champion"),
     (KeyReused, 422, "idempotency-key-reused", "The Idempotency-Key belongs to another request"),
     (NotFound, 404, "not-found", "There is no such thing"),
     (Erased, 410, "erased", "This was erased"),

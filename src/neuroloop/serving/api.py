@@ -25,7 +25,7 @@ from neuroloop.core.schemas import (
     Promotion,
     Verdict,
 )
-from neuroloop.serving import inference, intake, problems, rollback
+from neuroloop.serving import batch, inference, intake, problems, rollback
 from neuroloop.serving.champion import Champion
 from neuroloop.serving.metrics import Metrics
 from neuroloop.serving.request_log import RequestLog
@@ -62,6 +62,7 @@ StatedConsent = Annotated[
         "and, once corrected, trained on; `record`: it may be kept, never trained on; `unstated`: nothing is said",
     ),
 ]
+ShownImages = Annotated[bool, Query(description="Whether the answer holds the image and the heat map")]
 
 _DESCRIPTION = f"""
 Classifies slices of brain MRI into glioma, meningioma, no tumour and pituitary tumour, explains, records every answer
@@ -165,7 +166,10 @@ def create_app(services: bootstrap.Services) -> FastAPI:
     upload_limit = services.settings.max_upload_bytes + intake.ENVELOPE_BYTES
     app.add_middleware(
         intake.BodyLimit,
-        limit=lambda path: upload_limit if path == "/v1/predictions" else intake.ENVELOPE_BYTES,
+        limit=lambda path: {
+            "/v1/predictions": upload_limit,
+            "/v1/predictions:batch": upload_limit * batch.BODY_UPLOADS,
+        }.get(path, intake.ENVELOPE_BYTES),
     )
     app.add_middleware(RequestLog, metrics=metrics)
     problems.install(app)
@@ -178,24 +182,37 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         responses=problems.responses(400, 408, 410, 413, 415, 422, 503, 507),
         response_model=inference.Answer,
     )
-    async def predict(request: Request, key: IdempotencyKey = "", consent: StatedConsent = None) -> Any:
+    async def predict(
+        request: Request, key: IdempotencyKey = "", consent: StatedConsent = None, images: ShownImages = True
+    ) -> Any:
         """Classify one slice. 422 where the gate does not take it for a brain MRI; the problem says why."""
         agreed = intake.consent(consent, services.settings)
         data = await intake.read_image(request)
-        answer = await predicting.run(partial(service.predict, data, consent=agreed, request=key))
+        answer = await predicting.run(partial(service.predict, data, consent=agreed, request=key, images=images))
         request.state.prediction, request.state.version = answer.id, answer.model_version
         if isinstance(answer, inference.Answer):
             return JSONResponse(answer.model_dump(mode="json"), 201, {"Location": f"/v1/predictions/{answer.id}"})
-        return problems.problem(
-            422,
-            "not-a-brain-mri",
-            "The image is not taken for a brain MRI",
-            answer.gate.reason,
-            "upload one slice of a brain MRI; if this is one, say so with feedback on this id",
-            id=answer.id,
-            gate=answer.gate.model_dump(mode="json"),
-            model_version=answer.model_version,
-        )
+        return problems.refusal(answer)
+
+    @app.post(
+        "/v1/predictions:batch",
+        tags=["predictions"],
+        openapi_extra={"requestBody": batch.REQUEST_BODY},
+        responses=problems.responses(400, 408, 413, 415, 422, 503, 507),
+        response_model=batch.BatchAnswer,
+    )
+    async def predict_batch(
+        request: Request, key: IdempotencyKey = "", consent: StatedConsent = None, images: ShownImages = True
+    ) -> Any:
+        """Classify several slices: one item each in their order, an answer or a problem."""
+        agreed = intake.consent(consent, services.settings)
+        files = await batch.read_files(request)
+
+        async def ask(index: int, data: bytes) -> inference.Answer | inference.Rejection:
+            one = f"{key} {index}" if key else ""
+            return await predicting.run(partial(service.predict, data, consent=agreed, request=one, images=images))
+
+        return await batch.answer(files, ask)
 
     @app.get("/v1/predictions/{prediction_id}", tags=["predictions"], responses=problems.responses(404, 410, 503))
     async def prediction(prediction_id: str) -> inference.RecordedPrediction:

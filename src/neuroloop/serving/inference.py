@@ -80,7 +80,9 @@ class Answer(Record):
         description="Where the network found what speaks for the class, 0..255; null for notumor, where nothing is "
         "shown that a reader could take for a finding"
     )
-    image: str = Field(description=f"The upload as the platform read it, at most {SHOWN_SIDE} px a side")
+    image: str | None = Field(
+        description=f"The upload as the platform read it, at most {SHOWN_SIDE} px a side; null with `images=false`"
+    )
     notice: str = RESEARCH_NOTICE
 
 
@@ -143,7 +145,9 @@ class InferenceService:
     def __init__(self, services: Services, champion: Champion, metrics: Metrics) -> None:
         self._services, self._champion, self._metrics = services, champion, metrics
 
-    def predict(self, data: bytes, *, consent: Consent = "unstated", request: str = "") -> Answer | Rejection:
+    def predict(
+        self, data: bytes, *, consent: Consent = "unstated", request: str = "", images: bool = True
+    ) -> Answer | Rejection:
         """Classify the bytes of an uploaded image; stored and recorded before it returns.
 
         What is stored is a PNG made of the decoded pixels, so metadata, names in it included, ends here. `request` is
@@ -159,7 +163,7 @@ class InferenceService:
             request = hashlib.sha256(request.encode()).hexdigest()  # a client may put a name into its key
             claim = self._services.log.claim(request, str(uuid.uuid4()), f"{sha256} {consent}")
             if claim.answered:
-                return self._again(claim)
+                return self._again(claim, images)
         bundle = served.bundle
         canonical = canonicalize(pixels, bundle.image_size)
         outputs = bundle.predict(canonical[None])
@@ -201,9 +205,11 @@ class InferenceService:
         except AlreadyExists:
             if claim is None:
                 raise
-            return self._again(claim, mine=key)
+            return self._again(claim, images, mine=key)
         if label is None:
             return Rejection(id=prediction_id, gate=gate, model_version=prediction.model_version)
+        if not images:
+            return _answer(prediction)
         return _answer(prediction, pixels, bundle.heat(outputs.cam[0], index) if explained else None)
 
     def erase(self, prediction_id: str, *, reason: ErasureReason, by: str) -> Erasure:
@@ -314,7 +320,7 @@ class InferenceService:
         _known_form(prediction_id)
         return self._services.log.prediction(prediction_id)
 
-    def _again(self, claim: Claim, *, mine: str = "") -> Answer | Rejection:
+    def _again(self, claim: Claim, images: bool, *, mine: str = "") -> Answer | Rejection:
         """The recorded answer to a request that came before, or at once on another thread or server.
 
         `mine` is the key of an object that this request has stored: it goes unless it is the recorded one.
@@ -332,6 +338,8 @@ class InferenceService:
             store.delete(mine)
         if prediction.label is None:
             return Rejection(id=prediction.id, gate=prediction.gate, model_version=prediction.model_version)
+        if not images:
+            return _answer(prediction)
         if mine:  # what the other request left to draw the heat map from
             claim = log.claimed(claim.prediction_id)
         return _answer(prediction, decode(store.get(prediction.object_key)), _heat(claim.explanation, prediction.label))
@@ -372,8 +380,22 @@ class InferenceService:
         return len(unused(store.list(keys.CORRECTIONS), (store.get(key) for key in store.list(keys.BATCHES))))
 
 
-def _answer(prediction: Prediction, pixels: NDArray[np.uint8], heat: NDArray[np.float32] | None) -> Answer:
+def _answer(
+    prediction: Prediction, pixels: NDArray[np.uint8] | None = None, heat: NDArray[np.float32] | None = None
+) -> Answer:
     """The answer, its images reduced to `SHOWN_SIDE`; the heat map is placed in that size, which is what is seen."""
+    image, heatmap = (None, None) if pixels is None else _shown(pixels, heat)
+    return Answer(
+        **prediction.model_dump(include=set(Answer.model_fields) & set(Prediction.model_fields) - {"gate"}),
+        gate=prediction.gate,
+        tumour=prediction.label != NO_TUMOUR,
+        heatmap=heatmap,
+        image=image,
+    )
+
+
+def _shown(pixels: NDArray[np.uint8], heat: NDArray[np.float32] | None) -> tuple[str, str | None]:
+    """The image and the heat map as an answer holds them."""
     scale = min(1.0, SHOWN_SIDE / max(pixels.shape))
     height, width = (max(1, round(side * scale)) for side in pixels.shape)
     shown = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX)) if scale < 1 else pixels
@@ -382,13 +404,7 @@ def _answer(prediction: Prediction, pixels: NDArray[np.uint8], heat: NDArray[np.
         top, left, tall, wide = head_box(pixels)
         box = Box(round(top * scale), round(left * scale), max(1, round(tall * scale)), max(1, round(wide * scale)))
         overlay = np.rint(np.clip(place(heat, box, (height, width)), 0, 1) * 255).astype(np.uint8)
-    return Answer(
-        **prediction.model_dump(include=set(Answer.model_fields) & set(Prediction.model_fields) - {"gate"}),
-        gate=prediction.gate,
-        tumour=prediction.label != NO_TUMOUR,
-        heatmap=None if overlay is None else _base64(overlay),
-        image=_base64(shown),
-    )
+    return _base64(shown), None if overlay is None else _base64(overlay)
 
 
 def _known_form(prediction_id: str) -> None:

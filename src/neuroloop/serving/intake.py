@@ -76,7 +76,9 @@ async def read_image(request: Request) -> bytes:
     return await _field(request.headers, body) if form else body
 
 
-class _InMemory(MultiPartParser):
+class InMemory(MultiPartParser):
+    """A form parser that keeps every file in memory."""
+
     spool_max_size = 2**40
 
 
@@ -85,7 +87,7 @@ async def _field(headers: Headers, body: bytes) -> bytes:
         yield body
 
     try:
-        form = await _InMemory(headers, once(), max_files=1, max_fields=10).parse()
+        form = await InMemory(headers, once(), max_files=1, max_fields=10).parse()
     except MultiPartException as error:
         raise HTTPException(400, f"The form cannot be read: {error.message}") from None
     file = form.get("file")

@@ -23,6 +23,7 @@ from neuroloop.core.errors import (
     UnsupportedImage,
 )
 from neuroloop.serving.feedback import InvalidFeedback
+from neuroloop.serving.inference import Rejection
 from neuroloop.serving.rollback import NotPromotable
 
 MEDIA_TYPE = "application/problem+json"
@@ -89,6 +90,20 @@ def from_error(error: NeuroLoopError) -> JSONResponse:
             return problem(status, name, title, ": ".join(part for part in (error.what, error.why) if part), error.fix)
     _LOG.error("unexpected fault", exc_info=error)
     return internal_error()
+
+
+def refusal(rejection: Rejection) -> JSONResponse:
+    """The problem document of an image that the gate did not take for a brain MRI."""
+    return problem(
+        422,
+        "not-a-brain-mri",
+        "The image is not taken for a brain MRI",
+        rejection.gate.reason,
+        "upload one slice of a brain MRI; if this is one, say so with feedback on this id",
+        id=rejection.id,
+        gate=rejection.gate.model_dump(mode="json"),
+        model_version=rejection.model_version,
+    )
 
 
 def from_status(status: int, detail: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -69,7 +69,7 @@ def test_the_command_finishes_erasures_keeps_the_retention_and_removes_leftovers
     assert ast.literal_eval(done.stdout) == {
         "erasures_finished": 1,
         "expired": 1,
-        "corrections_checked": 0,
+        "corrections_mended": 0,
         "leftovers_removed": 1,
     }
     assert services.store.list("InferenceLogs/") == sorted([kept.object_key, fresh])

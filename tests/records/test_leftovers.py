@@ -106,11 +106,18 @@ def test_copies_are_put_in_order_with_the_rows(log: PostgresLog, store: FolderSt
         store.put(key, b"copy")
     stranger = keys.correction("glioma", str(uuid.uuid4()))  # of another database: not ours to judge
     store.put(stranger, b"copy")
-    assert elsewhere.id
-    orphans.settle_corrections(log, store)
+    correct(log, elsewhere, "pituitary")
+    store.put(keys.correction("pituitary", elsewhere.id), b"as it should be")
+    assert orphans.settle_corrections(log, store) == 3
     assert store.list(keys.CORRECTIONS) == sorted(
-        [keys.correction("pituitary", both.id), keys.correction("notumor", missing.id), stranger]
+        [
+            keys.correction("pituitary", both.id),
+            keys.correction("notumor", missing.id),
+            keys.correction("pituitary", elsewhere.id),
+            stranger,
+        ]
     )
+    assert orphans.settle_corrections(log, store) == 0
 
 
 def test_copies_of_erased_images_and_of_images_for_the_record_only_go(log: PostgresLog, store: FolderStore):

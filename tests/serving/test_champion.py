@@ -22,7 +22,7 @@ def metric(api: Api, name: str) -> float:
     return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
 
-def test_a_promotion_under_continuous_requests_fails_none_and_every_answer_names_the_model_that_made_it(
+def test_a_promotion_under_the_requests_of_twenty_clients_fails_none_and_every_answer_names_the_model_that_made_it(
     services, champion, promote, tmp_path
 ):
     first = champion
@@ -33,16 +33,16 @@ def test_a_promotion_under_continuous_requests_fails_none_and_every_answer_names
             while not stop.is_set():
                 answers.append(api.predict(head("glioma")))
 
-        threads = [threading.Thread(target=ask) for _ in range(3)]
+        threads = [threading.Thread(target=ask) for _ in range(20)]
         for thread in threads:
             thread.start()
-        wait(lambda: len(answers) > 10)
+        wait(lambda: len(answers) > 40)
         second = promote(write_bundle(tmp_path / "b", data_version="d2", temperature=3.0))
         promoted = time.monotonic()
         wait(lambda: version(api) == second)
         seconds = time.monotonic() - promoted
         seen = len(answers)
-        wait(lambda: len(answers) > seen + 10)
+        wait(lambda: len(answers) > seen + 60)
         stop.set()
         for thread in threads:
             thread.join()
@@ -54,7 +54,7 @@ def test_a_promotion_under_continuous_requests_fails_none_and_every_answer_names
     assert len(made_by) == 2
     assert {each[:2] for each in made_by} == {(first, "d1"), (second, "d2")}
     assert said[0]["model_version"] == first
-    assert said[-1]["model_version"] == second
+    assert {one["model_version"] for one in said[-20:]} == {second}  # those that were sent last
 
 
 @pytest.fixture

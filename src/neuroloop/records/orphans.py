@@ -6,12 +6,14 @@ can last are looked at.
 
 import logging
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator
 from datetime import datetime
 
 from neuroloop.core import keys
 from neuroloop.core.errors import Erased, NeuroLoopError, NotFound
 from neuroloop.core.ports import ObjectStore, PredictionLog
+from neuroloop.core.schemas import Prediction
 from neuroloop.records import corrections
 
 AT_MOST, SHARE = 50, 0.1
@@ -49,24 +51,36 @@ def sweep(log: PredictionLog, store: ObjectStore, before: datetime, *, force: bo
 
 
 def settle_corrections(log: PredictionLog, store: ObjectStore) -> int:
-    """Put the corrected copies in order with the rows, and remove those of erased images; how many were looked at.
+    """Put the corrected copies in order with the rows, and remove those of erased images; how many were not.
 
     A copy that no row explains and no mark forbids stays: it came from elsewhere.
     """
-    found = [key for key in store.list(keys.CORRECTIONS) if prediction_id(key)]
-    for some in _chunks(found):
-        ids = {name for key in some if (name := prediction_id(key))}
-        rows, erased = log.known(ids), log.erased(ids)
-        for key in some:
-            name = prediction_id(key) or ""
-            if name in erased:
-                store.delete(key)
-            elif name in rows:
-                try:
+    copies: dict[str, list[str]] = defaultdict(list)
+    for key in store.list(keys.CORRECTIONS):
+        if name := prediction_id(key):
+            copies[name].append(key)
+    mended = 0
+    for some in _chunks(list(copies)):
+        rows, erased = log.known(some), log.erased(some)
+        for name in some:
+            try:
+                if name in erased:
+                    for key in copies[name]:
+                        store.delete(key)
+                elif name in rows and copies[name] != _explained(log, rows[name]):
                     corrections.settle(log, store, rows[name])
-                except (Erased, NotFound) as error:
-                    _LOG.info("%s was not put in order: %s", key, error)
-    return len(found)
+                else:
+                    continue
+                mended += 1
+            except (Erased, NotFound) as error:
+                _LOG.info("the corrected copy of prediction %s was not put in order: %s", name, error)
+    return mended
+
+
+def _explained(log: PredictionLog, prediction: Prediction) -> list[str]:
+    """The keys of the corrected copies there should be."""
+    label = corrections.standing(log.feedback(prediction.id)) if corrections.may_train(prediction) else None
+    return [keys.correction(label, prediction.id)] if label else []
 
 
 def prediction_id(key: str) -> str | None:

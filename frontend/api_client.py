@@ -104,9 +104,14 @@ class ApiClient:
         # trust_env=False: a proxy meant for the internet must not stand between two parts of one platform.
         self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(read_seconds, connect=3.0), trust_env=False)
 
-    def predict(self, data: bytes, media_type: str) -> Answer:
-        """Classify one image. The reader's file name stays here: it may name a patient."""
-        return self._read(Answer, self._send("POST", "/v1/predictions", files={"file": ("upload", data, media_type)}))
+    def predict(self, data: bytes, media_type: str, *, key: str = "", consent: str = "unstated") -> Answer:
+        """Classify one image; with `key`, a repeat gets the same answer and no second record.
+
+        The reader's file name stays here: it may name a patient.
+        """
+        headers = {"X-Consent": consent} | ({"Idempotency-Key": key} if key else {})
+        files = {"file": ("upload", data, media_type)}
+        return self._read(Answer, self._send("POST", "/v1/predictions", files=files, headers=headers))
 
     def feedback(self, prediction_id: str, verdict: Verdict, reader: str, label: str | None = None) -> Receipt:
         """Record a reader's verdict; a later one by the same reader replaces it."""
@@ -133,6 +138,11 @@ class ApiClient:
     def models(self) -> Models:
         """Versions, ledger and where MLflow shows them."""
         return self._read(Models, self._send("GET", "/v1/models"))
+
+    def make_champion(self, version: str, by: str, reason: str) -> Promotion:
+        """Make a version the champion by hand; the ledger's row."""
+        said = {"by": by, "reason": reason}
+        return self._read(Promotion, self._send("POST", f"/v1/models/{version}/champion", json=said))
 
     def monitoring(self) -> Monitoring:
         """Live figures."""

@@ -26,15 +26,16 @@ from servers.gcs_server import GcsServer
 # --- processes and ports ------------------------------------------------------------------------
 
 
+def free() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="session")
 def free_port():
     """A function that gives a port nobody listens on."""
-
-    def free() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1]
-
     return free
 
 
@@ -92,6 +93,7 @@ class PostgresServer:
     port: int
     password: str
     process: subprocess.Popen | None = None
+    durable: bool = False  # flushed to disk at every commit: slow, and only a power cut tells the difference
 
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://postgres:{self.password}@127.0.0.1:{self.port}/{database}"
@@ -102,7 +104,7 @@ class PostgresServer:
         log = self.data.with_suffix(".log")
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*command(self.data, self.port, self.password), "-c", "fsync=off"],
+                [*command(self.data, self.port, self.password), *([] if self.durable else ["-c", "fsync=off"])],
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -111,6 +113,24 @@ class PostgresServer:
 
     def stop(self) -> None:
         stop(self.process, signal.SIGINT)  # "fast shutdown": does not wait for clients
+
+    def kill(self) -> None:
+        """End the server and each of its processes at once, as a crash does."""
+        head = self.process.pid
+        parents = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        family = {head}
+        for _ in range(3):
+            family |= {pid for pid, parent in parents.items() if parent in family}
+        for pid in sorted(family):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        wait_gone = time.monotonic() + 20
+        while any(Path(f"/proc/{pid}").exists() for pid in family - {head}) and time.monotonic() < wait_gone:
+            time.sleep(0.02)
 
     def new_database(self) -> str:
         name = f"test_{secrets.token_hex(6)}"
@@ -147,10 +167,15 @@ def postgres_url(postgres_server: PostgresServer) -> str:
 
 
 @pytest.fixture(scope="session")
-def mlflow_uri(free_port, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real tracking server and registry on SQLite, which serves its artifacts."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    port = free_port()
+    with mlflow_server(tmp_path_factory.mktemp("mlflow"), free()) as uri:
+        yield uri
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[str]:
+    """The same in `folder` on `port`."""
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -173,8 +198,10 @@ def mlflow_uri(free_port, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             return False
 
     wait_until(healthy, process, log)
-    yield f"http://127.0.0.1:{port}"
-    stop(process, signal.SIGKILL)  # there is nothing to save, and a polite end takes seconds
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        stop(process, signal.SIGKILL)  # there is nothing to save, and a polite end takes seconds
 
 
 # --- mail ---------------------------------------------------------------------------------------

@@ -119,7 +119,9 @@ def classify(upload: Upload) -> Outcome:
     if outcome is None:
         with st.spinner("Reading the scan"):
             try:
-                outcome = Outcome(upload.key, answer=layout.api().predict(upload.data, upload.media_type))
+                # The consent is the ticked notice's; the key makes "try again" a repeat, never a second record.
+                answer = layout.api().predict(upload.data, upload.media_type, key=upload.key, consent="training")
+                outcome = Outcome(upload.key, answer=answer)
             except ApiProblem as fault:
                 outcome = Outcome(upload.key, problem=fault)
         st.session_state["outcome"] = outcome

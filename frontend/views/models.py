@@ -3,7 +3,7 @@
 import layout
 import pandas as pd
 import streamlit as st
-from api_client import Models
+from api_client import ApiProblem, Models
 from layout import CLASS_NAMES, plain
 
 from neuroloop.core.schemas import LABELS, ModelVersion
@@ -114,6 +114,40 @@ def champion_card() -> None:
         st.download_button("Download as Markdown", card.markdown, f"model-card-{card.version}.md", "text/markdown")
 
 
+def change_champion(models: Models) -> None:
+    """Another version is made the champion by hand, the one before as a rule; asks before it does."""
+    candidates = [v for v in champion_first(models) if "champion" not in v.aliases and not is_legacy(v)]
+    candidates.sort(key=lambda v: "previous" not in v.aliases)  # the one to go back to first; else as they were
+    if not candidates:
+        return
+    note = st.session_state.pop("champion-note", None)
+    if note:
+        st.success(note, icon=":material/task_alt:")
+    with st.expander("**Go back to another version**", icon=":material/history:"):
+        st.markdown(
+            "The chosen version answers every request from then on, with the same probabilities as before. All servers "
+            "follow within seconds, no request is lost, and the ledger keeps who did it and why."
+        )
+        version = st.selectbox(
+            "Version",
+            [v.version for v in candidates],
+            key="champion-version",
+            format_func={v.version: f"Version {v.version}: {role(v).lower()}" for v in candidates}.__getitem__,
+        )
+        by = st.text_input("Your name", key="champion-by", max_chars=100, value=st.session_state.get("reader", ""))
+        reason = st.text_input("Why", key="champion-reason", max_chars=500)
+        sure = st.checkbox(f"Yes, version {version} shall answer every request", key=f"champion-sure-{version}")
+        ready = bool(sure and by.strip() and reason.strip())
+        if st.button("Make it the champion", key="champion-make", disabled=not ready, icon=":material/history:"):
+            try:
+                row = layout.api().make_champion(version, by.strip(), reason.strip())
+            except ApiProblem as fault:
+                st.warning(plain(" ".join(layout.as_sentence(x) for x in (fault.title, fault.detail, fault.fix) if x)))
+                return
+            st.session_state["champion-note"] = f"Version {plain(row.version)} is the champion now."
+            st.rerun()
+
+
 def ledger(models: Models) -> None:
     """Every decision with its reasons."""
     st.subheader("Promotion ledger", anchor=False)
@@ -150,6 +184,7 @@ if answer is not None:
     if answer.versions:
         compare(answer)
         champion_card()
+        change_champion(answer)
     else:
         layout.empty(
             "No model yet", "The first build registers one. It takes a few minutes; Airflow shows how far it is."

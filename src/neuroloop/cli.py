@@ -1,5 +1,6 @@
 """The command line: the platform's processes, and the same steps without Airflow."""
 
+import getpass
 import json
 import logging
 import subprocess
@@ -8,7 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -169,6 +170,64 @@ def search(
     _show({name: value for name, value in found.items() if name != "trials"})
     chosen = json.dumps(found["hyperparameters"])
     print(f"Build with them: neuroloop build --architecture {params.architecture} --hyperparameters '{chosen}'")
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(help="Folder of images; folders below it count too.")],
+    out: Annotated[Path, typer.Option(help="Table to write: .csv or .parquet")] = Path("predictions.csv"),
+    api: Annotated[str, typer.Option(help="The API to ask; empty: NEUROLOOP_API_URL.")] = "",
+    bundle: Annotated[
+        Path | None, typer.Option(help="Predict here with this bundle instead, without a record.")
+    ] = None,
+    consent: Annotated[str, typer.Option(help="What to state: training, record or unstated.")] = "unstated",
+    at_once: Annotated[int, typer.Option(min=1, max=32, help="Requests at a time.")] = 4,
+) -> None:
+    """Classify every image of a folder into a table, through the API or with a bundle.
+
+    If it is stopped or the API goes away, the same command goes on where it was: no image is recorded twice.
+    """
+    from neuroloop.core.schemas import Consent
+    from neuroloop.core.settings import Settings
+    from neuroloop.loop import folder_prediction
+
+    if not folder.is_dir():
+        raise InvalidSource(f"{folder} is no folder", fix="name the folder that holds the images")
+    if consent not in get_args(Consent):
+        raise NeuroLoopError(f"{consent!r} is no consent", fix=f"state one of {', '.join(get_args(Consent))}")
+    if bundle is None:
+        ask = folder_prediction.through_api(api or Settings.load().api_url, consent)
+    else:
+        ask = folder_prediction.with_bundle(bundle)
+    work = folder_prediction.Work.on(folder, out, asked=str(bundle or api), consent=consent)
+    with typer.progressbar(length=len(work.files), label=f"{len(work.files):,} files", file=sys.stderr) as bar:
+        counts = work.do(ask, at_once=at_once, done=bar.update)
+    print(f"{', '.join(f'{count:,} {what}' for what, count in counts.items())}; written to {out}")
+
+
+@app.command()
+def rollback(
+    to: Annotated[str, typer.Option(help="Registered model version; empty: the champion before.")] = "",
+    reason: Annotated[str, typer.Option(help="Stands in the ledger.")] = "rolled back from the command line",
+    by: Annotated[str, typer.Option(help="Who does it; empty: the user of this shell.")] = "",
+) -> None:
+    """Make the previous champion, or another version, the champion again; servers follow within seconds."""
+    from neuroloop.bootstrap import services
+    from neuroloop.serving.rollback import make_champion
+
+    row = make_champion(services(), to or None, by=by or getpass.getuser(), reason=reason)
+    print(row.reason)
+
+
+@app.command()
+def sweep(
+    force: Annotated[bool, typer.Option("--force", help="Remove leftovers however many they are.")] = False,
+) -> None:
+    """Finish erasures, keep the retention, remove what crashes left behind (what the DAG housekeeping does)."""
+    from neuroloop.bootstrap import services
+    from neuroloop.loop.housekeeping import tidy
+
+    _show(tidy(services(), force=force))
 
 
 @app.command()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,20 @@ def test_of_eight_threads_that_create_a_key_one_wins(any_store):
         assert sum(won) == 1, attempt
         assert any_store.get("retraining/batches/000001.json") == str(won.index(True)).encode()
         any_store.delete("retraining/batches/000001.json")
+
+
+def test_an_object_tells_when_it_was_last_written(any_store):
+    before = datetime.now(UTC) - timedelta(seconds=2)
+    any_store.put("a/b", b"x")
+    assert before < any_store.modified("a/b") < datetime.now(UTC) + timedelta(seconds=2)
+    with pytest.raises(NotFound):
+        any_store.modified("a/c")
+
+
+def test_discarding_unfinished_writes_leaves_objects_alone(any_store):
+    any_store.put("a/b", b"x")
+    assert any_store.discard_unfinished(datetime.now(UTC) + timedelta(days=1)) == 0
+    assert any_store.list("") == ["a/b"]
 
 
 def test_a_missing_key_is_not_found(any_store):

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -15,8 +16,18 @@ import yoyo
 
 from neuroloop.adapters import postgres
 from neuroloop.adapters.postgres import PostgresLog
-from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound, Unavailable
-from neuroloop.core.schemas import Check, Feedback, GateResult, Prediction, Promotion, Verdict
+from neuroloop.core.errors import (
+    AlreadyExists,
+    Erased,
+    KeyReused,
+    NeuroLoopError,
+    NotFound,
+    OutOfSpace,
+    Unavailable,
+    Uncertain,
+)
+from neuroloop.core.schemas import Check, Erasure, Feedback, GateResult, Prediction, Promotion, Verdict
+from servers.relay import Relay
 
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -126,6 +137,142 @@ def test_a_reader_whose_name_cannot_be_stored_is_told_so(log: PostgresLog):
         log.record_feedback(Feedback(prediction_id=row.id, reader="a\0b", verdict=Verdict.AGREE))
 
 
+# --- idempotency keys ---------------------------------------------------------------------------
+
+
+def test_of_many_claims_of_one_key_at_once_all_get_one_prediction(postgres_url: str):
+    logs = [PostgresLog(postgres_url) for _ in range(2)]  # as two servers
+    with ThreadPoolExecutor(16) as pool:
+        claims = list(pool.map(lambda n: logs[n % 2].claim("key", f"id-{n}", "asked"), range(40)))
+    assert len({claim.prediction_id for claim in claims}) == 1
+    assert not any(claim.answered for claim in claims)
+
+
+def test_a_key_with_another_request_is_refused_and_keeps_its_claim(log: PostgresLog):
+    log.claim("key", "first", "asked")
+    with pytest.raises(KeyReused, match="new key"):
+        log.claim("key", "second", "asked otherwise")
+    assert log.claim("key", "third", "asked").prediction_id == "first"
+
+
+def test_of_two_rows_for_one_claim_the_first_stays_and_is_the_answer(log: PostgresLog):
+    row = prediction()
+    log.claim("key", row.id, "asked")
+    log.record_prediction(row, request="key", explanation={"cam": "x"})
+    with pytest.raises(AlreadyExists):
+        log.record_prediction(row.model_copy(update={"label": "pituitary"}), request="key")
+    again = log.claim("key", "another", "asked")
+    assert (again.prediction_id, again.answered, again.explanation) == (row.id, True, {"cam": "x"})
+    assert log.claimed(row.id) == again
+    assert log.prediction(row.id).label == "glioma"
+
+
+def test_a_claim_that_was_given_up_gets_a_new_id_and_the_old_request_can_no_longer_answer_it(
+    log: PostgresLog, postgres_url: str
+):
+    slow, fresh = prediction(), prediction()
+    log.claim("key", slow.id, "asked")
+    with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
+        cursor.execute("UPDATE requests SET claimed_at = now() - interval '11 minutes'")
+    assert log.claim("key", fresh.id, "asked").prediction_id == fresh.id
+    with pytest.raises(AlreadyExists):
+        log.record_prediction(slow, request="key")
+    log.record_prediction(fresh, request="key")
+    with pytest.raises(NotFound):
+        log.prediction(slow.id)
+    with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
+        cursor.execute("UPDATE requests SET claimed_at = now() - interval '11 minutes'")
+    assert log.claim("key", "yet another", "asked").prediction_id == fresh.id  # answered: for ever
+
+
+# --- erasure ------------------------------------------------------------------------------------
+
+
+def test_an_erased_prediction_leaves_a_mark_without_content_in_the_database(log: PostgresLog, postgres_url: str):
+    row, other = prediction(), prediction()
+    log.claim("key", row.id, "asked-for-secret")
+    log.record_prediction(row, request="key", explanation={"cam": "secret"})
+    log.record_prediction(other)
+    log.record_feedback(Feedback(prediction_id=row.id, reader="secret", verdict=Verdict.AGREE))
+    mark = log.mark_erased(Erasure(prediction_id=row.id, reason="mistake", by="ann"))
+    assert mark.finished_at is None
+    assert log.erasures(unfinished=True) == [mark]
+    for ask in (log.prediction, log.feedback):
+        with pytest.raises(Erased, match="ann"):
+            ask(row.id)
+    with pytest.raises(Erased):
+        log.record_feedback(Feedback(prediction_id=row.id, reader="bob", verdict=Verdict.AGREE))
+    assert set(log.known([row.id, other.id])) == {other.id}
+    assert log.older(START + timedelta(days=1)) == [other.id]
+    finished = log.finish_erasure(row.id)
+    assert finished.finished_at is not None
+    assert finished == log.finish_erasure(row.id) == log.erasures()[0]
+    assert log.mark_erased(Erasure(prediction_id=row.id, reason="requested", by="bob")) == finished
+    assert log.erasures(unfinished=True) == []
+    assert log.erased([row.id, other.id]) == {row.id}
+    claim = log.claim("key", "new", "asked anew")
+    assert (claim.prediction_id, claim.answered, claim.explanation) == (row.id, True, None)
+    dumped = ""
+    with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
+        for table in ("predictions", "feedback", "requests", "erasures"):
+            cursor.execute(f"SELECT coalesce(json_agg({table}), '[]')::text FROM {table}")
+            dumped += cursor.fetchone()[0]
+    assert "secret" not in dumped
+    assert row.id in dumped
+
+
+def test_what_was_never_recorded_cannot_be_erased(log: PostgresLog):
+    with pytest.raises(NotFound):
+        log.mark_erased(Erasure(prediction_id="none", reason="mistake", by="ann"))
+    with pytest.raises(NotFound):
+        log.finish_erasure("none")
+
+
+def test_a_verdict_that_arrives_while_its_prediction_is_erased_goes_with_it(log: PostgresLog, postgres_url: str):
+    row = prediction()
+    log.record_prediction(row)
+    with psycopg2.connect(postgres_url) as slow, slow.cursor() as cursor, ThreadPoolExecutor(1) as pool:
+        cursor.execute(
+            "INSERT INTO feedback (prediction_id, reader, verdict, created_at) VALUES (%s, 'ann', 'agree', now())",
+            (row.id,),
+        )
+        log.mark_erased(Erasure(prediction_id=row.id, reason="mistake", by="ann"))
+        finishing = pool.submit(log.finish_erasure, row.id)
+        wait_for_a_lock(postgres_url)
+        slow.commit()
+        assert finishing.result(timeout=30).finished_at
+    with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT (SELECT count(*) FROM feedback), (SELECT count(*) FROM predictions)")
+        assert cursor.fetchone() == (0, 0)
+
+
+def wait_for_a_lock(url: str) -> None:
+    """Until some transaction of this database waits for another one's lock."""
+    with psycopg2.connect(url) as connection:
+        connection.autocommit = True
+        deadline = time.monotonic() + 30
+        with connection.cursor() as cursor:
+            while time.monotonic() < deadline:
+                cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
+                if cursor.fetchone()[0]:
+                    return
+                time.sleep(0.02)
+    pytest.fail("nobody waits")
+
+
+# --- ledger and monitoring ----------------------------------------------------------------------
+
+
+def test_the_same_verdict_again_is_no_news(log: PostgresLog):
+    row = prediction()
+    log.record_prediction(row)
+    said = [Feedback(prediction_id=row.id, reader="ann", verdict=Verdict.CORRECT, label="pituitary") for _ in range(20)]
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(log.record_feedback, said)) == 1
+    assert len(log.feedback(row.id)) == 1
+    assert log.record_feedback(said[0].model_copy(update={"label": "glioma"}))
+
+
 def test_the_ledger_is_newest_first_and_keeps_the_first_row_of_a_run(log: PostgresLog):
     first, second = promotion("one", accuracy=0.9), promotion("two", minute=5)
     log.record_promotion(first)
@@ -204,7 +351,8 @@ def test_processes_that_start_at_once_migrate_an_empty_database_once(postgres_ur
     with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT migration_id FROM _yoyo_migration ORDER BY 1")
         applied = [row[0] for row in cursor.fetchall()]
-    assert applied == ["0001-predictions-feedback-promotions", "0002-prediction-sets-and-referrals"]
+    assert applied == sorted(file.stem for file in (Path(postgres.__file__).parent / "migrations").glob("*.sql"))
+    assert len(applied) >= 3
 
 
 def test_rows_of_before_prediction_sets_were_kept_can_still_be_read(postgres_url: str):
@@ -213,7 +361,7 @@ def test_rows_of_before_prediction_sets_were_kept_can_still_be_read(postgres_url
     with yoyo.get_backend(postgres_url) as backend:
         backend.apply_migrations(migrations.filter(lambda migration: migration.id.startswith("0001")))
     with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
-        old = row.model_dump(exclude={"gate", "prediction_sets", "refer", "refer_reason"})
+        old = row.model_dump(exclude={"gate", "prediction_sets", "refer", "refer_reason", "consent"})
         old |= {"probabilities": json.dumps(row.probabilities)}
         old |= {f"gate_{name}": value for name, value in row.gate.model_dump().items()}
         cursor.execute(
@@ -254,3 +402,46 @@ def test_an_unreachable_database_is_unavailable_and_its_password_stays_secret(fr
     with pytest.raises(Unavailable, match="NEUROLOOP_DATABASE_URL") as caught:
         log.check()
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_server_that_falls_silent_costs_no_thread(postgres_server, postgres_url: str, free_port):
+    with Relay(postgres_server.port, free_port()) as relay:
+        through = postgres_url.replace(f":{postgres_server.port}/", f":{relay.port}/")
+        log = PostgresLog(through, timeout=1.0)
+        row = prediction()
+        log.record_prediction(row)
+        relay.stall()
+        started = time.monotonic()
+        with pytest.raises(Unavailable):
+            log.prediction(row.id)
+        assert time.monotonic() - started < 30  # it would wait for ever
+        relay.flow()
+        assert log.prediction(row.id) == row
+        assert log.monitoring().predictions == 1
+
+
+def test_a_row_whose_commit_broke_off_is_reported_as_uncertain_not_as_missing(
+    postgres_server, postgres_url: str, free_port
+):
+    with Relay(postgres_server.port, free_port()) as relay:
+        through = postgres_url.replace(f":{postgres_server.port}/", f":{relay.port}/")
+        log = PostgresLog(through, timeout=1.0)
+        log.check()
+        row = prediction()
+        relay.swallow_answer_to(b"COMMIT")
+        with pytest.raises(Uncertain):
+            log.record_prediction(row)
+        assert PostgresLog(postgres_url).prediction(row.id) == row
+
+
+def test_a_database_without_room_says_so(log: PostgresLog, postgres_url: str):
+    with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
+        log.check()
+        cursor.execute(
+            "CREATE FUNCTION no_room() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE disk_full USING MESSAGE = 'could not extend file'; END $$;"
+            " CREATE TRIGGER no_room BEFORE INSERT ON predictions EXECUTE FUNCTION no_room()"
+        )
+        connection.commit()
+    with pytest.raises(OutOfSpace, match="could not extend"):
+        log.record_prediction(prediction())

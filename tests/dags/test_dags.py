@@ -85,7 +85,7 @@ def test_the_retraining_branches_on_the_flag(parsed):
     }
 
 
-@pytest.mark.parametrize("dag", ["data_and_model_build", "model_retraining"])
+@pytest.mark.parametrize("dag", ["data_and_model_build", "model_retraining", "housekeeping"])
 def test_each_dag_explains_itself_retries_mails_failures_and_runs_once_at_a_time(parsed, dag):
     found = parsed[dag]
     assert "research only" in found["doc"]
@@ -95,6 +95,11 @@ def test_each_dag_explains_itself_retries_mails_failures_and_runs_once_at_a_time
     for name, schema in found["params"].items():
         assert schema.get("title"), name
         assert schema["help"] or schema.get("description_md"), name
+
+
+def test_housekeeping_is_one_task_every_hour_unless_set_otherwise(parsed):
+    assert parsed["housekeeping"]["tasks"] == {"tidy": []}
+    assert parsed["housekeeping"]["schedule"] == "17 * * * *"
 
 
 def test_the_retraining_is_scheduled_every_ten_minutes_unless_set_otherwise(parsed):

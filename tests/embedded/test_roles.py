@@ -43,3 +43,7 @@ def test_mlflow_may_be_called_by_its_own_names_and_from_this_machine_only():
         assert any(fnmatch(good, host) for host in hosts), good
     for bad in ("evil.example", "evil.example:5000", "127.0.0.1.evil.example"):
         assert not any(fnmatch(bad, host) for host in hosts), bad
+
+
+def test_the_api_starts_without_waiting_for_a_database_that_may_be_down():
+    assert ROLES["api"].needs == ()

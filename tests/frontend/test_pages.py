@@ -8,7 +8,7 @@ import pytest
 from frontend.reading import labels, words
 from neuroloop.core import keys
 from neuroloop.core.schemas import RESEARCH_NOTICE, Check, Promotion
-from serving.running import head, noise, write_bundle
+from serving.running import head, noise, wait, write_bundle
 
 PAGES = ("classify", "data", "monitoring", "models", "mail", "about")
 
@@ -126,6 +126,34 @@ def test_a_legacy_version_stands_apart_labelled_as_leaked(open_page, live_api, t
     text = words(app)
     assert "Legacy: on the source's own test part" in text
     assert "none of them is ever promoted" in text
+
+
+def test_a_version_is_made_the_champion_from_the_page_only_after_name_reason_and_a_tick(
+    open_page, live_api, tmp_path, mlflow_uri
+):
+    registry = live_api.services.registry
+    before = live_api.client.get("/v1/model").json()["version"]
+    run = registry.open_run("to-go-back-to", experiment="frontend")
+    other = registry.register(run, write_bundle(tmp_path / "other", data_version="d9"), tags={}).version
+    registry.set_alias("previous", other)
+    app = open_page("models", live_api)
+    assert app.selectbox(key="champion-version").value == other  # the previous one stands first
+    assert app.button(key="champion-make").disabled
+    app.text_input(key="champion-by").set_value("ann")
+    app.text_input(key="champion-reason").set_value("Version looks *wrong*")
+    app.run()
+    assert app.button(key="champion-make").disabled
+    app.checkbox(key=f"champion-sure-{other}").check().run()
+    app.button(key="champion-make").click().run()
+    assert not app.exception
+    assert f"Version {other} is the champion now" in words(app)
+    wait(lambda: live_api.client.get("/v1/model").json()["version"] == other)
+    assert live_api.predict(head("glioma")).json()["model_version"] == other
+    row = live_api.services.log.promotions()[0]
+    assert (row.version, row.previous) == (other, before)
+    assert row.reason == f"ann went from version {before} to version {other}: Version looks *wrong*."
+    live_api.services.registry.set_alias("champion", before)
+    wait(lambda: live_api.client.get("/v1/model").json()["version"] == before)
 
 
 def test_the_ledger_gives_every_reason_in_words_whichever_way_it_went(open_page, live_api):

@@ -18,8 +18,10 @@ from PIL import Image
 
 from neuroloop.bootstrap import Services
 from neuroloop.core.schemas import LABELS, SplitName
+from neuroloop.imaging.canonical import canonicalize
 from neuroloop.model import bundle as bundles
 from neuroloop.model.calibration import Calibration
+from neuroloop.model.canary import Canary, choose
 from neuroloop.model.gate import _MEASURES, Gate, _terms
 from neuroloop.serving.api import create_app
 
@@ -100,6 +102,7 @@ def write_bundle(
     refer_below: float = 0.5,
     roughest: float = 0.12,
     split: SplitName = "grouped",
+    canary: Canary | None = None,
 ) -> Path:
     return bundles.write(
         folder,
@@ -113,7 +116,19 @@ def write_bundle(
         split=split,
         simulated=True,
         metrics={"macro_f1": 0.9},
+        canary=canary,
     )
+
+
+def canary_of(folder: Path) -> Canary:
+    """Heads of every class, as the bundle in `folder` answers them."""
+    places = [(label, 160 + 8 * n) for label in range(len(LABELS)) for n in range(4)]
+    images = np.stack([canonicalize(head(LABELS[label], height=height), SIZE) for label, height in places])
+    labels = np.array([label for label, _ in places])
+    found = choose(images, labels, bundles.Bundle.load(folder).predict(images).probabilities)
+    assert found is not None
+    assert len(found.labels) == 16
+    return found
 
 
 def head(label: str, *, height: int = 200, width: int = 240) -> np.ndarray:

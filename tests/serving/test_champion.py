@@ -1,9 +1,6 @@
 """The served model follows the alias, without a failed request."""
 
-import contextlib
 import hashlib
-import socket
-import socketserver
 import threading
 import time
 
@@ -12,6 +9,7 @@ import pytest
 
 from neuroloop.bootstrap import Services
 from neuroloop.core.settings import Settings
+from servers.relay import Relay
 from serving.running import Api, head, serving, wait, write_bundle
 
 
@@ -24,7 +22,7 @@ def metric(api: Api, name: str) -> float:
     return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
 
-def test_a_promotion_under_continuous_requests_fails_none_and_every_answer_names_the_model_that_made_it(
+def test_a_promotion_under_the_requests_of_twenty_clients_fails_none_and_every_answer_names_the_model_that_made_it(
     services, champion, promote, tmp_path
 ):
     first = champion
@@ -35,16 +33,16 @@ def test_a_promotion_under_continuous_requests_fails_none_and_every_answer_names
             while not stop.is_set():
                 answers.append(api.predict(head("glioma")))
 
-        threads = [threading.Thread(target=ask) for _ in range(3)]
+        threads = [threading.Thread(target=ask) for _ in range(20)]
         for thread in threads:
             thread.start()
-        wait(lambda: len(answers) > 10)
+        wait(lambda: len(answers) > 40)
         second = promote(write_bundle(tmp_path / "b", data_version="d2", temperature=3.0))
         promoted = time.monotonic()
         wait(lambda: version(api) == second)
         seconds = time.monotonic() - promoted
         seen = len(answers)
-        wait(lambda: len(answers) > seen + 10)
+        wait(lambda: len(answers) > seen + 60)
         stop.set()
         for thread in threads:
             thread.join()
@@ -56,7 +54,7 @@ def test_a_promotion_under_continuous_requests_fails_none_and_every_answer_names
     assert len(made_by) == 2
     assert {each[:2] for each in made_by} == {(first, "d1"), (second, "d2")}
     assert said[0]["model_version"] == first
-    assert said[-1]["model_version"] == second
+    assert {one["model_version"] for one in said[-20:]} == {second}  # those that were sent last
 
 
 @pytest.fixture
@@ -117,56 +115,3 @@ def test_settings_bound_how_rarely_the_registry_is_asked():
     assert Settings().refresh_seconds <= 5
     with pytest.raises(ValueError, match="less than or equal to 10"):
         Settings(refresh_seconds=11)
-
-
-class Relay(contextlib.AbstractContextManager):
-    """A TCP relay on `port` to a local server, which can be closed and opened again as a network can."""
-
-    def __init__(self, target: int, port: int) -> None:
-        self._target, self._port = target, port
-        self.url = f"http://127.0.0.1:{port}"
-        self._threads: list[threading.Thread] = []
-
-    def __enter__(self):
-        self.open()
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.close()
-
-    def open(self) -> None:
-        target = self._target
-        self._open: set = set()
-        connections = self._open
-
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                with socket.create_connection(("127.0.0.1", target)) as upstream:
-                    connections.update({self.request, upstream})
-                    back = threading.Thread(target=pump, args=(upstream, self.request))
-                    back.start()
-                    pump(self.request, upstream)
-                    back.join()
-
-        def pump(source, sink) -> None:
-            with contextlib.suppress(OSError):
-                while data := source.recv(65536):
-                    sink.sendall(data)
-            for end in (source, sink):
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-        class Server(socketserver.ThreadingTCPServer):
-            allow_reuse_address = True
-            daemon_threads = True
-
-        self._server = Server(("127.0.0.1", self._port), Handler)
-        thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        for end in list(self._open):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)

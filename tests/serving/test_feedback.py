@@ -65,6 +65,19 @@ def test_the_same_correction_twice_counts_once(api: Api, glioma: str):
     assert said(api, glioma) == [("ann", "correct", "pituitary")]
 
 
+def test_the_same_correction_twenty_times_at_once_counts_once(services, champion):
+    with serving(services) as api:
+        prediction_id = api.predict(head("glioma")).json()["id"]
+        with ThreadPoolExecutor(20) as pool:
+            answers = list(pool.map(lambda _: api.feedback(prediction_id, "correct", "pituitary"), range(20)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert said(api, prediction_id) == [("ann", "correct", "pituitary")]
+        assert corrections(api, prediction_id) == ["pituitary"]
+        assert waiting(api) == 1
+        assert api.client.get("/v1/monitoring").json()["feedback"]["correct"] == 1
+        assert 'neuroloop_feedback_total{verdict="correct"} 1.0' in api.client.get("/metrics").text
+
+
 def test_correcting_to_the_predicted_class_counts_as_agreeing(api: Api, glioma: str):
     receipt = api.feedback(glioma, "correct", "glioma").json()
     assert (receipt["verdict"], receipt["label"]) == ("agree", None)

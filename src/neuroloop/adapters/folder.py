@@ -1,16 +1,19 @@
 """An object store in a local folder; also how a folder of images is read as a training source."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
 from neuroloop.core import keys
-from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound, Unavailable
+from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound, OutOfSpace, Unavailable
 
 _TEMPORARY = ".neuroloop-tmp"  # on the same file system as the objects, so that a rename or link is atomic
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class FolderStore:
@@ -24,7 +27,7 @@ class FolderStore:
         self._root = Path(path).absolute()
 
     def put(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
-        """Store `data` under `key`, replacing what was there. Raises `Unavailable`, e.g. on a full disk."""
+        """Store `data` under `key`, replacing what was there. Raises `Unavailable`, on a full disk `OutOfSpace`."""
         target = self._path(key)
         with self._written(key, data) as temporary:
             os.replace(temporary, target)
@@ -71,13 +74,34 @@ class FolderStore:
         return sorted(key for key in found if key.startswith(prefix))
 
     def delete(self, key: str) -> None:
-        """Remove `key`; nothing happens where it is not there."""
+        """Remove `key`, for good; nothing happens where it is not there."""
+        target = self._path(key)
         try:
-            self._path(key).unlink(missing_ok=True)
-        except (NotADirectoryError, IsADirectoryError):
+            target.unlink()
+            _flush_folder(target.parent)  # or a power cut could bring back what was erased
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return
         except OSError as error:
             self._fail(f"cannot delete {key!r} from {self._root}", error)
+
+    def modified(self, key: str) -> datetime:
+        """When `key` was last written, UTC. Raises `NotFound`."""
+        try:
+            return datetime.fromtimestamp(self._path(key).stat().st_mtime, UTC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound(f"there is no {key!r} in {self._root}") from None
+        except OSError as error:
+            self._fail(f"cannot look up {key!r} in {self._root}", error)
+
+    def discard_unfinished(self, before: datetime) -> int:
+        """Remove the temporary files that killed writers left before this time; how many."""
+        count = 0
+        for file in (self._root / _TEMPORARY).glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                if file.stat().st_mtime < before.timestamp():
+                    file.unlink()
+                    count += 1
+        return count
 
     def check(self) -> None:
         """Raise `Unavailable` unless the folder can be listed, or be made where it is not there yet."""
@@ -100,7 +124,7 @@ class FolderStore:
         """A temporary file that holds `data` on disk; gone at the end unless renamed."""
         temporary = ""
         try:
-            self._path(key).parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(self._path(key).parent)
             (self._root / _TEMPORARY).mkdir(exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=self._root / _TEMPORARY)
             with open(descriptor, "wb") as file:
@@ -117,9 +141,21 @@ class FolderStore:
                     os.unlink(temporary)
 
     def _fail(self, what: str, error: OSError) -> NoReturn:
-        raise Unavailable(
+        kind = OutOfSpace if error.errno in _FULL else Unavailable
+        raise kind(
             what, why=error.strerror or str(error), fix="check the folder's permissions and the free disk space"
         ) from error
+
+
+def _make_folder(folder: Path) -> None:
+    """Make `folder` and those above it so that their names, too, survive a power cut."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        _flush_folder(each.parent)
 
 
 def _flush_folder(folder: Path) -> None:

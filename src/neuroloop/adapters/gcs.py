@@ -4,6 +4,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +19,7 @@ from requests.exceptions import RequestException
 from neuroloop.core import keys
 from neuroloop.core.errors import AlreadyExists, NotFound, Unavailable
 
-_TIMEOUT = (5, 60)  # seconds to connect, and between two packets
+_TIMEOUT = (5, 15)  # seconds to connect, and between two packets: a storage that hangs must not hold threads for long
 _RETRY = DEFAULT_RETRY.with_delay(initial=0.3, maximum=3).with_timeout(20)
 _NO_BUCKET = "bucket does not exist"  # both a missing bucket and a missing object answer 404
 _TOKEN = "neuroloop-create"  # noqa: S105 the name of a metadata field
@@ -89,10 +90,25 @@ class GcsStore:
         return sorted(name.removeprefix(self._prefix) for name in names if not name.endswith("/"))
 
     def delete(self, key: str) -> None:
-        """Remove `key`; nothing happens where it is not there."""
+        """Remove `key`, for good; nothing happens where it is not there.
+
+        A bucket with versioning or soft deletion keeps a copy as long as it is told to.
+        """
         blob = self._blob(key)
         with contextlib.suppress(NotFound), self._errors(f"cannot delete {key!r}"):
             blob.delete(timeout=_TIMEOUT, retry=_RETRY)
+
+    def modified(self, key: str) -> datetime:
+        """When `key` was last written, UTC. Raises `NotFound`."""
+        blob = self._blob(key)
+        with self._errors(f"cannot look up {key!r}"):
+            blob.reload(timeout=_TIMEOUT, retry=_RETRY)
+        at: datetime = blob.updated
+        return at.astimezone(UTC)
+
+    def discard_unfinished(self, before: datetime) -> int:
+        """None: an upload that breaks off leaves no object."""
+        return 0
 
     def check(self) -> None:
         """Raise `Unavailable` unless objects can be listed; the bucket itself may be closed to this account."""

@@ -1,9 +1,13 @@
-"""Predictions, feedback and the promotion ledger in PostgreSQL, through psycopg2."""
+"""Predictions, feedback, idempotency keys, erasures and the promotion ledger in PostgreSQL, through psycopg2."""
 
 import contextlib
+import os
 import queue
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -12,13 +16,39 @@ import psycopg2
 import psycopg2.extras
 from psycopg2 import errors
 
-from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound, Unavailable
-from neuroloop.core.schemas import Feedback, GateResult, Monitoring, Prediction, Promotion, Verdict
+from neuroloop.core.errors import (
+    AlreadyExists,
+    Erased,
+    KeyReused,
+    NeuroLoopError,
+    NotFound,
+    OutOfSpace,
+    Unavailable,
+    Uncertain,
+)
+from neuroloop.core.schemas import Claim, Erasure, Feedback, GateResult, Monitoring, Prediction, Promotion, Verdict
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 0x6E6575726F  # "neuro": any number that nothing else in this database locks
 _MIGRATION_SECONDS = 120
 _GATE_SCORES = 500
+_CLAIM_MINUTES = 10
+"""After which an idempotency key that was never answered gets another id: long after its request ended, and long before
+the sweep of objects without a row (`records.orphans`) may remove what that request left."""
+
+_CLAIM = f"""
+INSERT INTO requests AS known (key, prediction_id, fingerprint, claimed_at)
+VALUES (%(key)s, %(prediction_id)s, %(fingerprint)s, now())
+ON CONFLICT (key) DO UPDATE SET (prediction_id, claimed_at) = (
+    SELECT excluded.prediction_id, excluded.claimed_at
+    WHERE known.answered_at IS NULL AND known.claimed_at < now() - interval '{_CLAIM_MINUTES} minutes'
+    UNION ALL SELECT known.prediction_id, known.claimed_at LIMIT 1
+)
+RETURNING prediction_id, fingerprint, answered_at IS NOT NULL AS answered, explanation
+"""
+
+_KNOWN = """SELECT * FROM predictions
+WHERE NOT EXISTS (SELECT FROM erasures WHERE prediction_id = predictions.id)"""
 
 _MONITORING = """
 SELECT json_build_object(
@@ -69,46 +99,110 @@ class PostgresLog:
         self._idle: queue.LifoQueue[Any] = queue.LifoQueue()
         self._migrating = threading.Lock()
         self._migrated = False
+        self._watch = _Watch(timeout + 1)  # the server's own time limit comes first where the server still works
 
-    def record_prediction(self, prediction: Prediction) -> None:
-        """Append one row. Raises `AlreadyExists` on a repeated id."""
+    def claim(self, request: str, prediction_id: str, fingerprint: str) -> Claim:
+        """The prediction an idempotency key belongs to: `prediction_id` if the key is new, else the first one's.
+
+        The row decides, so all servers agree. A claim that was never answered is given up after `_CLAIM_MINUTES` and
+        made anew with `prediction_id`. Raises `KeyReused` where the fingerprint is another one.
+        """
+        with self._transaction() as cursor:
+            cursor.execute(_CLAIM, {"key": request, "prediction_id": prediction_id, "fingerprint": fingerprint})
+            row = cursor.fetchone()
+        if row.pop("fingerprint") not in (fingerprint, ""):  # empty: erased, which the caller learns from the id
+            raise KeyReused(
+                "This Idempotency-Key was used for another request",
+                why="the image or what was said with it differs",
+                fix="send a new key with a new request, the same one only to repeat a request",
+            )
+        return Claim(**row)
+
+    def claimed(self, prediction_id: str) -> Claim:
+        """The claim of a prediction. Raises `NotFound`."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                "SELECT prediction_id, answered_at IS NOT NULL AS answered, explanation FROM requests"
+                " WHERE prediction_id = %s",
+                (prediction_id,),
+            )
+            row = cursor.fetchone()
+        if row is None:
+            raise NotFound(f"no request has claimed prediction {prediction_id!r}")
+        return Claim(**row)
+
+    def record_prediction(
+        self, prediction: Prediction, *, request: str = "", explanation: Mapping[str, Any] | None = None
+    ) -> None:
+        """Append one row and, with `request`, mark its claim as answered.
+
+        Raises `AlreadyExists` on a repeated id, and where another request has answered the claim or taken it over.
+        """
         row = prediction.model_dump(exclude={"gate", "probabilities", "prediction_sets"})
         row |= {f"gate_{name}": value for name, value in prediction.gate.model_dump().items()}
         row["probabilities"] = psycopg2.extras.Json(prediction.probabilities)
         row["prediction_sets"] = psycopg2.extras.Json(prediction.prediction_sets)
+        taken = AlreadyExists(f"prediction {prediction.id} is recorded already")
         try:
             with self._transaction() as cursor:
+                if request:
+                    cursor.execute(
+                        "UPDATE requests SET answered_at = now(), explanation = %s"
+                        " WHERE key = %s AND prediction_id = %s AND answered_at IS NULL",
+                        (explanation and psycopg2.extras.Json(dict(explanation)), request, prediction.id),
+                    )
+                    if cursor.rowcount != 1:
+                        raise taken
                 cursor.execute(
                     f"INSERT INTO predictions ({', '.join(row)}) VALUES ({', '.join(f'%({name})s' for name in row)})",
                     row,
                 )
         except errors.UniqueViolation:
-            raise AlreadyExists(f"prediction {prediction.id} is recorded already") from None
+            raise taken from None
 
     def prediction(self, prediction_id: str) -> Prediction:
-        """One row. Raises `NotFound`."""
+        """One row. Raises `NotFound`, `Erased`."""
         with self._transaction() as cursor:
-            cursor.execute("SELECT * FROM predictions WHERE id = %s", (_lookup(prediction_id),))
+            cursor.execute(f"{_KNOWN} AND id = %s", (_lookup(prediction_id),))
             row = cursor.fetchone()
+            if row is None:
+                _refuse_erased(cursor, prediction_id)
         if row is None:
             raise NotFound(f"there is no prediction {prediction_id!r}")
-        gate = {name: row.pop(f"gate_{name}") for name in GateResult.model_fields}
-        return Prediction(**row, gate=GateResult(**gate))
+        return _prediction(row)
 
-    def record_feedback(self, feedback: Feedback) -> None:
-        """Insert or replace this reader's verdict. Raises `NotFound` on an unknown prediction."""
+    def known(self, prediction_ids: Collection[str]) -> dict[str, Prediction]:
+        """The rows of those that are recorded and not being erased, by id."""
+        with self._transaction() as cursor:
+            cursor.execute(f"{_KNOWN} AND id = ANY(%s)", (list(prediction_ids),))
+            return {row["id"]: _prediction(row) for row in cursor.fetchall()}
+
+    def older(self, before: datetime, limit: int = 1000) -> list[str]:
+        """Ids of predictions made before this time, oldest first."""
+        with self._transaction() as cursor:
+            cursor.execute(f"{_KNOWN} AND created_at < %s ORDER BY created_at LIMIT %s", (before, limit))
+            return [row["id"] for row in cursor.fetchall()]
+
+    def record_feedback(self, feedback: Feedback) -> bool:
+        """Insert or replace this reader's verdict; whether it was news.
+
+        Raises `NotFound` on an unknown prediction, `Erased` on an erased one.
+        """
         if not _storable(feedback.reader):
             raise NeuroLoopError("this reader's name cannot be recorded", why="it holds characters that are no text")
         try:
             with self._transaction() as cursor:
+                _refuse_erased(cursor, feedback.prediction_id)
                 cursor.execute(
-                    "INSERT INTO feedback (prediction_id, reader, verdict, label, created_at)"
+                    "INSERT INTO feedback AS known (prediction_id, reader, verdict, label, created_at)"
                     " VALUES (%(prediction_id)s, %(reader)s, %(verdict)s, %(label)s, %(created_at)s)"
                     " ON CONFLICT (prediction_id, reader) DO UPDATE SET"
-                    " verdict = excluded.verdict, label = excluded.label, created_at = excluded.created_at",
+                    " verdict = excluded.verdict, label = excluded.label, created_at = excluded.created_at"
+                    " WHERE (known.verdict, known.label) IS DISTINCT FROM (excluded.verdict, excluded.label)",
                     feedback.model_dump()
                     | {"verdict": feedback.verdict.value, "prediction_id": _lookup(feedback.prediction_id)},
                 )
+                return bool(cursor.rowcount)
         except errors.ForeignKeyViolation:
             raise NotFound(f"there is no prediction {feedback.prediction_id!r}") from None
         except errors.CheckViolation:
@@ -117,13 +211,59 @@ class PostgresLog:
             ) from None
 
     def feedback(self, prediction_id: str) -> list[Feedback]:
-        """All readers' verdicts on one prediction, oldest first."""
+        """All readers' verdicts on one prediction, oldest first. Raises `Erased`."""
         with self._transaction() as cursor:
+            _refuse_erased(cursor, prediction_id)
             cursor.execute(
                 "SELECT * FROM feedback WHERE prediction_id = %s ORDER BY created_at, reader",
                 (_lookup(prediction_id),),
             )
             return [Feedback(**row) for row in cursor.fetchall()]
+
+    def mark_erased(self, erasure: Erasure) -> Erasure:
+        """Mark a prediction as erased, for ever, and return the mark; the first one stands. Raises `NotFound`."""
+        if not _storable(erasure.by):
+            raise NeuroLoopError("this name cannot be recorded", why="it holds characters that are no text")
+        with self._transaction() as cursor:
+            cursor.execute(
+                "INSERT INTO erasures (prediction_id, requested_at, reason, by)"
+                " SELECT id, %(requested_at)s, %(reason)s, %(by)s FROM predictions WHERE id = %(prediction_id)s"
+                " ON CONFLICT (prediction_id) DO NOTHING",
+                erasure.model_dump() | {"prediction_id": _lookup(erasure.prediction_id)},
+            )
+            return _mark(cursor, erasure.prediction_id)
+
+    def finish_erasure(self, prediction_id: str) -> Erasure:
+        """Remove all content of a marked prediction from the database; a repeat changes nothing. Raises `NotFound`.
+
+        Its idempotency key stays, as a hash, so that a retry does not bring the image back.
+        """
+        with self._transaction() as cursor:
+            _mark(cursor, prediction_id)
+            cursor.execute("DELETE FROM predictions WHERE id = %s", (prediction_id,))  # and its feedback, by the schema
+            cursor.execute(
+                "UPDATE requests SET fingerprint = '', explanation = NULL WHERE prediction_id = %s", (prediction_id,)
+            )
+            cursor.execute(
+                "UPDATE erasures SET finished_at = now() WHERE prediction_id = %s AND finished_at IS NULL",
+                (prediction_id,),
+            )
+            return _mark(cursor, prediction_id)
+
+    def erasures(self, *, unfinished: bool = False, limit: int = 1000) -> list[Erasure]:
+        """The marks, newest first."""
+        which = "WHERE finished_at IS NULL " if unfinished else ""
+        with self._transaction() as cursor:
+            cursor.execute(
+                f"SELECT * FROM erasures {which}ORDER BY requested_at DESC, prediction_id LIMIT %s", (limit,)
+            )
+            return [Erasure(**row) for row in cursor.fetchall()]
+
+    def erased(self, prediction_ids: Collection[str]) -> set[str]:
+        """Those of the ids that are marked as erased."""
+        with self._transaction() as cursor:
+            cursor.execute("SELECT prediction_id FROM erasures WHERE prediction_id = ANY(%s)", (list(prediction_ids),))
+            return {row["prediction_id"] for row in cursor.fetchall()}
 
     def record_promotion(self, promotion: Promotion) -> None:
         """Append a ledger row; a repeat of the same `run_id` changes nothing."""
@@ -170,9 +310,13 @@ class PostgresLog:
         try:
             self._migrate()
             connection = self._connection()
-            with connection.cursor(cursor_factory=psycopg2.extras.RealDictCursor) as cursor:
-                yield cursor
-            connection.commit()
+            with self._watch.over(connection):
+                with connection.cursor(cursor_factory=psycopg2.extras.RealDictCursor) as cursor:
+                    yield cursor
+                try:
+                    connection.commit()
+                except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+                    self._fail(error, Uncertain)  # the server may have committed before its answer was lost
         except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
             self._fail(error)
         finally:
@@ -189,7 +333,7 @@ class PostgresLog:
             while True:
                 connection = self._idle.get_nowait()
                 try:
-                    with connection.cursor() as cursor:
+                    with self._watch.over(connection), connection.cursor() as cursor:
                         cursor.execute("SELECT 1")
                     return connection
                 except psycopg2.Error:
@@ -213,12 +357,82 @@ class PostgresLog:
                     backend.apply_migrations(backend.to_apply(yoyo.read_migrations(str(_MIGRATIONS))))
             self._migrated = True
 
-    def _fail(self, error: psycopg2.Error) -> NoReturn:
-        raise Unavailable(
+    def _fail(self, error: psycopg2.Error, kind: type[Unavailable] = Unavailable) -> NoReturn:
+        if isinstance(error, errors.DiskFull):
+            kind = OutOfSpace
+        raise kind(
             f"the database {self._name} cannot be used",
             why=" ".join(str(error).split()),
             fix="check that PostgreSQL runs and that NEUROLOOP_DATABASE_URL names it",
         ) from error
+
+
+class _Watch:
+    """Cuts connections whose server has fallen silent.
+
+    PostgreSQL's own time limit needs a server that works. Of one that hangs, or whose machine does, a client hears
+    nothing and would wait for ever, and its thread with it; cutting the socket ends the wait with an error.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._deadlines: dict[Any, float] = {}
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def over(self, connection: Any) -> Iterator[None]:
+        """Allow the block `seconds` on this connection."""
+        with self._changed:
+            if self._thread is None or not self._thread.is_alive():  # also in a forked child
+                self._thread = threading.Thread(target=self._cut, name="postgres-watch", daemon=True)
+                self._thread.start()
+            if not self._deadlines:
+                self._changed.notify()
+            self._deadlines[connection] = time.monotonic() + self._seconds
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._deadlines.pop(connection, None)
+
+    def _cut(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._deadlines)
+                late = [each for each, deadline in self._deadlines.items() if deadline < time.monotonic()]
+                for connection in late:
+                    del self._deadlines[connection]
+                    with (
+                        contextlib.suppress(psycopg2.Error, OSError),
+                        socket.socket(fileno=os.dup(connection.fileno())) as wire,
+                    ):
+                        wire.shutdown(socket.SHUT_RDWR)
+            time.sleep(0.5)
+
+
+def _prediction(row: dict[str, Any]) -> Prediction:
+    gate = {name: row.pop(f"gate_{name}") for name in GateResult.model_fields}
+    return Prediction(**row, gate=GateResult(**gate))
+
+
+def _refuse_erased(cursor: Any, prediction_id: str) -> None:
+    """Raise `Erased` where the prediction is marked so."""
+    cursor.execute("SELECT * FROM erasures WHERE prediction_id = %s", (_lookup(prediction_id),))
+    row = cursor.fetchone()
+    if row is not None:
+        raise Erased(
+            f"Prediction {prediction_id} was erased",
+            why=f"{row['by']} asked for it at {row['requested_at']:%Y-%m-%d %H:%M} UTC ({row['reason']})",
+        )
+
+
+def _mark(cursor: Any, prediction_id: str) -> Erasure:
+    cursor.execute("SELECT * FROM erasures WHERE prediction_id = %s", (_lookup(prediction_id),))
+    row = cursor.fetchone()
+    if row is None:
+        raise NotFound(f"there is no prediction {prediction_id!r}")
+    return Erasure(**row)
 
 
 def _session(statement_seconds: float) -> dict[str, str | int]:

@@ -50,3 +50,19 @@ class AlreadyExists(NeuroLoopError):
 
 class Unavailable(NeuroLoopError):
     """A store, database, registry or mail server is out of reach for now."""
+
+
+class OutOfSpace(Unavailable):
+    """A store or database has no room left for a write."""
+
+
+class Uncertain(Unavailable):
+    """The connection broke while a write was being confirmed: it may have happened or not."""
+
+
+class Erased(NeuroLoopError):
+    """What was named has been erased on purpose; only the mark of its erasure is left."""
+
+
+class KeyReused(NeuroLoopError):
+    """An idempotency key came with another request than the one it was first used for."""

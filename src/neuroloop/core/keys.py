@@ -146,6 +146,12 @@ def invalid(prediction_id: str) -> str:
     return f"{INVALID}{_safe(prediction_id)}.png"
 
 
+def images_of(prediction_id: str) -> tuple[str, ...]:
+    """Every key under which an image of this prediction may lie."""
+    placed = [make(label, prediction_id) for make in (prediction, correction) for label in LABELS]
+    return (*placed, invalid(prediction_id))
+
+
 def mail(name: str) -> str:
     """A mail kept by the local sink."""
     return f"{MAIL}{_safe(name)}.eml"

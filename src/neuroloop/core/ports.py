@@ -1,10 +1,20 @@
 """What the use cases ask of the outside world. Adapters implement these; one contract suite per port."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from neuroloop.core.schemas import Feedback, ModelVersion, Monitoring, Prediction, Promotion, SourceFile
+from neuroloop.core.schemas import (
+    Claim,
+    Erasure,
+    Feedback,
+    ModelVersion,
+    Monitoring,
+    Prediction,
+    Promotion,
+    SourceFile,
+)
 
 
 class ObjectStore(Protocol):
@@ -26,26 +36,72 @@ class ObjectStore(Protocol):
         """All keys that start with `prefix`, sorted."""
 
     def delete(self, key: str) -> None:
-        """Remove `key`; nothing happens where it is not there."""
+        """Remove `key`, for good; nothing happens where it is not there."""
+
+    def modified(self, key: str) -> datetime:
+        """When `key` was last written, UTC. Raises `NotFound`."""
+
+    def discard_unfinished(self, before: datetime) -> int:
+        """Remove what killed writers left half-written before this time; how many pieces."""
 
     def check(self) -> None:
         """Raise `Unavailable` unless the store can be reached."""
 
 
 class PredictionLog(Protocol):
-    """The database: predictions, feedback, the promotion ledger."""
+    """The database: predictions, feedback, idempotency keys, erasures, the promotion ledger.
 
-    def record_prediction(self, prediction: Prediction) -> None:
-        """Append one row. Raises `AlreadyExists` on a repeated id."""
+    Every call is one transaction. A write whose outcome is not known raises `Uncertain`, any other `Unavailable` means
+    that nothing was written.
+    """
+
+    def claim(self, request: str, prediction_id: str, fingerprint: str) -> Claim:
+        """The prediction an idempotency key belongs to: `prediction_id` if the key is new, else the first one's.
+
+        `request` identifies the key, `fingerprint` what was asked. A claim that was never answered is given up after
+        ten minutes and made anew with `prediction_id`. Raises `KeyReused` where the fingerprint is another one.
+        """
+
+    def claimed(self, prediction_id: str) -> Claim:
+        """The claim of a prediction. Raises `NotFound`."""
+
+    def record_prediction(
+        self, prediction: Prediction, *, request: str = "", explanation: Mapping[str, Any] | None = None
+    ) -> None:
+        """Append one row and, with `request`, mark its claim as answered.
+
+        Raises `AlreadyExists` on a repeated id, and where another request has answered the claim or taken it over.
+        """
 
     def prediction(self, prediction_id: str) -> Prediction:
-        """One row. Raises `NotFound`."""
+        """One row. Raises `NotFound`, `Erased`."""
 
-    def record_feedback(self, feedback: Feedback) -> None:
-        """Insert or replace this reader's verdict. Raises `NotFound` on an unknown prediction."""
+    def known(self, prediction_ids: Collection[str]) -> dict[str, Prediction]:
+        """The rows of those that are recorded and not being erased, by id."""
+
+    def older(self, before: datetime, limit: int = 1000) -> list[str]:
+        """Ids of predictions made before this time, oldest first."""
+
+    def record_feedback(self, feedback: Feedback) -> bool:
+        """Insert or replace this reader's verdict; whether it was news.
+
+        Raises `NotFound` on an unknown prediction, `Erased` on an erased one.
+        """
 
     def feedback(self, prediction_id: str) -> list[Feedback]:
-        """All readers' verdicts on one prediction, oldest first."""
+        """All readers' verdicts on one prediction, oldest first. Raises `Erased`."""
+
+    def mark_erased(self, erasure: Erasure) -> Erasure:
+        """Mark a prediction as erased, for ever, and return the mark; the first one stands. Raises `NotFound`."""
+
+    def finish_erasure(self, prediction_id: str) -> Erasure:
+        """Remove all content of a marked prediction from the database; a repeat changes nothing. Raises `NotFound`."""
+
+    def erasures(self, *, unfinished: bool = False, limit: int = 1000) -> list[Erasure]:
+        """The marks, newest first."""
+
+    def erased(self, prediction_ids: Collection[str]) -> set[str]:
+        """Those of the ids that are marked as erased."""
 
     def record_promotion(self, promotion: Promotion) -> None:
         """Append a ledger row; a repeat of the same `run_id` changes nothing."""

@@ -19,6 +19,12 @@ SplitName = Literal["grouped", "legacy"]
 ArchitectureName = Literal["compact", "tiny", "plain64", "conv224", "xception", "inceptionv3", "resnet101v2"]
 """The selectable networks; `model.architectures` describes them."""
 
+Consent = Literal["training", "record", "unstated"]
+"""To what an uploader agreed: the image may be kept and, once corrected, trained on; kept only; or nothing was said."""
+
+ErasureReason = Literal["consent_withdrawn", "requested", "mistake", "retention"]
+"""Why something was erased: consent was withdrawn, the person asked for it, it should not be here, its time was up."""
+
 RESEARCH_NOTICE = "For research only. Not a medical device; not for diagnosis."
 
 
@@ -149,6 +155,25 @@ class Prediction(Record):
     )
     refer: bool = Field(default=False, description="Too uncertain to answer: a reader should look")
     refer_reason: str = Field(default="", description="In words; empty when not referred")
+    consent: Consent = Field(default="unstated", description="To what the uploader agreed: training, record, unstated")
+
+
+class Claim(Record):
+    """To which prediction an idempotency key belongs; of several requests with one key all get the same claim."""
+
+    prediction_id: str
+    answered: bool = Field(description="The prediction has been recorded: the answer is known")
+    explanation: dict[str, Any] | None = Field(default=None, description="What its heat map is drawn from")
+
+
+class Erasure(Record):
+    """The mark that stays of an erased prediction: that it was there, and who removed it when and why. No content."""
+
+    prediction_id: str
+    requested_at: datetime = Field(default_factory=now)
+    reason: ErasureReason
+    by: str = Field(min_length=1, max_length=100, description="Who asked for it")
+    finished_at: datetime | None = Field(default=None, description="When nothing was left; null: still being removed")
 
 
 class Verdict(StrEnum):

@@ -107,6 +107,11 @@ class Settings(BaseSettings):
     refresh_seconds: Annotated[float, Field(gt=0, le=10)] = Field(
         2.0, description="How often a server asks for the champion"
     )
+    require_consent: bool = Field(False, description="Refuse uploads that do not state a consent (X-Consent)")
+    retention_days: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Erase predictions with their images after this many days; 0: never"
+    )
+    housekeeping_schedule: str = Field("17 * * * *", description="Cron schedule of housekeeping")
     max_upload_mb: Annotated[float, Field(gt=0, le=500)] = Field(20.0, description="Largest accepted upload, megabytes")
 
     @field_validator("home")
@@ -142,7 +147,7 @@ class Settings(BaseSettings):
             raise ValueError(f"{unknown[0]} is no finding of the audit; they are {', '.join(AUDIT_FINDINGS)}")
         return value
 
-    @field_validator("retraining_schedule")
+    @field_validator("retraining_schedule", "housekeeping_schedule")
     @classmethod
     def _cron(cls, value: str) -> str:
         if len(value.split()) != 5:

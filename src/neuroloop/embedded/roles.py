@@ -38,10 +38,6 @@ def _python(*args: str) -> list[str]:
     return [sys.executable, "-m", *args]
 
 
-def _database(settings: Settings) -> str:
-    return _tcp(settings.database_url)
-
-
 def _airflow_database(settings: Settings) -> str:
     return _tcp(settings.airflow_database_url)
 
@@ -112,7 +108,8 @@ ROLES: dict[str, Role] = {
     "scheduler": _airflow_role("scheduler", "--skip-serve-logs"),
     "dag-processor": _airflow_role("dag-processor"),
     "triggerer": _airflow_role("triggerer", "--skip-serve-logs"),
-    "api": Role(_api_argv, needs=(_database,)),
+    # Waits for nothing: without database or store it is live, not ready, and recovers by itself.
+    "api": Role(_api_argv),
     "ui": Role(_ui_argv, needs=(_api,)),
 }
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from neuroloop.core import keys
 from neuroloop.core.errors import AlreadyExists
-from neuroloop.core.ports import ObjectStore
+from neuroloop.core.ports import ObjectStore, PredictionLog
 from neuroloop.core.schemas import Record
 from neuroloop.data import corrections
 
@@ -82,6 +82,13 @@ def used(store: ObjectStore) -> list[Correction]:
             label = now[name].split("/")[-2]
             found.append(Correction(key=now[name], label=label, sha256=sha256, held_out=is_held_out(sha256)))
     return found
+
+
+def allowed(log: PredictionLog, found: list[Correction]) -> list[Correction]:
+    """Those of the corrections that are not erased: where an object still lingers, the mark is what counts."""
+    names = {correction.key: correction.key.rsplit("/", 1)[-1].removesuffix(".png") for correction in found}
+    erased = log.erased(list(names.values()))
+    return [correction for correction in found if names[correction.key] not in erased]
 
 
 def is_held_out(sha256: str) -> bool:

@@ -113,7 +113,7 @@ def fit(
     They are a start, not noise to be burnt away: the learning rate is then a third of a fresh training's.
     """
     # TensorFlow: only where a model is trained
-    from neuroloop.model import calibration, devices, explanation, export, gate, network, training
+    from neuroloop.model import calibration, canary, devices, explanation, export, gate, network, training
     from neuroloop.model.bundle import OnnxModel, write
     from neuroloop.model.hyperparameters import configure
 
@@ -169,6 +169,9 @@ def fit(
     calibrated = calibration.fit(exported.run(scored.images).logits, scored.labels, scored.groups)
     spread = np.linspace(0, len(held_out["train"].images) - 1, _MAP_IMAGES).astype(int)
     map_offset = explanation.displacement(exported.run, held_out["train"].images[spread])
+    chosen = canary.choose(
+        validation.images, validation.labels, calibrated.probabilities(exported.run(validation.images).logits)
+    )
     log.info("fitting the input gate")
     fitted = gate.fit_gate(
         lambda images: exported.run(images).features,
@@ -192,6 +195,7 @@ def fit(
             simulated=split.simulated,
             metrics={"val_macro_f1": best["val_macro_f1"]},
             weights=export.save_weights(model),
+            canary=chosen,
         )
         services.store.put(keys.run(run_id, "bundle.zip"), zipped(Path(folder)))
     services.registry.log_metrics(

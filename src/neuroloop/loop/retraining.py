@@ -19,10 +19,13 @@ from neuroloop.loop import feedback, handoff, pipeline, preparation
 from neuroloop.loop.feedback import Correction
 from neuroloop.loop.handoff import RETRAINING, Result, log
 from neuroloop.model.bundle import Bundle
+from neuroloop.records import erasure, orphans
 
 
 def check_source_flag(services: Services, run_id: str) -> Result:
     """Count the unused corrections; `go` when there are strictly more than the threshold, or this run has its batch."""
+    erasure.finish_all(services.log, services.store)
+    orphans.settle_corrections(services.log, services.store)  # what a killed server left must not count
     threshold = services.settings.feedback_threshold
     waiting = len(feedback.waiting(services.store))
     mine = any(batch.run_id == run_id for batch in feedback.batches(services.store))
@@ -61,7 +64,7 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         version, size = bundle.manifest.data_version, bundle.image_size
         statistics_json, weights = bundle.statistics, bundle.weights
         architecture, chosen = bundle.manifest.architecture, bundle.manifest.hyperparameters
-    found = feedback.used(services.store)
+    found = feedback.allowed(services.log, feedback.used(services.store))
     kept, left_out = _trainable(services, version, found)
     preparation.write_held_out(services, run_id, version, size)
     split = handoff.read_split(services, version)
@@ -98,7 +101,8 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
 
 def evaluate_model(services: Services, run_id: str) -> Result:
     """As in the build, and champion and candidate on the held-out corrections too."""
-    held_out = [correction for correction in feedback.used(services.store) if correction.held_out]
+    used = feedback.allowed(services.log, feedback.used(services.store))
+    held_out = [correction for correction in used if correction.held_out]
     corrections = partial(corrections_arrays, services, held_out) if held_out else None
     return pipeline.evaluate_model(services, run_id, RETRAINING, corrections=corrections)
 

@@ -7,6 +7,7 @@
 | `gate.json` | the input gate |
 | `statistics.json` | statistics of the training data, the reference for drift |
 | `weights.npz` | weights for the warm start of a retraining; optional |
+| `canary.npz` | images whose answers are known (`model.canary`), asked at every load; optional |
 | `card.md`, `card.json` | the model card (`model.card`), for people and for machines; once the model is evaluated |
 
 Needs ONNX Runtime, not TensorFlow.
@@ -28,6 +29,7 @@ from neuroloop.core.errors import InvalidBundle, OutdatedBundle
 from neuroloop.core.schemas import LABELS, ArchitectureName, Record, SplitName, now
 from neuroloop.imaging.canonical import CANONICAL_VERSION
 from neuroloop.model.calibration import Calibration
+from neuroloop.model.canary import Canary
 from neuroloop.model.card import Card, as_markdown
 from neuroloop.model.explanation import heat_map
 from neuroloop.model.gate import Gate
@@ -36,9 +38,9 @@ Images = NDArray[np.uint8]
 _Record = TypeVar("_Record", bound=Record)
 
 MANIFEST, MODEL, GATE, STATISTICS, WEIGHTS = "bundle.json", "model.onnx", "gate.json", "statistics.json", "weights.npz"
-CARD, CARD_DATA = "card.md", "card.json"
+CARD, CARD_DATA, CANARY = "card.md", "card.json", "canary.npz"
 FORMAT = 2
-_REQUIRED, _OPTIONAL = {MODEL, GATE, STATISTICS}, {WEIGHTS, CARD, CARD_DATA}
+_REQUIRED, _OPTIONAL = {MODEL, GATE, STATISTICS}, {WEIGHTS, CARD, CARD_DATA, CANARY}
 _BATCH = 64  # images a forward pass; bounds the memory of a large set
 
 
@@ -156,10 +158,20 @@ class Bundle:
                 "the network has another number of classes than the manifest",
                 why=f"its logits are {outputs.logits.shape} for {classes} labels",
             )
+        ramp = np.linspace(0, 255, empty.size).reshape(empty.shape).astype(np.uint8)
+        for said in (outputs, self._network.run(ramp)):
+            if not all(np.isfinite(values).all() for values in said):
+                raise InvalidBundle("the network answers with what is no number", fix="build the model again")
         try:
             self.gate.judge(outputs.features[0], empty[0])
         except ValueError as error:
             raise InvalidBundle("the gate does not fit the network", why=str(error)) from error
+        self.canary = Canary.from_bytes(files[CANARY]) if CANARY in files else None
+        """Reference images, None in a bundle of before they were kept."""
+        if self.canary is not None:
+            if self.canary.images.shape[1:] != (self.image_size, self.image_size):
+                raise InvalidBundle("the canaries have another size than the network takes")
+            self.canary.verify(self.predict(self.canary.images).probabilities)
 
     @classmethod
     def load(cls, folder: Path, *, threads: int = 1) -> "Bundle":
@@ -256,6 +268,7 @@ def write(
     simulated: bool,
     metrics: Mapping[str, float],
     weights: bytes | None = None,
+    canary: Canary | None = None,
     created_at: datetime | None = None,
 ) -> Path:
     """Write a bundle into `folder` (made if missing) and return it; the manifest comes last, so a torn write shows.
@@ -265,6 +278,8 @@ def write(
     files = {MODEL: onnx, GATE: gate.model_dump_json().encode(), STATISTICS: statistics}
     if weights is not None:
         files[WEIGHTS] = weights
+    if canary is not None:
+        files[CANARY] = canary.to_bytes()
     manifest = Manifest(
         labels=LABELS,
         image_size=image_size,

@@ -5,24 +5,37 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from neuroloop import __version__, bootstrap
 from neuroloop.core.errors import NeuroLoopError, Unavailable
-from neuroloop.core.schemas import RESEARCH_NOTICE, Label, Mail, Monitoring, Verdict
-from neuroloop.serving import inference, intake, problems
+from neuroloop.core.schemas import (
+    RESEARCH_NOTICE,
+    Consent,
+    Erasure,
+    ErasureReason,
+    Label,
+    Mail,
+    Monitoring,
+    Promotion,
+    Verdict,
+)
+from neuroloop.serving import batch, inference, intake, problems, rollback
 from neuroloop.serving.champion import Champion
 from neuroloop.serving.metrics import Metrics
 from neuroloop.serving.request_log import RequestLog
 
-ANSWER_SECONDS = 15.0
+ANSWER_SECONDS = 12.0
 """Longest wait of a request for a thread, the store and the database together; then it is a 503."""
 CHECK_SECONDS = 3.0
 """Longest wait of a readiness probe for each part."""
+CHAMPION_SECONDS = 60.0
+"""Longest wait of a person who moves the champion: the bundle is fetched and verified first."""
 PREDICTING_THREADS = 4
 """Predictions at a time. Bounds memory too: a 40-megapixel upload takes some 500 MB while it is worked on."""
 
@@ -31,6 +44,25 @@ T = TypeVar("T")
 Reader = Annotated[
     str, StringConstraints(strip_whitespace=True, min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")
 ]
+IdempotencyKey = Annotated[
+    str,
+    Header(
+        alias="Idempotency-Key",
+        max_length=255,
+        pattern=r"^[!-~]*$",
+        description="Any text of your own, new for each upload, such as a uuid. A repeat with the same key, be it "
+        "after a time-out or at once, gets the same prediction and the same answer; another upload with it is a 422",
+    ),
+]
+StatedConsent = Annotated[
+    Consent | None,
+    Header(
+        alias="X-Consent",
+        description="To what the person the image is of, or who answers for it, agreed: `training`: it may be kept "
+        "and, once corrected, trained on; `record`: it may be kept, never trained on; `unstated`: nothing is said",
+    ),
+]
+ShownImages = Annotated[bool, Query(description="Whether the answer holds the image and the heat map")]
 
 _DESCRIPTION = f"""
 Classifies slices of brain MRI into glioma, meningioma, no tumour and pituitary tumour, explains, records every answer
@@ -68,6 +100,15 @@ class FeedbackRequest(BaseModel):
     verdict: Verdict
     label: Label | None = None
     reader: Reader = Field(description="Who says so; a second verdict by the same reader replaces the first")
+
+
+class ChampionRequest(BaseModel):
+    """Who makes a version the champion, and why; both stand in the ledger."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    by: Reader
+    reason: Annotated[Reader, Field(max_length=500)]
 
 
 class Ready(BaseModel):
@@ -125,7 +166,10 @@ def create_app(services: bootstrap.Services) -> FastAPI:
     upload_limit = services.settings.max_upload_bytes + intake.ENVELOPE_BYTES
     app.add_middleware(
         intake.BodyLimit,
-        limit=lambda path: upload_limit if path == "/v1/predictions" else intake.ENVELOPE_BYTES,
+        limit=lambda path: {
+            "/v1/predictions": upload_limit,
+            "/v1/predictions:batch": upload_limit * batch.BODY_UPLOADS,
+        }.get(path, intake.ENVELOPE_BYTES),
     )
     app.add_middleware(RequestLog, metrics=metrics)
     problems.install(app)
@@ -135,44 +179,76 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         status_code=201,
         tags=["predictions"],
         openapi_extra={"requestBody": _UPLOAD},
-        responses=problems.responses(400, 408, 413, 415, 422, 503),
+        responses=problems.responses(400, 408, 410, 413, 415, 422, 503, 507),
         response_model=inference.Answer,
     )
-    async def predict(request: Request) -> Any:
+    async def predict(
+        request: Request, key: IdempotencyKey = "", consent: StatedConsent = None, images: ShownImages = True
+    ) -> Any:
         """Classify one slice. 422 where the gate does not take it for a brain MRI; the problem says why."""
+        agreed = intake.consent(consent, services.settings)
         data = await intake.read_image(request)
-        answer = await predicting.run(service.predict, data)
+        answer = await predicting.run(partial(service.predict, data, consent=agreed, request=key, images=images))
         request.state.prediction, request.state.version = answer.id, answer.model_version
         if isinstance(answer, inference.Answer):
             return JSONResponse(answer.model_dump(mode="json"), 201, {"Location": f"/v1/predictions/{answer.id}"})
-        return problems.problem(
-            422,
-            "not-a-brain-mri",
-            "The image is not taken for a brain MRI",
-            answer.gate.reason,
-            "upload one slice of a brain MRI; if this is one, say so with feedback on this id",
-            id=answer.id,
-            gate=answer.gate.model_dump(mode="json"),
-            model_version=answer.model_version,
-        )
+        return problems.refusal(answer)
 
-    @app.get("/v1/predictions/{prediction_id}", tags=["predictions"], responses=problems.responses(404, 503))
+    @app.post(
+        "/v1/predictions:batch",
+        tags=["predictions"],
+        openapi_extra={"requestBody": batch.REQUEST_BODY},
+        responses=problems.responses(400, 408, 413, 415, 422, 503, 507),
+        response_model=batch.BatchAnswer,
+    )
+    async def predict_batch(
+        request: Request, key: IdempotencyKey = "", consent: StatedConsent = None, images: ShownImages = True
+    ) -> Any:
+        """Classify several slices: one item each in their order, an answer or a problem."""
+        agreed = intake.consent(consent, services.settings)
+        files = await batch.read_files(request)
+
+        async def ask(index: int, data: bytes) -> inference.Answer | inference.Rejection:
+            one = f"{key} {index}" if key else ""
+            return await predicting.run(partial(service.predict, data, consent=agreed, request=one, images=images))
+
+        return await batch.answer(files, ask)
+
+    @app.get("/v1/predictions/{prediction_id}", tags=["predictions"], responses=problems.responses(404, 410, 503))
     async def prediction(prediction_id: str) -> inference.RecordedPrediction:
         """One recorded prediction with its feedback."""
         return await asking.run(service.prediction, prediction_id)
+
+    @app.delete("/v1/predictions/{prediction_id}", tags=["predictions"], responses=problems.responses(404, 422, 503))
+    async def erase(
+        response: Response,
+        prediction_id: str,
+        reason: ErasureReason,
+        by: Annotated[Reader, Query(description="Who asks for it; stands in the mark that stays")],
+    ) -> Erasure:
+        """Erase a prediction for good: image, corrected copy, row, verdicts, and every future training on it.
+
+        What stays is a mark without content. A repeat returns the same mark; 202 where it is not all gone yet and the
+        platform finishes by itself.
+        """
+        mark = await asking.run(partial(service.erase, prediction_id, reason=reason, by=by))
+        response.status_code = 200 if mark.finished_at else 202
+        return mark
 
     @app.get(
         "/v1/predictions/{prediction_id}/image",
         tags=["predictions"],
         response_class=Response,
-        responses=problems.responses(404, 503) | {200: {"content": {"image/png": {}}}},
+        responses=problems.responses(404, 410, 503) | {200: {"content": {"image/png": {}}}},
     )
     async def image(prediction_id: str) -> Response:
         """The image of one prediction, as the platform read it: grey, without metadata."""
         return Response(await asking.run(service.image, prediction_id), media_type="image/png")
 
     @app.post(
-        "/v1/predictions/{prediction_id}/feedback", tags=["feedback"], responses=problems.responses(404, 413, 422, 503)
+        "/v1/predictions/{prediction_id}/feedback",
+        tags=["feedback"],
+        responses=problems.responses(404, 410, 413, 422, 503, 507),
     )
     async def feedback(prediction_id: str, said: FeedbackRequest) -> inference.FeedbackReceipt:
         """Agree with a prediction, correct it, or say that you are not sure or that it shows no brain."""
@@ -213,6 +289,15 @@ def create_app(services: bootstrap.Services) -> FastAPI:
     async def models() -> inference.Models:
         """All registered versions, and the ledger of promotions with their reasons."""
         return await asking.run(service.models)
+
+    @app.post("/v1/models/{version}/champion", tags=["models"], responses=problems.responses(404, 409, 413, 422, 503))
+    async def make_champion(version: str, said: ChampionRequest) -> Promotion:
+        """Make a registered version the champion, by hand: as a rule to go back to the one before.
+
+        It is verified first; every server follows within seconds. The answer is the ledger's new row.
+        """
+        move = partial(rollback.make_champion, services, version, by=said.by, reason=said.reason)
+        return await asking.run(move, seconds=CHAMPION_SECONDS)
 
     @app.get("/v1/monitoring", tags=["monitoring"], responses=problems.responses(503))
     async def monitoring() -> Monitoring:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
-
 from neuroloop.bootstrap import Services
 from neuroloop.core.errors import InvalidBundle, Unavailable
 from neuroloop.core.schemas import ModelVersion, now
@@ -126,11 +124,27 @@ class Champion:
     def _load(self, version: ModelVersion) -> Served:
         with tempfile.TemporaryDirectory(prefix="neuroloop-bundle-") as folder:
             bundle = Bundle.load(self._services.registry.download_bundle(version.version, Path(folder)))
-        size = bundle.image_size
-        warm = bundle.predict(np.linspace(0, 255, size * size).reshape(1, size, size).astype(np.uint8))
-        if not np.isfinite(warm.probabilities).all():
-            raise InvalidBundle(f"version {version.version} gives probabilities that are no numbers")
+        self._compare(bundle)
         return Served(version, bundle, now())
+
+    def _compare(self, bundle: Bundle) -> None:
+        """Ask a bundle that brings no reference images those of the served one. Raises `InvalidBundle`.
+
+        A bundle with its own has answered them at its load. Models for other images are not comparable.
+        """
+        served = self._served.bundle if self._served else None
+        if bundle.canary is not None or served is None or served.canary is None:
+            return
+        manifest, other = bundle.manifest, served.manifest
+        if (manifest.simulated, manifest.image_size) != (other.simulated, other.image_size):
+            return
+        unknown = served.canary.unknown_to(bundle.predict(served.canary.images).probabilities)
+        if unknown:
+            raise InvalidBundle(
+                f"the network does not know {', '.join(unknown)}",
+                why="it names reference images wrong that the served model names right, as swapped classes would",
+                fix="build the model again",
+            )
 
     def _unreachable(self, error: Exception) -> None:
         """A registry that is away for a while is no news: the served model goes on, the next poll asks again."""

@@ -10,6 +10,7 @@ import logging
 import time
 import uuid
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +19,15 @@ from pydantic import Field
 
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
-from neuroloop.core.errors import NotFound
+from neuroloop.core.errors import AlreadyExists, NotFound, Unavailable, Uncertain
 from neuroloop.core.schemas import (
     LABELS,
     NO_TUMOUR,
     RESEARCH_NOTICE,
+    Claim,
+    Consent,
+    Erasure,
+    ErasureReason,
     Feedback,
     GateResult,
     Label,
@@ -38,7 +43,10 @@ from neuroloop.core.schemas import (
 from neuroloop.data.corrections import unused
 from neuroloop.imaging.canonical import Box, canonicalize, head_box, place
 from neuroloop.imaging.decode import decode, encode_png
+from neuroloop.model.bundle import Bundle
 from neuroloop.model.card import Card, as_markdown
+from neuroloop.model.explanation import heat_map
+from neuroloop.records import erasure
 from neuroloop.serving import feedback as verdicts
 from neuroloop.serving.champion import Champion, Served
 from neuroloop.serving.metrics import Metrics
@@ -72,7 +80,9 @@ class Answer(Record):
         description="Where the network found what speaks for the class, 0..255; null for notumor, where nothing is "
         "shown that a reader could take for a finding"
     )
-    image: str = Field(description=f"The upload as the platform read it, at most {SHOWN_SIDE} px a side")
+    image: str | None = Field(
+        description=f"The upload as the platform read it, at most {SHOWN_SIDE} px a side; null with `images=false`"
+    )
     notice: str = RESEARCH_NOTICE
 
 
@@ -135,20 +145,30 @@ class InferenceService:
     def __init__(self, services: Services, champion: Champion, metrics: Metrics) -> None:
         self._services, self._champion, self._metrics = services, champion, metrics
 
-    def predict(self, data: bytes) -> Answer | Rejection:
+    def predict(
+        self, data: bytes, *, consent: Consent = "unstated", request: str = "", images: bool = True
+    ) -> Answer | Rejection:
         """Classify the bytes of an uploaded image; stored and recorded before it returns.
 
-        What is stored is a PNG made of the decoded pixels, so metadata, names in it included, ends here. Raises
-        `InvalidImage` (nothing is stored) and `Unavailable` (no model, store or database; nothing is recorded).
+        What is stored is a PNG made of the decoded pixels, so metadata, names in it included, ends here. `request` is
+        the client's idempotency key: however often and wherever it comes, also at once and after a crash, there is one
+        prediction and one answer to it. Raises `InvalidImage` (nothing is stored), `KeyReused`, `Erased` and
+        `Unavailable` (no model, store or database; what was done is not answered, and a retry ends it).
         """
         pixels = decode(data, max_bytes=self._services.settings.max_upload_bytes)
         started = time.perf_counter()
         served = self._champion.require()
+        claim, sha256 = None, hashlib.sha256(data).hexdigest()
+        if request:
+            request = hashlib.sha256(request.encode()).hexdigest()  # a client may put a name into its key
+            claim = self._services.log.claim(request, str(uuid.uuid4()), f"{sha256} {consent}")
+            if claim.answered:
+                return self._again(claim, images)
         bundle = served.bundle
         canonical = canonicalize(pixels, bundle.image_size)
         outputs = bundle.predict(canonical[None])
         gate = bundle.gate.judge(outputs.features[0], canonical)
-        prediction_id = str(uuid.uuid4())
+        prediction_id = claim.prediction_id if claim else str(uuid.uuid4())
         index = int(outputs.probabilities[0].argmax())
         label = LABELS[index] if gate.accepted else None
         key = keys.prediction(label, prediction_id) if label else keys.invalid(prediction_id)
@@ -161,7 +181,7 @@ class InferenceService:
             {
                 "id": prediction_id,
                 "created_at": now(),
-                "sha256": hashlib.sha256(data).hexdigest(),
+                "sha256": sha256,
                 "object_key": key,
                 "label": label,
                 "probabilities": dict(zip(LABELS, probabilities, strict=True)) if label else {},
@@ -175,13 +195,27 @@ class InferenceService:
                 "prediction_sets": sets if label else {},
                 "refer": refer,
                 "refer_reason": _refer_reason(max(probabilities), limit) if refer else "",
+                "consent": consent,
             }
         )
-        self._record(prediction)
+        explained = label not in (None, NO_TUMOUR)
+        explanation = _explanation(bundle, outputs.cam[0]) if request and explained else None
+        try:
+            self._record(prediction, request, explanation)
+        except AlreadyExists:
+            if claim is None:
+                raise
+            return self._again(claim, images, mine=key)
         if label is None:
             return Rejection(id=prediction_id, gate=gate, model_version=prediction.model_version)
-        heat = None if label == NO_TUMOUR else bundle.heat(outputs.cam[0], index)
-        return _answer(prediction, pixels, heat)
+        if not images:
+            return _answer(prediction)
+        return _answer(prediction, pixels, bundle.heat(outputs.cam[0], index) if explained else None)
+
+    def erase(self, prediction_id: str, *, reason: ErasureReason, by: str) -> Erasure:
+        """Erase a prediction, see `records.erasure`. Raises `NotFound`, `Unavailable`."""
+        _known_form(prediction_id)
+        return erasure.erase(self._services.log, self._services.store, prediction_id, reason=reason, by=by)
 
     def give_feedback(self, prediction_id: str, verdict: Verdict, label: Label | None, reader: str) -> FeedbackReceipt:
         """Record a reader's verdict (see `serving.feedback`). Raises `NotFound`, `InvalidFeedback`, `Unavailable`."""
@@ -189,8 +223,8 @@ class InferenceService:
         prediction = self._prediction(prediction_id)
         verdict, label = verdicts.normalise(prediction, verdict, label)
         given = Feedback(prediction_id=prediction.id, reader=reader, verdict=verdict, label=label)
-        verdicts.record(log, store, prediction, given)
-        self._metrics.feedback.labels(verdict.value).inc()
+        if verdicts.record(log, store, prediction, given):
+            self._metrics.feedback.labels(verdict.value).inc()
         return FeedbackReceipt(
             prediction_id=prediction.id, verdict=verdict, label=label, corrections_waiting=self._corrections_waiting()
         )
@@ -283,24 +317,59 @@ class InferenceService:
         return self._champion.require()
 
     def _prediction(self, prediction_id: str) -> Prediction:
-        """The row; an id that no server of ours can have made is not even looked up."""
-        known = False
-        with contextlib.suppress(ValueError):
-            known = str(uuid.UUID(prediction_id)) == prediction_id
-        if not known:
-            raise NotFound("There is no prediction with this id", fix="use the id of an answer, as it was given")
+        _known_form(prediction_id)
         return self._services.log.prediction(prediction_id)
 
-    def _record(self, prediction: Prediction) -> None:
-        """Write the row of a stored object; without a row the object goes too."""
+    def _again(self, claim: Claim, images: bool, *, mine: str = "") -> Answer | Rejection:
+        """The recorded answer to a request that came before, or at once on another thread or server.
+
+        `mine` is the key of an object that this request has stored: it goes unless it is the recorded one.
+        """
+        log, store = self._services.log, self._services.store
         try:
-            self._services.log.record_prediction(prediction)
-        except Exception:
-            try:
-                self._services.store.delete(prediction.object_key)
-            except Exception as error:
-                _LOG.warning("%s could not be removed after its row failed: %s", prediction.object_key, error)
+            prediction = log.prediction(claim.prediction_id)
+        except Unavailable:
             raise
+        except Exception:  # erased, or the claim was given up: nothing will ever speak of this object
+            if mine:
+                store.delete(mine)
+            raise
+        if mine and mine != prediction.object_key:  # the model changed in between, and with it the class
+            store.delete(mine)
+        if prediction.label is None:
+            return Rejection(id=prediction.id, gate=prediction.gate, model_version=prediction.model_version)
+        if not images:
+            return _answer(prediction)
+        if mine:  # what the other request left to draw the heat map from
+            claim = log.claimed(claim.prediction_id)
+        return _answer(prediction, decode(store.get(prediction.object_key)), _heat(claim.explanation, prediction.label))
+
+    def _record(self, prediction: Prediction, request: str, explanation: dict[str, object] | None) -> None:
+        """Write the row of a stored object; where it certainly has none, the object goes too.
+
+        Another request with the same key may have stored the same object, so with a key it stays: a retry gives it
+        its row, or `records.orphans` removes it.
+        """
+        log, store = self._services.log, self._services.store
+        try:
+            log.record_prediction(prediction, request=request, explanation=explanation)
+        except AlreadyExists:
+            raise
+        except Uncertain:
+            with contextlib.suppress(Exception):
+                if log.known([prediction.id]):
+                    return self._count(prediction)
+            raise
+        except Exception:
+            if not request:
+                try:
+                    store.delete(prediction.object_key)
+                except Exception as error:
+                    _LOG.warning("%s could not be removed after its row failed: %s", prediction.object_key, error)
+            raise
+        self._count(prediction)
+
+    def _count(self, prediction: Prediction) -> None:
         self._metrics.predictions.labels(prediction.label or "rejected").inc()
         if prediction.refer:
             self._metrics.referrals.labels(prediction.label).inc()
@@ -311,8 +380,22 @@ class InferenceService:
         return len(unused(store.list(keys.CORRECTIONS), (store.get(key) for key in store.list(keys.BATCHES))))
 
 
-def _answer(prediction: Prediction, pixels: NDArray[np.uint8], heat: NDArray[np.float32] | None) -> Answer:
+def _answer(
+    prediction: Prediction, pixels: NDArray[np.uint8] | None = None, heat: NDArray[np.float32] | None = None
+) -> Answer:
     """The answer, its images reduced to `SHOWN_SIDE`; the heat map is placed in that size, which is what is seen."""
+    image, heatmap = (None, None) if pixels is None else _shown(pixels, heat)
+    return Answer(
+        **prediction.model_dump(include=set(Answer.model_fields) & set(Prediction.model_fields) - {"gate"}),
+        gate=prediction.gate,
+        tumour=prediction.label != NO_TUMOUR,
+        heatmap=heatmap,
+        image=image,
+    )
+
+
+def _shown(pixels: NDArray[np.uint8], heat: NDArray[np.float32] | None) -> tuple[str, str | None]:
+    """The image and the heat map as an answer holds them."""
     scale = min(1.0, SHOWN_SIDE / max(pixels.shape))
     height, width = (max(1, round(side * scale)) for side in pixels.shape)
     shown = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX)) if scale < 1 else pixels
@@ -321,13 +404,35 @@ def _answer(prediction: Prediction, pixels: NDArray[np.uint8], heat: NDArray[np.
         top, left, tall, wide = head_box(pixels)
         box = Box(round(top * scale), round(left * scale), max(1, round(tall * scale)), max(1, round(wide * scale)))
         overlay = np.rint(np.clip(place(heat, box, (height, width)), 0, 1) * 255).astype(np.uint8)
-    return Answer(
-        **prediction.model_dump(include=set(Answer.model_fields) & set(Prediction.model_fields) - {"gate"}),
-        gate=prediction.gate,
-        tumour=prediction.label != NO_TUMOUR,
-        heatmap=None if overlay is None else _base64(overlay),
-        image=_base64(shown),
-    )
+    return _base64(shown), None if overlay is None else _base64(overlay)
+
+
+def _known_form(prediction_id: str) -> None:
+    """Raise `NotFound` for an id that no server of ours can have made: it is not even looked up."""
+    known = False
+    with contextlib.suppress(ValueError):
+        known = str(uuid.UUID(prediction_id)) == prediction_id
+    if not known:
+        raise NotFound("There is no prediction with this id", fix="use the id of an answer, as it was given")
+
+
+def _explanation(bundle: Bundle, cam: NDArray[np.float32]) -> dict[str, object]:
+    """What a heat map is drawn from, to the bit, so that a repeated request gets the same one: some kilobytes."""
+    return {
+        "cam": base64.b64encode(np.ascontiguousarray(cam, "<f4").tobytes()).decode("ascii"),
+        "shape": list(cam.shape),
+        "size": bundle.image_size,
+        "offset": list(bundle.manifest.map_offset),
+    }
+
+
+def _heat(explanation: dict[str, Any] | None, label: Label) -> NDArray[np.float32] | None:
+    """The inverse of `_explanation`: the heat map of the class, None where none was shown."""
+    if explanation is None:
+        return None
+    cam = np.frombuffer(base64.b64decode(explanation["cam"]), "<f4").reshape(explanation["shape"])
+    down, right = explanation["offset"]
+    return heat_map(cam, LABELS.index(label), explanation["size"], (down, right))
 
 
 def _open_classes(found: NDArray[np.bool_], probabilities: list[float]) -> list[str]:

@@ -10,6 +10,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from neuroloop.core.schemas import Consent
+from neuroloop.core.settings import Settings
 from neuroloop.serving import problems
 
 ENVELOPE_BYTES = 64_000
@@ -48,6 +50,13 @@ class BodyLimit:
         await self._app(scope, counted, send)
 
 
+def consent(stated: Consent | None, settings: Settings) -> Consent:
+    """The consent to record with an upload. Raises `HTTPException` with status 422 where it has to be stated."""
+    if stated in (None, "unstated") and settings.require_consent:
+        raise HTTPException(422, "This service takes no upload without the header X-Consent: training, or record")
+    return stated or "unstated"
+
+
 async def read_image(request: Request) -> bytes:
     """The bytes of the uploaded image: the form's field `file`, or the body itself where its type is `image/...`.
 
@@ -67,7 +76,9 @@ async def read_image(request: Request) -> bytes:
     return await _field(request.headers, body) if form else body
 
 
-class _InMemory(MultiPartParser):
+class InMemory(MultiPartParser):
+    """A form parser that keeps every file in memory."""
+
     spool_max_size = 2**40
 
 
@@ -76,7 +87,7 @@ async def _field(headers: Headers, body: bytes) -> bytes:
         yield body
 
     try:
-        form = await _InMemory(headers, once(), max_files=1, max_fields=10).parse()
+        form = await InMemory(headers, once(), max_files=1, max_fields=10).parse()
     except MultiPartException as error:
         raise HTTPException(400, f"The form cannot be read: {error.message}") from None
     file = form.get("file")

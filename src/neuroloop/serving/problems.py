@@ -12,14 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from neuroloop.core.errors import (
+    Erased,
     ImageTooLarge,
     InvalidImage,
+    KeyReused,
     NeuroLoopError,
     NotFound,
+    OutOfSpace,
     Unavailable,
     UnsupportedImage,
 )
 from neuroloop.serving.feedback import InvalidFeedback
+from neuroloop.serving.inference import Rejection
+from neuroloop.serving.rollback import NotPromotable
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 5
@@ -43,7 +48,11 @@ _KINDS: tuple[tuple[type[NeuroLoopError], int, str, str], ...] = (  # the first 
     (UnsupportedImage, 415, "unsupported-image", "The file is not an image that can be read"),
     (InvalidImage, 400, "invalid-image", "The image cannot be read"),
     (InvalidFeedback, 422, "invalid-feedback", "The feedback contradicts itself"),
+    (NotPromotable, 409, "not-promotable", "The version cannot become the champion"),
+    (KeyReused, 422, "idempotency-key-reused", "The Idempotency-Key belongs to another request"),
     (NotFound, 404, "not-found", "There is no such thing"),
+    (Erased, 410, "erased", "This was erased"),
+    (OutOfSpace, 507, "out-of-space", "There is no room left to store it"),
     (Unavailable, 503, "unavailable", "The service cannot answer for now"),
 )
 
@@ -69,7 +78,7 @@ def problem(
     """A problem document as a response; `more` are further members."""
     document = Problem(type=f"urn:neuroloop:problem:{name}", title=title, status=status, detail=detail, fix=fix, **more)
     headers = dict(headers or {})
-    if status == http.HTTPStatus.SERVICE_UNAVAILABLE:
+    if status in (http.HTTPStatus.SERVICE_UNAVAILABLE, http.HTTPStatus.INSUFFICIENT_STORAGE):
         headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
     return JSONResponse(document.model_dump(mode="json"), status, headers=headers, media_type=MEDIA_TYPE)
 
@@ -81,6 +90,20 @@ def from_error(error: NeuroLoopError) -> JSONResponse:
             return problem(status, name, title, ": ".join(part for part in (error.what, error.why) if part), error.fix)
     _LOG.error("unexpected fault", exc_info=error)
     return internal_error()
+
+
+def refusal(rejection: Rejection) -> JSONResponse:
+    """The problem document of an image that the gate did not take for a brain MRI."""
+    return problem(
+        422,
+        "not-a-brain-mri",
+        "The image is not taken for a brain MRI",
+        rejection.gate.reason,
+        "upload one slice of a brain MRI; if this is one, say so with feedback on this id",
+        id=rejection.id,
+        gate=rejection.gate.model_dump(mode="json"),
+        model_version=rejection.model_version,
+    )
 
 
 def from_status(status: int, detail: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -1,0 +1,121 @@
+"""Several files in one request: an answer or a problem each, in their order."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+from pydantic import Field
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from neuroloop.core.errors import NeuroLoopError, Unavailable
+from neuroloop.core.schemas import Record
+from neuroloop.serving import intake, problems
+from neuroloop.serving.inference import Answer, Rejection
+
+FILES = 32
+BODY_UPLOADS = 5
+"""The body of a batch may be as large as this many of the largest uploads."""
+_AT_ONCE = 2  # half of the predicting threads: a batch must not keep single uploads waiting
+
+REQUEST_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["file"],
+                "properties": {
+                    "file": {
+                        "type": "array",
+                        "minItems": 1,
+                        "maxItems": FILES,
+                        "items": {"type": "string", "format": "binary"},
+                    }
+                },
+            }
+        }
+    },
+}
+
+
+class Item(Record):
+    """What came of one file: `answer` with status 201, else `problem` as the single route would give it."""
+
+    status: int
+    answer: Answer | None = None
+    problem: dict[str, Any] | None = None
+
+
+class BatchAnswer(Record):
+    """One item a file, in the order of the form."""
+
+    results: tuple[Item, ...] = Field(max_length=FILES)
+
+
+async def read_files(request: Request) -> list[bytes]:
+    """The bytes of every field `file` of the form. Raises `HTTPException` with status 400, 408 or 415."""
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise HTTPException(415, "The request is no form, going by its Content-Type")
+    try:
+        body = await asyncio.wait_for(request.body(), intake.UPLOAD_SECONDS)
+    except TimeoutError:
+        message = f"The body had not arrived after {intake.UPLOAD_SECONDS:.0f} s"
+        raise HTTPException(408, message, {"Connection": "close"}) from None
+
+    async def once() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        form = await intake.InMemory(request.headers, once(), max_files=FILES, max_fields=10).parse()
+    except MultiPartException as error:
+        raise HTTPException(400, f"The form cannot be read, or has more than {FILES} files: {error.message}") from None
+    files = [each for each in form.getlist("file") if isinstance(each, UploadFile)]
+    if not files:
+        raise HTTPException(400, "The form has no file in a field 'file'")
+    return [await each.read() for each in files]
+
+
+async def answer(
+    files: list[bytes], ask: Callable[[int, bytes], Awaitable[Answer | Rejection]]
+) -> BatchAnswer | JSONResponse:
+    """Ask for each file, a few at a time. Where nobody can answer any, the problem of a single request, 503 or 507.
+
+    As soon as the service cannot answer one, the rest is not tried: each would wait as long again. With an
+    Idempotency-Key the same request again gets what there is and the rest.
+    """
+    items: list[Item | None] = [None] * len(files)
+    waiting = iter(range(len(files)))
+    away: list[Unavailable] = []
+
+    async def work() -> None:
+        for index in waiting:
+            if away:
+                items[index] = _item(problems.from_error(away[0]))
+                continue
+            try:
+                said = await ask(index, files[index])
+            except Unavailable as error:
+                away.append(error)
+                items[index] = _item(problems.from_error(error))
+            except NeuroLoopError as error:
+                items[index] = _item(problems.from_error(error))
+            else:
+                if isinstance(said, Rejection):
+                    items[index] = _item(problems.refusal(said))
+                else:
+                    items[index] = Item(status=201, answer=said)
+
+    await asyncio.gather(*(work() for _ in range(_AT_ONCE)))
+    results = tuple(item for item in items if item is not None)
+    if away and all(item.status in (503, 507) for item in results):
+        return problems.from_error(away[0])
+    return BatchAnswer(results=results)
+
+
+def _item(response: JSONResponse) -> Item:
+    return Item(status=response.status_code, problem=json.loads(bytes(response.body)))

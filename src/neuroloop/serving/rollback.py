@@ -1,0 +1,82 @@
+"""A person makes another version the champion, as a rule the one before; servers follow within seconds."""
+
+import tempfile
+import uuid
+from pathlib import Path
+
+from neuroloop.bootstrap import Services
+from neuroloop.core.errors import InvalidBundle, NeuroLoopError, NotFound
+from neuroloop.core.schemas import Check, ModelVersion, Promotion, now
+from neuroloop.model.bundle import Bundle
+
+
+class NotPromotable(NeuroLoopError):
+    """A version that must not become, or already is, the champion."""
+
+
+def make_champion(services: Services, version: str | None, *, by: str, reason: str) -> Promotion:
+    """Point `champion` at `version` (None: at what `previous` names) and `previous` at the champion there was.
+
+    The version is fetched and verified first, so that no server is sent after a broken one, and the ledger gets a row
+    that says who did it and why. Raises `NotFound`, `NotPromotable`, `InvalidBundle` and `Unavailable`; then nothing
+    has moved, but for a database that goes away in between: the error says so.
+    """
+    registry = services.registry
+    champion, target = registry.by_alias("champion"), _target(services, version)
+    if champion is not None and champion.version == target.version:
+        raise NotPromotable(f"Version {target.version} is the champion already", fix="name another version")
+    _verify(services, target)
+    services.log.check()
+    before = champion.version if champion else None
+    step = f"from version {before} to version {target.version}" if before else f"to version {target.version}"
+    row = Promotion(
+        run_id=f"by-hand-{now():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}",
+        version=target.version,
+        previous=before,
+        promoted=True,
+        checks=(Check(name="by_hand", passed=True, reason=f"{by} went {step}: {reason.rstrip('.')}."),),
+    )
+    registry.set_alias("champion", target.version)
+    if before:
+        registry.set_alias("previous", before)
+    try:
+        services.log.record_promotion(row)
+    except NeuroLoopError as error:
+        raise NeuroLoopError(
+            f"Version {target.version} is the champion now, but the ledger does not say so",
+            why=str(error),
+            fix="repeat it the other way round and back once the database answers",
+        ) from error
+    return row
+
+
+def _target(services: Services, version: str | None) -> ModelVersion:
+    if version is None:
+        found = services.registry.by_alias("previous")
+        if found is None:
+            raise NotFound(
+                "There is no previous champion to go back to",
+                why="the registry has no alias previous",
+                fix="name a version with --to",
+            )
+        return found
+    for each in services.registry.versions():
+        if each.version == version:
+            return each
+    raise NotFound(f"There is no model version {version}", fix="the Models page lists them")
+
+
+def _verify(services: Services, target: ModelVersion) -> None:
+    with tempfile.TemporaryDirectory(prefix="neuroloop-rollback-") as folder:
+        try:
+            bundle = Bundle.load(services.registry.download_bundle(target.version, Path(folder)))
+        except InvalidBundle as error:
+            raise NotPromotable(
+                f"Version {target.version} cannot be served, so nothing was changed", why=str(error), fix="name another"
+            ) from error
+    if bundle.manifest.split == "legacy":
+        raise NotPromotable(
+            f"Version {target.version} was built on the source's own split, so it is never served",
+            why="its training data has twins of its test images",
+            fix="name a version of the frozen split",
+        )

@@ -1,0 +1,86 @@
+"""Housekeeping by its command, on a real store and PostgreSQL."""
+
+import ast
+import os
+import subprocess
+import sys
+import uuid
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from neuroloop.bootstrap import Services
+from neuroloop.core import keys
+from neuroloop.core.schemas import Erasure, GateResult, Prediction, now
+from neuroloop.core.settings import Settings
+from neuroloop.loop.housekeeping import tidy
+
+
+@pytest.fixture
+def services(tmp_path: Path, postgres_url: str) -> Services:
+    return Services(Settings(home=tmp_path, database_url=postgres_url, retention_days=30))
+
+
+def recorded(services: Services, *, days: float = 0) -> Prediction:
+    name = str(uuid.uuid4())
+    row = Prediction(
+        id=name,
+        created_at=now() - timedelta(days=days),
+        sha256="ab" * 32,
+        object_key=keys.invalid(name),
+        label=None,
+        probabilities={},
+        gate=GateResult(accepted=False, score=0.1, threshold=0.5, reason="no"),
+        model_version="1",
+        data_version="d1",
+        simulated_model=True,
+        seconds=0.1,
+        width=64,
+        height=64,
+    )
+    services.store.put(row.object_key, b"x")
+    services.log.record_prediction(row)
+    return row
+
+
+def aged(services: Services, key: str) -> str:
+    services.store.put(key, b"x")
+    old = (now() - timedelta(hours=2)).timestamp()
+    os.utime(services.settings.home / "store" / key, (old, old))
+    return key
+
+
+def test_the_command_finishes_erasures_keeps_the_retention_and_removes_leftovers(services: Services):
+    kept, old, marked = recorded(services), recorded(services, days=40), recorded(services)
+    services.log.mark_erased(Erasure(prediction_id=marked.id, reason="mistake", by="ann"))
+    aged(services, keys.prediction("glioma", str(uuid.uuid4())))
+    fresh = keys.prediction("glioma", str(uuid.uuid4()))
+    services.store.put(fresh, b"being written just now")
+    environment = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "NEUROLOOP_HOME": str(services.settings.home),
+        "NEUROLOOP_DATABASE_URL": services.settings.database_url,
+        "NEUROLOOP_RETENTION_DAYS": "30",
+    }
+    command = [sys.executable, "-m", "neuroloop.cli", "sweep"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout) == {
+        "erasures_finished": 1,
+        "expired": 1,
+        "corrections_mended": 0,
+        "leftovers_removed": 1,
+    }
+    assert services.store.list("InferenceLogs/") == sorted([kept.object_key, fresh])
+    assert {mark.prediction_id: mark.reason for mark in services.log.erasures()} == {
+        old.id: "retention",
+        marked.id: "mistake",
+    }
+
+
+def test_without_a_retention_nothing_expires(services: Services):
+    row = recorded(services, days=4000)
+    forever = Services(services.settings.model_copy(update={"retention_days": 0.0}))
+    assert tidy(forever)["expired"] == 0
+    assert services.log.prediction(row.id) == row

@@ -12,9 +12,12 @@ from typing import Annotated, Any
 
 import typer
 
+from neuroloop.core.credentials import Role
 from neuroloop.core.errors import InvalidSource, NeuroLoopError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+keys = typer.Typer(help="API keys: who may use the inference API, and for what.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
 
 
 @app.command()
@@ -214,6 +217,42 @@ def audit(
     for file in (json_file, html_file):
         if file:
             print(f"written to {file}")
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="The person or program it is for; verdicts carry this name.")],
+    role: Annotated[Role, typer.Option(help="What it may do; docs/access.md has the table.")],
+    days: Annotated[float | None, typer.Option(help="It expires after this; by default never.", min=0)] = None,
+) -> None:
+    """Make a key and print it, this once."""
+    from neuroloop.bootstrap import services
+    from neuroloop.serving import keyring
+
+    print(keyring.create(services().keys, name, role, days=days, by="the command line").key)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """All keys, newest first, those no longer valid included."""
+    from neuroloop.bootstrap import services
+    from neuroloop.serving import keyring
+
+    for key in keyring.listed(services().keys):
+        until = f"until {key.expires_at:%Y-%m-%d %H:%M}" if key.expires_at else ""
+        print(
+            f"{key.id}  {key.role:8}  {key.standing:7}  {key.created_at:%Y-%m-%d %H:%M}  {key.name}  {until}".rstrip()
+        )
+
+
+@keys.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(help="The id that `keys list` shows first.")]) -> None:
+    """Make a key worthless, within seconds on every server."""
+    from neuroloop.bootstrap import services
+    from neuroloop.serving import keyring
+
+    key = keyring.revoke(services().keys, key_id, by="the command line")
+    print(f"the key {key.id} of {key.name} is revoked")
 
 
 def _json_object(option: str, text: str) -> dict[str, Any] | None:

@@ -57,7 +57,7 @@ def test_openapi_documents_errors_as_what_they_are(api: Api):
     schema = api.client.get("/openapi.json").json()
     assert "research" in schema["info"]["description"].lower()
     predict = schema["paths"]["/v1/predictions"]["post"]
-    assert set(predict["responses"]) == {"201", "400", "408", "413", "415", "422", "503"}
+    assert set(predict["responses"]) == {"201", "400", "401", "403", "408", "413", "415", "422", "429", "503"}
     assert "multipart/form-data" in predict["requestBody"]["content"]
     for path in schema["paths"].values():
         for operation in path.values():

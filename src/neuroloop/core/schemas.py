@@ -149,6 +149,7 @@ class Prediction(Record):
     )
     refer: bool = Field(default=False, description="Too uncertain to answer: a reader should look")
     refer_reason: str = Field(default="", description="In words; empty when not referred")
+    owner: str = Field(default="", description="Who uploaded it: the name of the key or of the person signed in")
 
 
 class Verdict(StrEnum):

@@ -8,13 +8,15 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from neuroloop import __version__, bootstrap
+from neuroloop.core.credentials import Role
 from neuroloop.core.errors import NeuroLoopError, Unavailable
 from neuroloop.core.schemas import RESEARCH_NOTICE, Label, Mail, Monitoring, Verdict
-from neuroloop.serving import inference, intake, problems
+from neuroloop.serving import access, headers, inference, intake, keyring, problems
+from neuroloop.serving.access import caller_of
 from neuroloop.serving.champion import Champion
 from neuroloop.serving.metrics import Metrics
 from neuroloop.serving.request_log import RequestLog
@@ -38,12 +40,14 @@ before it is given, and collects what readers say of it.
 
 **{RESEARCH_NOTICE}** Every answer carries this in the header `X-Research-Use-Only`.
 
+Every call but health and these pages takes an API key (`Authorization: Bearer nl_...`), whose role decides what it may.
+
 Errors are problem documents (RFC 9457): `title`, `detail` (what and why) and `fix`.
 """
 _SANDBOX = {
     # The page holds names that came with the data. They are escaped; should one slip through, nothing of it runs.
-    "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'",
-    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+    "frame-ancestors 'none'",
 }
 _UPLOAD = {
     "required": True,
@@ -67,7 +71,21 @@ class FeedbackRequest(BaseModel):
 
     verdict: Verdict
     label: Label | None = None
-    reader: Reader = Field(description="Who says so; a second verdict by the same reader replaces the first")
+    reader: Reader | None = Field(
+        default=None,
+        description="Who says so: the holder of the key, nobody else; only the frontend's key may name another. A "
+        "second verdict by the same reader replaces the first",
+    )
+
+
+class KeyRequest(BaseModel):
+    """Who gets a key, and what for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Reader = Field(description="The person or program; verdicts and uploads made with it carry this name")
+    role: Role
+    days: float | None = Field(default=None, gt=0, le=3650, description="It expires after this; null: never")
 
 
 class Ready(BaseModel):
@@ -103,8 +121,11 @@ class _Threads:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def create_app(services: bootstrap.Services) -> FastAPI:
-    """The API on these services; its lifespan watches the registry for the champion."""
+def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
+    """The API on these services; its lifespan watches the registry for the champion.
+
+    `first_key` is an admin's key that gets in beside those of the database; empty: `UI_API_KEY` of the settings.
+    """
     metrics = Metrics()
     champion = Champion(services, metrics)
     service = inference.InferenceService(services, champion, metrics)
@@ -121,13 +142,28 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         for threads in (predicting, asking, probing):
             threads.close()
 
-    app = FastAPI(title="NeuroLoop", version=__version__, description=_DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="NeuroLoop",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,  # below, with headers of its own
+        redoc_url=None,
+    )
     upload_limit = services.settings.max_upload_bytes + intake.ENVELOPE_BYTES
+    door = access.Access(
+        lambda: services.keys,
+        first=first_key or services.settings.ui_api_key,
+        per_minute=services.settings.rate_limit,
+        strangers_per_minute=services.settings.rate_limit_strangers,
+    )
+    app.add_middleware(access.Guard, access=door, routes=lambda: app.routes)
     app.add_middleware(
         intake.BodyLimit,
         limit=lambda path: upload_limit if path == "/v1/predictions" else intake.ENVELOPE_BYTES,
     )
     app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(headers.SecurityHeaders)
     problems.install(app)
 
     @app.post(
@@ -141,7 +177,7 @@ def create_app(services: bootstrap.Services) -> FastAPI:
     async def predict(request: Request) -> Any:
         """Classify one slice. 422 where the gate does not take it for a brain MRI; the problem says why."""
         data = await intake.read_image(request)
-        answer = await predicting.run(service.predict, data)
+        answer = await predicting.run(service.predict, data, caller_of(request).name)
         request.state.prediction, request.state.version = answer.id, answer.model_version
         if isinstance(answer, inference.Answer):
             return JSONResponse(answer.model_dump(mode="json"), 201, {"Location": f"/v1/predictions/{answer.id}"})
@@ -157,9 +193,9 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         )
 
     @app.get("/v1/predictions/{prediction_id}", tags=["predictions"], responses=problems.responses(404, 503))
-    async def prediction(prediction_id: str) -> inference.RecordedPrediction:
-        """One recorded prediction with its feedback."""
-        return await asking.run(service.prediction, prediction_id)
+    async def prediction(prediction_id: str, request: Request) -> inference.RecordedPrediction:
+        """One recorded prediction with its feedback; an uploader sees their own only."""
+        return await asking.run(service.prediction, prediction_id, caller_of(request).sees_only)
 
     @app.get(
         "/v1/predictions/{prediction_id}/image",
@@ -167,16 +203,18 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         response_class=Response,
         responses=problems.responses(404, 503) | {200: {"content": {"image/png": {}}}},
     )
-    async def image(prediction_id: str) -> Response:
+    async def image(prediction_id: str, request: Request) -> Response:
         """The image of one prediction, as the platform read it: grey, without metadata."""
-        return Response(await asking.run(service.image, prediction_id), media_type="image/png")
+        png = await asking.run(service.image, prediction_id, caller_of(request).sees_only)
+        return Response(png, media_type="image/png")
 
     @app.post(
         "/v1/predictions/{prediction_id}/feedback", tags=["feedback"], responses=problems.responses(404, 413, 422, 503)
     )
-    async def feedback(prediction_id: str, said: FeedbackRequest) -> inference.FeedbackReceipt:
+    async def feedback(prediction_id: str, said: FeedbackRequest, request: Request) -> inference.FeedbackReceipt:
         """Agree with a prediction, correct it, or say that you are not sure or that it shows no brain."""
-        return await asking.run(service.give_feedback, prediction_id, said.verdict, said.label, said.reader)
+        reader = caller_of(request).speaks_as(said.reader)
+        return await asking.run(service.give_feedback, prediction_id, said.verdict, said.label, reader)
 
     @app.get("/v1/model", tags=["models"], responses=problems.responses(503))
     async def model() -> inference.ServedModel:
@@ -224,20 +262,53 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         """What the platform sent, where the local mail sink is used; newest first."""
         return await asking.run(service.mails)
 
+    @app.get("/v1/me", tags=["access"], responses=problems.responses(503))
+    async def me(request: Request) -> access.Caller:
+        """Whose key this is, and what it may."""
+        return caller_of(request)
+
+    @app.get("/v1/keys", tags=["access"], responses=problems.responses(503))
+    async def keys() -> list[keyring.KeyShown]:
+        """All keys, newest first, those no longer valid included."""
+        return await asking.run(lambda: keyring.listed(services.keys))
+
+    @app.post("/v1/keys", status_code=201, tags=["access"], responses=problems.responses(422, 503))
+    async def make_key(asked: KeyRequest, request: Request) -> keyring.KeyMade:
+        """Make a key. The answer shows it this once."""
+        by = caller_of(request).name
+        return await asking.run(lambda: keyring.create(services.keys, asked.name, asked.role, days=asked.days, by=by))
+
+    @app.delete("/v1/keys/{key_id}", tags=["access"], responses=problems.responses(404, 503))
+    async def revoke_key(key_id: str, request: Request) -> keyring.KeyShown:
+        """Make a key worthless: here at once, on other servers within seconds."""
+        by = caller_of(request).name
+        revoked = await asking.run(lambda: keyring.revoke(services.keys, key_id, by=by))
+        door.forget(key_id)
+        return revoked
+
+    @app.get("/docs", include_in_schema=False, response_class=HTMLResponse)
+    async def docs() -> HTMLResponse:
+        """These routes, to read and to try."""
+        return headers.docs_page("NeuroLoop")
+
     @app.get("/health/live", tags=["health"])
     async def live() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "live"}
 
     @app.get("/health/ready", tags=["health"], responses=problems.responses(503))
-    async def ready() -> Ready:
-        """Whether a prediction would be answered: database, store and model, each by name."""
+    async def ready(request: Request) -> Ready:
+        """Whether a prediction would be answered: database, store and model, each by name.
+
+        What is wrong with one is told in words only on the machine itself: the words name hosts and folders.
+        """
+        plainly = access.is_local(request)
 
         async def look(check: Callable[[], object]) -> str:
             try:
                 await probing.run(check, seconds=CHECK_SECONDS)
             except NeuroLoopError as error:
-                return str(error)
+                return str(error) if plainly else "not usable, see the server's log"
             except Exception:
                 _LOG.exception("a readiness check failed unexpectedly")
                 return "unexpected fault, see the server's log"
@@ -262,6 +333,7 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         """Figures for Prometheus."""
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    access.document(app)
     problems.document(app)
     return app
 

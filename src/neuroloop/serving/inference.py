@@ -135,7 +135,7 @@ class InferenceService:
     def __init__(self, services: Services, champion: Champion, metrics: Metrics) -> None:
         self._services, self._champion, self._metrics = services, champion, metrics
 
-    def predict(self, data: bytes) -> Answer | Rejection:
+    def predict(self, data: bytes, owner: str = "") -> Answer | Rejection:
         """Classify the bytes of an uploaded image; stored and recorded before it returns.
 
         What is stored is a PNG made of the decoded pixels, so metadata, names in it included, ends here. Raises
@@ -175,6 +175,7 @@ class InferenceService:
                 "prediction_sets": sets if label else {},
                 "refer": refer,
                 "refer_reason": _refer_reason(max(probabilities), limit) if refer else "",
+                "owner": owner,
             }
         )
         self._record(prediction)
@@ -195,14 +196,14 @@ class InferenceService:
             prediction_id=prediction.id, verdict=verdict, label=label, corrections_waiting=self._corrections_waiting()
         )
 
-    def prediction(self, prediction_id: str) -> RecordedPrediction:
-        """One row with its feedback. Raises `NotFound`, `Unavailable`."""
-        row = self._prediction(prediction_id)
+    def prediction(self, prediction_id: str, owner: str | None = None) -> RecordedPrediction:
+        """One row with its feedback; with `owner`, only one of theirs. Raises `NotFound`, `Unavailable`."""
+        row = self._prediction(prediction_id, owner)
         return RecordedPrediction(**dict(row), feedback=tuple(self._services.log.feedback(row.id)))
 
-    def image(self, prediction_id: str) -> bytes:
-        """The stored PNG of one prediction. Raises `NotFound`, `Unavailable`."""
-        return self._services.store.get(self._prediction(prediction_id).object_key)
+    def image(self, prediction_id: str, owner: str | None = None) -> bytes:
+        """The stored PNG of one prediction; with `owner`, only of theirs. Raises `NotFound`, `Unavailable`."""
+        return self._services.store.get(self._prediction(prediction_id, owner).object_key)
 
     def model(self) -> ServedModel:
         """The model being served. Raises `Unavailable` before the first one."""
@@ -282,14 +283,20 @@ class InferenceService:
         """The served model. Raises `Unavailable` unless there is one."""
         return self._champion.require()
 
-    def _prediction(self, prediction_id: str) -> Prediction:
-        """The row; an id that no server of ours can have made is not even looked up."""
+    def _prediction(self, prediction_id: str, owner: str | None = None) -> Prediction:
+        """The row; an id that no server of ours can have made is not even looked up.
+
+        With `owner`, a row of somebody else is as good as none: not even that it exists is said.
+        """
         known = False
         with contextlib.suppress(ValueError):
             known = str(uuid.UUID(prediction_id)) == prediction_id
         if not known:
             raise NotFound("There is no prediction with this id", fix="use the id of an answer, as it was given")
-        return self._services.log.prediction(prediction_id)
+        row = self._services.log.prediction(prediction_id)
+        if owner is not None and row.owner != owner:
+            raise NotFound(f"there is no prediction {prediction_id!r}")  # the log's own words
+        return row
 
     def _record(self, prediction: Prediction) -> None:
         """Write the row of a stored object; without a row the object goes too."""

@@ -20,6 +20,7 @@ from neuroloop.core.errors import (
     UnsupportedImage,
 )
 from neuroloop.serving.feedback import InvalidFeedback
+from neuroloop.serving.keyring import InvalidKey
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 5
@@ -43,11 +44,15 @@ _KINDS: tuple[tuple[type[NeuroLoopError], int, str, str], ...] = (  # the first 
     (UnsupportedImage, 415, "unsupported-image", "The file is not an image that can be read"),
     (InvalidImage, 400, "invalid-image", "The image cannot be read"),
     (InvalidFeedback, 422, "invalid-feedback", "The feedback contradicts itself"),
+    (InvalidKey, 422, "invalid-key", "The key cannot be made"),
     (NotFound, 404, "not-found", "There is no such thing"),
     (Unavailable, 503, "unavailable", "The service cannot answer for now"),
 )
 
 _STATUS_FIXES = {
+    401: "send a valid key as `Authorization: Bearer nl_...`; an operator makes one with `neuroloop keys create`",
+    403: "ask an operator for a key of that role",
+    429: "wait as long as Retry-After says, then go on more slowly",
     404: "see /docs for the paths there are",
     405: "see /docs for the methods of this path",
     408: "send the file again, over a faster connection",

@@ -170,7 +170,7 @@ def test_a_wrong_setting_names_itself_instead_of_a_stack_trace(open_page, live_a
 
 def test_the_frontend_imports_neither_tensorflow_nor_mlflow_nor_an_adapter():
     code = (
-        "import sys; sys.path.insert(0, 'frontend'); import api_client, heatmap, layout, samples, session; "
+        "import sys; sys.path.insert(0, 'frontend'); import api_client, heatmap, layout, samples, session, signin; "
         "samples.phantom.scan('glioma', 0); "
         "print([m for m in sys.modules if m.split('.')[0] in ('tensorflow', 'keras', 'mlflow', 'onnxruntime') "
         "or m.startswith(('neuroloop.adapters', 'neuroloop.serving', 'neuroloop.bootstrap'))])"

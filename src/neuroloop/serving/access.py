@@ -26,6 +26,7 @@ from neuroloop.core.ports import ApiKeys
 from neuroloop.core.rates import Rate, network
 from neuroloop.core.schemas import Record
 from neuroloop.serving import problems
+from neuroloop.serving.feedback import InvalidFeedback
 
 OPEN = None
 RULES: dict[str, Role | None] = {
@@ -86,11 +87,16 @@ class Caller(Record):
     def speaks_as(self, named: str | None) -> str:
         """The reader in whose name a verdict counts: the caller, or whom a key that delegates names.
 
-        Raises `HTTPException` 403 where the request names somebody else, 422 where such a key names nobody.
+        Raises `HTTPException` 403 where the request names somebody else, `InvalidFeedback` where such a key names
+        nobody.
         """
         if self.delegate:
             if not named:
-                raise HTTPException(422, "reader: this key speaks for others and must say for whom")
+                raise InvalidFeedback(
+                    "The feedback names no reader",
+                    why="this key speaks for others",
+                    fix=f"send reader, or {PERSON_HEADER} and {ROLE_HEADER}",
+                )
             return named
         if named and named != self.name:
             raise HTTPException(403, f"This key is {self.name}'s, the verdict is in another name; leave `reader` out")
@@ -232,6 +238,8 @@ class Guard:
                         if isinstance(error, HTTPException)
                         else problems.from_error(error)
                     )
+                    if "transfer-encoding" in request.headers:  # it may have no end, and nobody will read it
+                        answer.headers["Connection"] = "close"
                     return await answer(scope, receive, send)
         await self._app(scope, receive, send)
 

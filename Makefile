@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help up down status logs test unit lint format story bench bench-data bench-training bench-inference bench-explanation bench-faults lock browser
+.PHONY: help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-faults lock browser
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -28,11 +28,15 @@ test: .venv/dev browser ## all tests: unit, browser, and the story of the whole 
 unit: .venv/dev ## the quick tests only
 	@$(BIN)/python -m pytest -m "not e2e"
 
-lint: .venv/dev ## ruff, mypy, import-linter; warnings are errors
+lint: .venv/dev ## ruff, mypy, import-linter, a search for secrets; warnings are errors
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
+	@git ls-files -z | xargs -0 -n 80 -P 2 $(BIN)/detect-secrets-hook --baseline .secrets.baseline
+
+audit: .venv/dev ## known holes in the pinned packages; asks the vulnerability service of PyPI
+	@$(BIN)/pip-audit --requirement requirements.txt --no-deps --disable-pip --progress-spinner off --strict
 
 format: .venv/dev ## let ruff mend what it can
 	@$(BIN)/ruff check --fix --quiet . || true

@@ -1,11 +1,15 @@
 """The inference API over HTTP: one method a route, answers as records, every failure one `ApiProblem` in words."""
 
+import copy
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError
 
+from neuroloop.core.credentials import Role
 from neuroloop.core.schemas import GateResult, Mail, ModelVersion, Monitoring, Promotion, Verdict
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -96,13 +100,51 @@ class Models(_Answer):
     mlflow_url: str = ""
 
 
+class Me(_Answer):
+    """Whose key it is."""
+
+    name: str
+    role: Role
+    delegate: bool = False
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A key, and where it is the frontend's own, the person it is used for."""
+
+    key: str
+    person: str = ""
+    role: str = ""
+
+    def headers(self) -> dict[str, str]:
+        """What a request in this identity carries."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        if self.person:
+            headers |= {"X-NeuroLoop-Person": quote(self.person), "X-NeuroLoop-Role": self.role}
+        return headers
+
+
 class ApiClient:
-    """One pooled HTTP client of the API at `url`; thread-safe, shared by all browser sessions."""
+    """One pooled HTTP client of the API at `url`; thread-safe, shared by all browser sessions.
+
+    It knows nobody: `acting_for` gives the same client in somebody's name.
+    """
 
     def __init__(self, url: str, *, read_seconds: float = 60.0) -> None:
         self.url = url
         # trust_env=False: a proxy meant for the internet must not stand between two parts of one platform.
+        self._headers: dict[str, str] = {}
         self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(read_seconds, connect=3.0), trust_env=False)
+
+    def acting_for(self, identity: Identity) -> "ApiClient":
+        """This client, asking as `identity`; the connections are shared."""
+        acting = copy.copy(self)
+        acting._headers = identity.headers()
+        return acting
+
+    def me(self) -> Me:
+        """Whom the API takes us for."""
+        return self._read(Me, self._send("GET", "/v1/me"))
 
     def predict(self, data: bytes, media_type: str, *, key: str = "", consent: str = "unstated") -> Answer:
         """Classify one image; with `key`, a repeat gets the same answer and no second record.
@@ -113,9 +155,9 @@ class ApiClient:
         files = {"file": ("upload", data, media_type)}
         return self._read(Answer, self._send("POST", "/v1/predictions", files=files, headers=headers))
 
-    def feedback(self, prediction_id: str, verdict: Verdict, reader: str, label: str | None = None) -> Receipt:
-        """Record a reader's verdict; a later one by the same reader replaces it."""
-        body = {"verdict": str(verdict), "reader": reader} | ({"label": label} if label else {})
+    def feedback(self, prediction_id: str, verdict: Verdict, label: str | None = None) -> Receipt:
+        """Record the verdict of whoever this client acts for; a later one of theirs replaces it."""
+        body = {"verdict": str(verdict)} | ({"label": label} if label else {})
         return self._read(Receipt, self._send("POST", f"/v1/predictions/{prediction_id}/feedback", json=body))
 
     def champion(self) -> Champion:
@@ -139,9 +181,9 @@ class ApiClient:
         """Versions, ledger and where MLflow shows them."""
         return self._read(Models, self._send("GET", "/v1/models"))
 
-    def make_champion(self, version: str, by: str, reason: str) -> Promotion:
-        """Make a version the champion by hand; the ledger's row."""
-        said = {"by": by, "reason": reason}
+    def make_champion(self, version: str, reason: str) -> Promotion:
+        """Make a version the champion in the name of whoever this client acts for; the ledger's row."""
+        said = {"reason": reason}
         return self._read(Promotion, self._send("POST", f"/v1/models/{version}/champion", json=said))
 
     def monitoring(self) -> Monitoring:
@@ -159,9 +201,11 @@ class ApiClient:
         except ValueError:
             raise self._unreadable() from None
 
-    def _respond(self, method: str, path: str, **request: Any) -> httpx.Response:
+    def _respond(
+        self, method: str, path: str, *, headers: dict[str, str] | None = None, **request: Any
+    ) -> httpx.Response:
         try:
-            response = self._http.request(method, path, **request)
+            response = self._http.request(method, path, headers=self._headers | (headers or {}), **request)
         except httpx.ConnectError:
             raise ApiProblem(
                 "The inference service cannot be reached",

@@ -1,29 +1,40 @@
 """The NeuroLoop frontend: `python -m streamlit run frontend/app.py`. It talks only to the inference API."""
 
 import layout
+import signin
 import streamlit as st
 
+from neuroloop.core.credentials import Role
 from neuroloop.core.errors import InvalidSetting
 from neuroloop.core.settings import Settings
 
-st.set_page_config(page_title="NeuroLoop", page_icon=str(layout.FOLDER / "icon.svg"), layout="wide")
-
-page = st.navigation(
-    [
-        st.Page("views/classify.py", title="Classify", icon=":material/radiology:", default=True),
-        st.Page("views/monitoring.py", title="Monitoring", icon=":material/monitoring:"),
-        st.Page("views/data.py", title="Data", icon=":material/database:"),
-        st.Page("views/models.py", title="Models", icon=":material/model_training:"),
-        st.Page("views/mail.py", title="Mail", icon=":material/mail:"),
-        st.Page("views/about.py", title="About", icon=":material/info:"),
-    ],
-    position="top",
+# Each page and the least role that sees it. (A string here would be shown on the page.)
+PAGES = (
+    (Role.UPLOADER, st.Page("views/classify.py", title="Classify", icon=":material/radiology:", default=True)),
+    (Role.READER, st.Page("views/monitoring.py", title="Monitoring", icon=":material/monitoring:")),
+    (Role.READER, st.Page("views/data.py", title="Data", icon=":material/database:")),
+    (Role.READER, st.Page("views/models.py", title="Models", icon=":material/model_training:")),
+    (Role.ADMIN, st.Page("views/mail.py", title="Mail", icon=":material/mail:")),
+    (Role.UPLOADER, st.Page("views/about.py", title="About", icon=":material/info:")),
 )
-layout.frame()
+
+st.set_page_config(page_title="NeuroLoop", page_icon=str(layout.FOLDER / "icon.svg"), layout="wide")
 try:
-    st.session_state["settings"] = Settings.load()
+    settings = st.session_state["settings"] = Settings.load()
 except InvalidSetting as fault:
+    layout.frame()
     layout.heading("NeuroLoop cannot start", "A setting is not right.")
     st.error(layout.plain(str(fault)), icon=":material/settings:")
     st.stop()
-page.run()
+person = st.session_state["person"] = signin.current(settings)
+if person is None:
+    # The pages are there, so that an address typed before signing in still leads to its page afterwards.
+    st.navigation([page for _, page in PAGES], position="hidden")
+    layout.frame()
+    signin.ask(settings)
+    st.stop()
+leave = st.Page(signin.sign_out, title="Sign out", icon=":material/logout:", url_path="sign-out")
+seen = [page for role, page in PAGES if person.may(role)]
+chosen = st.navigation({"": seen, layout.plain(person.name): [leave]}, position="top")
+layout.frame()
+chosen.run()

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import altair as alt
 import pandas as pd
@@ -14,6 +14,9 @@ from api_client import ApiClient, ApiProblem
 
 from neuroloop.core.schemas import LABELS, RESEARCH_NOTICE
 from neuroloop.core.settings import Settings
+
+if TYPE_CHECKING:
+    from signin import Person
 
 Loaded = TypeVar("Loaded")
 
@@ -47,9 +50,15 @@ def settings() -> Settings:
     return loaded
 
 
+def person() -> "Person":
+    """Who is signed in; `app.py` has put them here."""
+    signed_in: Person = st.session_state["person"]
+    return signed_in
+
+
 def api() -> ApiClient:
-    """The API of the settings; its connection is shared by all sessions."""
-    return _client(settings().api_url)
+    """The API of the settings in the name of whoever is signed in; its connection is shared by all sessions."""
+    return _client(settings().api_url).acting_for(person().identity(settings().ui_api_key))
 
 
 def frame() -> None:

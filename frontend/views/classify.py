@@ -13,6 +13,7 @@ from layout import CLASS_NAMES, percent
 from session import Outcome, Upload, choose, current_upload, outcome_of
 from streamlit.delta_generator import DeltaGenerator
 
+from neuroloop.core.credentials import Role
 from neuroloop.core.schemas import LABELS, Verdict
 
 CONSENT = (
@@ -240,17 +241,12 @@ def probability_chart(answer: Answer) -> alt.LayerChart:
 
 def show_feedback(prediction_id: str, predicted: str | None) -> None:
     """The reader's verdict, and what came of it; `predicted` is None for an image that the gate refused."""
+    if not layout.person().may(Role.READER):
+        return
     with st.container(border=True, key="card-feedback"):
         st.subheader("Is this right?" if predicted else "Was it right to refuse this?", anchor=False)
-        name, verdicts = st.columns([2, 3], gap="small", vertical_alignment="bottom")
-        reader = name.text_input(
-            "Your name",
-            key=f"reader-{prediction_id}",
-            value=st.session_state.get("reader", ""),
-            max_chars=100,
-            placeholder="Name or initials of the reader",
-        ).strip()
-        with verdicts.container(horizontal=True, gap="small"):
+        st.caption(f"Your verdict counts as {layout.plain(layout.person().name)}'s.")
+        with st.container(horizontal=True, gap="small"):
             agreed = st.button("Agree", key=f"agree-{prediction_id}", type="primary", icon=":material/check:")
             unsure = st.button("Not sure", key=f"unsure-{prediction_id}", icon=":material/question_mark:")
             foreign = predicted is not None and st.button(
@@ -274,20 +270,16 @@ def show_feedback(prediction_id: str, predicted: str | None) -> None:
         }
         for verdict, button in pressed.items():
             if button:
-                send_feedback(prediction_id, verdict, reader, label if verdict is Verdict.CORRECT else None)
+                send_feedback(prediction_id, verdict, label if verdict is Verdict.CORRECT else None)
         note: tuple[str, str] | None = st.session_state.get("feedback-note")
         if note and note[0] == prediction_id:
             st.success(note[1], icon=":material/task_alt:")
 
 
-def send_feedback(prediction_id: str, verdict: Verdict, reader: str, label: str | None) -> None:
+def send_feedback(prediction_id: str, verdict: Verdict, label: str | None) -> None:
     """Record a verdict and keep the confirmation for this prediction."""
-    if not reader:
-        st.warning("Please enter your name first, so that the verdict can be told from other readers'.")
-        return
-    st.session_state["reader"] = reader
     try:
-        receipt = layout.api().feedback(prediction_id, verdict, reader, label)
+        receipt = layout.api().feedback(prediction_id, verdict, label)
     except ApiProblem as fault:
         st.warning(
             layout.plain(" ".join(layout.as_sentence(part) for part in (fault.title, fault.detail, fault.fix) if part))
@@ -303,7 +295,7 @@ def send_feedback(prediction_id: str, verdict: Verdict, reader: str, label: str 
     waiting = f"{receipt.corrections_waiting} correction{'' if receipt.corrections_waiting == 1 else 's'} waiting"
     st.session_state["feedback-note"] = (
         prediction_id,
-        f"Thank you, {layout.plain(reader)}. {said} {waiting} of {needed} needed "
+        f"Thank you, {layout.plain(layout.person().name)}. {said} {waiting} of {needed} needed "
         f"(more than {needed} start a retraining). You may change your verdict; the last one counts.",
     )
 

@@ -6,6 +6,7 @@ import streamlit as st
 from api_client import ApiProblem, Models
 from layout import CLASS_NAMES, plain
 
+from neuroloop.core.credentials import Role
 from neuroloop.core.schemas import LABELS, ModelVersion
 
 METRICS = {
@@ -134,13 +135,12 @@ def change_champion(models: Models) -> None:
             key="champion-version",
             format_func={v.version: f"Version {v.version}: {role(v).lower()}" for v in candidates}.__getitem__,
         )
-        by = st.text_input("Your name", key="champion-by", max_chars=100, value=st.session_state.get("reader", ""))
         reason = st.text_input("Why", key="champion-reason", max_chars=500)
         sure = st.checkbox(f"Yes, version {version} shall answer every request", key=f"champion-sure-{version}")
-        ready = bool(sure and by.strip() and reason.strip())
+        ready = bool(sure and reason.strip())
         if st.button("Make it the champion", key="champion-make", disabled=not ready, icon=":material/history:"):
             try:
-                row = layout.api().make_champion(version, by.strip(), reason.strip())
+                row = layout.api().make_champion(version, reason.strip())
             except ApiProblem as fault:
                 st.warning(plain(" ".join(layout.as_sentence(x) for x in (fault.title, fault.detail, fault.fix) if x)))
                 return
@@ -184,7 +184,8 @@ if answer is not None:
     if answer.versions:
         compare(answer)
         champion_card()
-        change_champion(answer)
+        if st.session_state["person"].may(Role.ADMIN):
+            change_champion(answer)
     else:
         layout.empty(
             "No model yet", "The first build registers one. It takes a few minutes; Airflow shows how far it is."

@@ -3,10 +3,14 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from neuroloop.core.ports import DataSource, DataVersions, Notifier, ObjectStore, PredictionLog, Registry
+from neuroloop.core.ports import ApiKeys, DataSource, DataVersions, Notifier, ObjectStore, PredictionLog, Registry
 from neuroloop.core.settings import Settings
+
+if TYPE_CHECKING:
+    from neuroloop.adapters.postgres import PostgresLog
 
 
 @dataclass(frozen=True)
@@ -23,17 +27,22 @@ class Services:
     @cached_property
     def log(self) -> PredictionLog:
         """The database of `DATABASE_URL`, migrated."""
-        from neuroloop.adapters.postgres import PostgresLog
+        return self._database
 
-        self.settings.require("database_url")
-        return PostgresLog(self.settings.database_url)
+    @cached_property
+    def keys(self) -> ApiKeys:
+        """The API keys, which stand in the same database."""
+        return self._database
 
     @cached_property
     def registry(self) -> Registry:
         """The MLflow server of `MLFLOW_TRACKING_URI`."""
         from neuroloop.adapters.mlflow_registry import MlflowRegistry
 
-        return MlflowRegistry(self.settings.mlflow_tracking_uri)
+        settings = self.settings
+        return MlflowRegistry(
+            settings.mlflow_tracking_uri, user=settings.mlflow_user, password=settings.mlflow_password
+        )
 
     @cached_property
     def notifier(self) -> Notifier:
@@ -49,6 +58,13 @@ class Services:
         from neuroloop.core.keys import DVC_REMOTE
 
         return DvcVersions(f"{self.settings.store}/{DVC_REMOTE}")
+
+    @cached_property
+    def _database(self) -> "PostgresLog":
+        from neuroloop.adapters.postgres import PostgresLog
+
+        self.settings.require("database_url")
+        return PostgresLog(self.settings.database_url)
 
     def pretrained(self, architecture: str) -> Path | None:
         """The file of pretrained weights an architecture starts from, fetched if need be; None for random weights."""

@@ -13,9 +13,12 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from neuroloop.core.credentials import Role
 from neuroloop.core.errors import InvalidSource, NeuroLoopError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+keys = typer.Typer(help="API keys: who may use the inference API, and for what.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
 
 
 @app.command()
@@ -183,7 +186,7 @@ def predict(
     consent: Annotated[str, typer.Option(help="What to state: training, record or unstated.")] = "unstated",
     at_once: Annotated[int, typer.Option(min=1, max=32, help="Requests at a time.")] = 4,
 ) -> None:
-    """Classify every image of a folder into a table, through the API or with a bundle.
+    """Classify every image of a folder into a table, through the API (with NEUROLOOP_API_KEY) or with a bundle.
 
     If it is stopped or the API goes away, the same command goes on where it was: no image is recorded twice.
     """
@@ -196,7 +199,9 @@ def predict(
     if consent not in get_args(Consent):
         raise NeuroLoopError(f"{consent!r} is no consent", fix=f"state one of {', '.join(get_args(Consent))}")
     if bundle is None:
-        ask = folder_prediction.through_api(api or Settings.load().api_url, consent)
+        settings = Settings.load()
+        key = settings.api_key or settings.ui_api_key
+        ask = folder_prediction.through_api(api or settings.api_url, key, consent)
     else:
         ask = folder_prediction.with_bundle(bundle)
     work = folder_prediction.Work.on(folder, out, asked=str(bundle or api), consent=consent)
@@ -273,6 +278,42 @@ def audit(
     for file in (json_file, html_file):
         if file:
             print(f"written to {file}")
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="The person or program it is for; verdicts carry this name.")],
+    role: Annotated[Role, typer.Option(help="What it may do; docs/access.md has the table.")],
+    days: Annotated[float | None, typer.Option(help="It expires after this; by default never.", min=0)] = None,
+) -> None:
+    """Make a key and print it, this once."""
+    from neuroloop.bootstrap import services
+    from neuroloop.serving import keyring
+
+    print(keyring.create(services().keys, name, role, days=days, by="the command line").key)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """All keys, newest first, those no longer valid included."""
+    from neuroloop.bootstrap import services
+    from neuroloop.serving import keyring
+
+    for key in keyring.listed(services().keys):
+        until = f"until {key.expires_at:%Y-%m-%d %H:%M}" if key.expires_at else ""
+        print(
+            f"{key.id}  {key.role:8}  {key.standing:7}  {key.created_at:%Y-%m-%d %H:%M}  {key.name}  {until}".rstrip()
+        )
+
+
+@keys.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(help="The id that `keys list` shows first.")]) -> None:
+    """Make a key worthless, within seconds on every server."""
+    from neuroloop.bootstrap import services
+    from neuroloop.serving import keyring
+
+    key = keyring.revoke(services().keys, key_id, by="the command line")
+    print(f"the key {key.id} of {key.name} is revoked")
 
 
 def _json_object(option: str, text: str) -> dict[str, Any] | None:

@@ -40,6 +40,9 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(bare):
         ("TRAIN_MINUTES", "soon", "Training budget"),
         ("IMAGE_SIZE", "100", "multiple of 16"),
         ("RETRAINING_SCHEDULE", "hourly", "five fields"),
+        ("UI_API_KEY", "guessable", "make-env"),
+        ("UI_PEOPLE", "ann@example.org=king", "uploader, reader, admin"),
+        ("UI_PEOPLE", "ann@example.org", "address=role"),
     ],
 )
 def test_a_wrong_value_names_the_setting_and_what_it_should_be(bare, name, value, hint):
@@ -66,3 +69,20 @@ def test_a_line_that_is_no_setting_is_refused_with_its_place(bare, tmp_path):
 def test_what_a_process_needs_and_has_not_is_named(bare):
     with pytest.raises(InvalidSetting, match="NEUROLOOP_DATABASE_URL is not set"):
         Settings.load(bare).require("database_url")
+
+
+def test_a_secret_that_is_not_valid_is_not_repeated(bare):
+    with pytest.raises(InvalidSetting) as caught:
+        Settings.load(bare | {"NEUROLOOP_UI_API_KEY": "nl_almost-a-key"})  # pragma: allowlist secret
+    assert "NEUROLOOP_UI_API_KEY" in str(caught.value)
+    assert "almost" not in str(caught.value)
+
+
+def test_the_first_entry_that_fits_an_address_says_what_its_owner_may(bare):
+    people = "boss@example.org=admin, *@example.org=reader,guest@other.org=uploader"
+    settings = Settings.load({**bare, "NEUROLOOP_UI_PEOPLE": people})
+    found = [
+        settings.role_of(who) for who in ("Boss@Example.org", "ann@example.org", "guest@other.org", "eve@evil.org")
+    ]
+    assert found == ["admin", "reader", "uploader", None]
+    assert Settings.load(bare).role_of("ann@example.org") is None

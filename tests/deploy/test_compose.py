@@ -12,6 +12,7 @@ import pytest
 import yaml
 from cryptography.fernet import Fernet
 
+from neuroloop.core.credentials import new_key, parted
 from neuroloop.core.settings import PREFIX, Settings
 from neuroloop.embedded.roles import ROLES
 
@@ -21,6 +22,8 @@ COMPOSE = yaml.safe_load(TEXT)
 SERVICES = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if name != "postgres"}
 MAKE_ENV = ROOT / "deploy" / "make-env"
+STANDINS = {"NEUROLOOP_UI_API_KEY": new_key()}
+"""For secrets of a form of their own."""
 SETTINGS = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
 
 
@@ -56,7 +59,7 @@ def test_ports_are_published_on_loopback_only():
 
 
 def test_no_secret_stands_in_the_file_and_each_one_says_how_to_make_it():
-    secret = re.compile(r"PASSWORD|SECRET|FERNET|DATABASE_URL|KAGGLE_KEY")
+    secret = re.compile(r"PASSWORD|SECRET|FERNET|DATABASE_URL|KAGGLE_KEY|API_KEY")
     checked = 0
     for service in SERVICES.values():
         for key, value in service["environment"].items():
@@ -100,6 +103,7 @@ def test_the_environment_maker_writes_all_that_compose_demands(tmp_path: Path):
     assert all(len(value) >= 16 for value in made.values())
     assert all(quote(value, safe="") == value for key, value in made.items() if key.startswith("POSTGRES"))
     Fernet(made["NEUROLOOP_AIRFLOW_FERNET_KEY"])
+    assert parted(made["NEUROLOOP_UI_API_KEY"])
     Settings.load({"NEUROLOOP_ENV_FILE": str(file), "NEUROLOOP_HOME": str(tmp_path)})
 
 
@@ -143,8 +147,12 @@ def test_the_health_of_a_server_is_asked_at_the_port_it_listens_on(role: str):
         assert published.endswith(f":{port}")
 
 
+def name(reference: str) -> str:
+    return reference[2:].partition(":")[0]
+
+
 def _filled(value: str) -> str:
     """A value as compose fills it in: the default where there is one, else a stand-in for a secret."""
     while found := re.search(r"\$\{\w+:([-?])([^${}]*)\}", value):
-        value = value.replace(found[0], found[2] if found[1] == "-" else "s3cret")
+        value = value.replace(found[0], found[2] if found[1] == "-" else STANDINS.get(name(found[0]), "s3cret"))
     return value

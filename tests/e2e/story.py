@@ -50,7 +50,7 @@ class Story:
         """The chapters in order; the outcome in figures."""
         with self._timed("up"):
             self.stack.up(build=False)
-        self.api = httpx.Client(base_url=self.stack.settings.api_url, timeout=60)
+        self.api = httpx.Client(base_url=self.stack.settings.api_url, timeout=60, headers=self._key())
         self.airflow = self.stack.airflow()
         with self._timed("build"):
             self._run("data_and_model_build", BUILD)
@@ -139,6 +139,9 @@ class Story:
             return self.api.get("/health/ready").status_code == 200
         return False
 
+    def _key(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.stack.settings.ui_api_key}"}
+
     def _upload(self, png: bytes) -> httpx.Response:
         return self.api.post("/v1/predictions", files={"file": ("scan.png", png, "image/png")})
 
@@ -178,7 +181,7 @@ class Story:
     @contextlib.contextmanager
     def _requests(self) -> Iterator["Requests"]:
         """Ask for predictions all the while, one after the other."""
-        requests = Requests(self.stack.settings.api_url)
+        requests = Requests(self.stack.settings.api_url, self._key())
         requests.thread.start()
         try:
             yield requests
@@ -190,8 +193,8 @@ class Story:
 class Requests:
     """Continuous predictions of one scan: the versions that answered, in order, and how many failed."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, headers: dict[str, str]) -> None:
+        self.url, self.headers = url, headers
         self.png = encode_png(scan(NO_TUMOUR, 1, seed=5).pixels)
         self.versions: list[str] = []
         self.first_answer: dict[str, float] = {}
@@ -200,7 +203,7 @@ class Requests:
         self.thread = threading.Thread(target=self._ask, daemon=True)
 
     def _ask(self) -> None:
-        with httpx.Client(base_url=self.url, timeout=30) as api:
+        with httpx.Client(base_url=self.url, timeout=30, headers=self.headers) as api:
             while not self.stop.is_set():
                 version = None
                 with contextlib.suppress(httpx.HTTPError):

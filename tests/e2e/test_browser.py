@@ -17,6 +17,7 @@ from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from neuroloop.adapters.mlflow_registry import MlflowRegistry
 from neuroloop.imaging import phantom
 from neuroloop.imaging.decode import encode_png
+from serving.running import Api
 
 ROOT = Path(__file__).parents[2]
 FLAGS = [
@@ -29,6 +30,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+PASSWORD = "for the browser test"
 
 pytestmark = pytest.mark.e2e
 
@@ -43,6 +46,8 @@ def frontend_url(live_api, tmp_path: Path, free_port) -> Iterator[str]:
         "NEUROLOOP_HOME": str(tmp_path),
         "NEUROLOOP_ENV_FILE": str(tmp_path / "none"),
         "NEUROLOOP_API_URL": f"http://127.0.0.1:{live_api.port}",
+        "NEUROLOOP_UI_API_KEY": live_api.key,
+        "NEUROLOOP_UI_PASSWORD": PASSWORD,
     }
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -92,6 +97,33 @@ def waiting(page: Page, frontend_url: str) -> int:
     return int(shown.first.inner_text(timeout=60_000).split()[0])
 
 
+def sign_in(page: Page, frontend_url: str) -> None:
+    """Through the form, under the name of Ann."""
+    page.goto(frontend_url)
+    page.get_by_label("Your name").fill("Ann")
+    page.get_by_label("Password", exact=True).fill(PASSWORD)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("heading", name="Classify a scan")).to_be_visible()
+
+
+def sign_out(page: Page) -> None:
+    """By the menu under the own name, which closes when the page is drawn anew meanwhile."""
+    for _ in range(12):
+        page.get_by_test_id("stTopNavSection").filter(has_text="Ann").click()
+        try:
+            page.get_by_test_id("stTopNavDropdownLink").click(timeout=5_000)
+        except PlaywrightTimeout:
+            page.keyboard.press("Escape")
+        else:
+            return
+    pytest.fail("the menu under the name never stayed open")
+
+
+def predictions(live_api: Api) -> list[str]:
+    """The ids of all predictions."""
+    return [Path(key).stem for key in live_api.stored() if "/ImageLogs/" in key]
+
+
 def choose_first(page: Page, box: Locator) -> None:
     """The first entry of a select box; Streamlit closes an open list when the page is drawn anew meanwhile."""
     for _ in range(12):
@@ -107,7 +139,8 @@ def choose_first(page: Page, box: Locator) -> None:
 
 def test_a_reader_uploads_a_scan_reads_the_result_corrects_it_and_sees_the_count_rise(page, frontend_url, live_api):
     expect.set_options(timeout=60_000)
-    before = waiting(page, frontend_url)
+    sign_in(page, frontend_url)
+    before = waiting(page, frontend_url)  # a page that is loaded anew: the browser remembers who signed in
     scan = encode_png(phantom.scan("meningioma", 1).pixels)
 
     page.goto(frontend_url)
@@ -120,14 +153,26 @@ def test_a_reader_uploads_a_scan_reads_the_result_corrects_it_and_sees_the_count
     expect(page.get_by_text("Result for scan.png")).to_be_visible()
     expect(page.get_by_text("The scan as it was read")).to_be_visible()
 
-    page.get_by_label("Your name").fill("Ann")
-    page.get_by_label("Your name").press("Enter")
     choose_first(page, page.locator(".st-key-card-feedback").get_by_role("combobox"))
     page.get_by_role("button", name="Send correction").click()
     expect(page.get_by_text(f"{before + 1} correction")).to_be_visible()
 
     assert waiting(page, frontend_url) == before + 1
+    assert "Ann" in {one.reader for row in predictions(live_api) for one in live_api.services.log.feedback(row)}
     assert page.locator("[data-testid=stException]").count() == 0
+
+
+def test_signing_out_in_a_browser_closes_every_page(page, frontend_url, live_api):
+    expect.set_options(timeout=60_000)
+    sign_in(page, frontend_url)
+    page.goto(f"{frontend_url}/mail")
+    expect(page.get_by_role("heading", name="Mail")).to_be_visible()
+    sign_out(page)
+    expect(page.get_by_role("button", name="Sign in")).to_be_visible()
+    for view in ("", "monitoring", "mail"):
+        page.goto(f"{frontend_url}/{view}")
+        expect(page.get_by_role("button", name="Sign in")).to_be_visible()
+        expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
 
 
 def test_the_link_in_a_mail_leads_to_the_runs_and_not_to_pages_for_language_models(page, mlflow_uri):

@@ -9,12 +9,20 @@ from streamlit.testing.v1 import AppTest
 
 from neuroloop.bootstrap import Services
 from neuroloop.core.settings import Settings
-from serving.running import Api, serving
+from serving.running import KEY, Api, serving
 
 FRONTEND = Path(__file__).parents[2] / "frontend"
 sys.path.append(str(FRONTEND))  # as `streamlit run frontend/app.py` does
 
 Open = Callable[..., AppTest]
+PASSWORD = "the platform's own password"
+
+
+def sign_in(app: AppTest, name: str, secret: str) -> AppTest:
+    """Fill in the form and send it."""
+    app.text_input[0].set_value(name)
+    app.text_input[1].set_value(secret)
+    return app.button[0].click().run()
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +39,21 @@ def bare_api(tmp_path_factory, postgres_server, free_port) -> Iterator[Api]:
 
 @pytest.fixture
 def open_page(tmp_path: Path, free_port, monkeypatch: pytest.MonkeyPatch) -> Open:
-    """A function that opens a page of the app against an API; without one, against a port nobody listens on."""
+    """A function that signs in and opens a page of the app against an API.
+
+    Without an API it is one at a port nobody listens on; `name` is None where nobody signs in.
+    """
     monkeypatch.setenv("NEUROLOOP_HOME", str(tmp_path))
     monkeypatch.setenv("NEUROLOOP_ENV_FILE", str(tmp_path / "none"))
 
-    def open_(view: str, api: Api | None = None) -> AppTest:
+    monkeypatch.setenv("NEUROLOOP_UI_PASSWORD", PASSWORD)
+    monkeypatch.setenv("NEUROLOOP_UI_API_KEY", KEY)
+
+    def open_(view: str, api: Api | None = None, *, name: str | None = "Ann", secret: str = PASSWORD) -> AppTest:
         monkeypatch.setenv("NEUROLOOP_API_URL", f"http://127.0.0.1:{api.port if api else free_port()}")
         app = AppTest.from_file(str(FRONTEND / "app.py"), default_timeout=90).run()
+        if name is not None:
+            sign_in(app, name, secret)
         if view != "classify":
             app.switch_page(f"views/{view}.py").run()
         assert not app.exception, [fault.value for fault in app.exception]

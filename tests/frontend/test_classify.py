@@ -34,10 +34,6 @@ def press(app: AppTest, label: str) -> AppTest:
     return app
 
 
-def name_reader(app: AppTest, name: str) -> None:
-    app.text_input[0].set_value(name).run()
-
-
 def correct_to(app: AppTest, label: str) -> AppTest:
     app.selectbox[0].set_value(label).run()
     return press(app, "Send correction")
@@ -126,7 +122,6 @@ def test_without_a_tumour_words_stand_where_the_heat_map_would_be(page):
 
 def test_a_new_upload_never_shows_the_result_or_feedback_of_the_one_before(page):
     upload(page, encoded(head("glioma")), "first.png")
-    name_reader(page, "Ann")
     press(page, "Agree")
     assert "Thank you, Ann" in words(page)
 
@@ -152,7 +147,6 @@ def test_a_rejected_upload_does_not_leave_the_result_before_it_standing(page):
 def test_the_same_file_chosen_again_is_asked_again_with_nothing_left_of_its_feedback(page, live_api):
     before = predictions(live_api)
     upload(page, encoded(head("glioma")))
-    name_reader(page, "Ann")
     press(page, "Agree")
     upload(page, encoded(head("glioma")))
 
@@ -200,7 +194,6 @@ def test_an_upload_that_is_no_image_is_explained_without_a_stack_trace(page, liv
 def test_agreeing_confirms_and_says_how_many_corrections_wait(page, live_api):
     waiting = live_api.client.get("/v1/monitoring").json()["corrections_waiting"]
     upload(page, encoded(head("glioma")))
-    name_reader(page, "Ann")
     press(page, "Agree")
 
     assert len(page.success) == 1
@@ -211,7 +204,6 @@ def test_agreeing_confirms_and_says_how_many_corrections_wait(page, live_api):
 def test_a_correction_raises_the_count_and_stands_in_the_log(page, live_api):
     before = live_api.client.get("/v1/monitoring").json()["corrections_waiting"]
     upload(page, encoded(head("glioma")))
-    name_reader(page, "Ann")
     correct_to(page, "pituitary")
 
     assert "Corrected to pituitary tumour" in page.success[0].value
@@ -229,33 +221,22 @@ def test_the_class_that_was_predicted_is_not_offered_as_a_correction(page):
 def test_the_other_verdicts_are_recorded_too(page, live_api, label, verdict):
     before = live_api.client.get("/v1/monitoring").json()["feedback"].get(verdict, 0)
     upload(page, encoded(head("glioma")))
-    name_reader(page, "Ann")
     press(page, label)
 
     assert live_api.client.get("/v1/monitoring").json()["feedback"][verdict] == before + 1
 
 
-def test_a_verdict_without_a_name_is_not_sent_and_says_what_is_missing(page, live_api):
-    before = live_api.client.get("/v1/monitoring").json()["feedback"]
-    upload(page, encoded(head("glioma")))
-    press(page, "Agree")
-
-    assert "enter your name first" in page.warning[0].value
-    assert live_api.client.get("/v1/monitoring").json()["feedback"] == before
-
-
 def test_a_refused_scan_can_be_claimed_as_a_brain_mri(page, live_api):
     before = live_api.client.get("/v1/monitoring").json()["corrections_waiting"]
     upload(page, encoded(noise()))
-    name_reader(page, "Ann")
     correct_to(page, "glioma")
 
     assert live_api.client.get("/v1/monitoring").json()["corrections_waiting"] == before + 1
 
 
-def test_a_reader_name_with_markup_is_shown_letter_by_letter(page):
+def test_a_reader_name_with_markup_is_shown_letter_by_letter(open_page, live_api):
+    page = consent(open_page("classify", live_api, name="**A** <b>"))
     upload(page, encoded(head("glioma")))
-    name_reader(page, "**A** <b>")
     press(page, "Agree")
 
     assert r"\*\*A\*\* \<b\>" in page.success[0].value

@@ -128,7 +128,7 @@ def test_a_legacy_version_stands_apart_labelled_as_leaked(open_page, live_api, t
     assert "none of them is ever promoted" in text
 
 
-def test_a_version_is_made_the_champion_from_the_page_only_after_name_reason_and_a_tick(
+def test_a_version_is_made_the_champion_from_the_page_only_after_a_reason_and_a_tick(
     open_page, live_api, tmp_path, mlflow_uri
 ):
     registry = live_api.services.registry
@@ -139,7 +139,6 @@ def test_a_version_is_made_the_champion_from_the_page_only_after_name_reason_and
     app = open_page("models", live_api)
     assert app.selectbox(key="champion-version").value == other  # the previous one stands first
     assert app.button(key="champion-make").disabled
-    app.text_input(key="champion-by").set_value("ann")
     app.text_input(key="champion-reason").set_value("Version looks *wrong*")
     app.run()
     assert app.button(key="champion-make").disabled
@@ -151,7 +150,7 @@ def test_a_version_is_made_the_champion_from_the_page_only_after_name_reason_and
     assert live_api.predict(head("glioma")).json()["model_version"] == other
     row = live_api.services.log.promotions()[0]
     assert (row.version, row.previous) == (other, before)
-    assert row.reason == f"ann went from version {before} to version {other}: Version looks *wrong*."
+    assert row.reason == f"Ann went from version {before} to version {other}: Version looks *wrong*."
     live_api.services.registry.set_alias("champion", before)
     wait(lambda: live_api.client.get("/v1/model").json()["version"] == before)
 
@@ -198,7 +197,7 @@ def test_a_wrong_setting_names_itself_instead_of_a_stack_trace(open_page, live_a
 
 def test_the_frontend_imports_neither_tensorflow_nor_mlflow_nor_an_adapter():
     code = (
-        "import sys; sys.path.insert(0, 'frontend'); import api_client, heatmap, layout, samples, session; "
+        "import sys; sys.path.insert(0, 'frontend'); import api_client, heatmap, layout, samples, session, signin; "
         "samples.phantom.scan('glioma', 0); "
         "print([m for m in sys.modules if m.split('.')[0] in ('tensorflow', 'keras', 'mlflow', 'onnxruntime') "
         "or m.startswith(('neuroloop.adapters', 'neuroloop.serving', 'neuroloop.bootstrap'))])"

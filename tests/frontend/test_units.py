@@ -5,12 +5,15 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
-from api_client import ApiClient, ApiProblem
+from api_client import ApiClient, ApiProblem, Identity
 from heatmap import grey, overlay
 from layout import as_sentence, percent, plain
 from session import Outcome, Upload, choose, current_upload, outcome_of
 
 from neuroloop.imaging.decode import encode_png
+from serving.running import KEY
+
+ANN = Identity(KEY, "Ann", "reader")
 
 
 def test_an_outcome_is_given_only_for_the_very_choice_it_came_from():
@@ -118,7 +121,7 @@ def test_feedback_on_an_unknown_prediction_says_so(live_api):
     from neuroloop.core.schemas import Verdict
 
     with pytest.raises(ApiProblem) as caught:
-        ApiClient(f"http://127.0.0.1:{live_api.port}").feedback("nobody", Verdict.AGREE, "Ann")
+        ApiClient(f"http://127.0.0.1:{live_api.port}").acting_for(ANN).feedback("nobody", Verdict.AGREE)
 
     assert caught.value.status == 404
     assert not caught.value.passing

@@ -14,7 +14,7 @@ import pytest
 from neuroloop.core.errors import NeuroLoopError
 from neuroloop.core.schemas import LABELS
 from neuroloop.loop import folder_prediction
-from serving.running import Api, encoded, head, noise, wait, write_bundle
+from serving.running import KEY, Api, encoded, head, noise, wait, write_bundle
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def folder(tmp_path: Path) -> Path:
 def predict(folder: Path, out: Path, home: Path, *more: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "neuroloop.cli", "predict", str(folder), "--out", str(out), *more],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "NEUROLOOP_HOME": str(home)},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(sys.path), "NEUROLOOP_HOME": str(home), "NEUROLOOP_API_KEY": KEY},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -118,7 +119,7 @@ def test_a_command_that_was_killed_goes_on_and_records_nothing_twice(live_api: A
 def test_without_an_api_the_command_says_how_to_go_on(folder, tmp_path, free_port):
     work = folder_prediction.Work.on(folder, tmp_path / "r.csv", asked="", consent="record")
     with pytest.raises(NeuroLoopError, match="same command again"):
-        work.do(folder_prediction.through_api(f"http://127.0.0.1:{free_port()}", "record", tries=2), at_once=2)
+        work.do(folder_prediction.through_api(f"http://127.0.0.1:{free_port()}", KEY, "record", tries=2), at_once=2)
     assert not (tmp_path / "r.csv").exists()
     assert (tmp_path / "r.csv.journal").exists()
 

@@ -30,7 +30,7 @@ from neuroloop.core.schemas import LABELS, now
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.model.bundle import Bundle
 from neuroloop.records import orphans
-from serving.running import CORNERS, encoded, head
+from serving.running import BEARER, CORNERS, KEY, encoded, head
 
 SIDES = 90  # heights and widths from 130 px on: 8,100 images that differ in their size, so each is known by its row
 
@@ -68,6 +68,7 @@ class Server:
             "NEUROLOOP_HOME": str(settings.home),
             "NEUROLOOP_DATABASE_URL": settings.database_url,
             "NEUROLOOP_MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
+            "NEUROLOOP_UI_API_KEY": KEY,
         }
         self.process = self._start()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -144,7 +145,7 @@ class Clients:
 
     def _work(self) -> None:
         done = 0
-        with httpx.Client(base_url=self._url, timeout=30) as client:
+        with httpx.Client(base_url=self._url, timeout=30, headers=BEARER) as client:
             while not self._finish.is_set() and not (self._each and done >= self._each):
                 with self._lock:
                     one = Asked(next(self._numbers))

@@ -17,15 +17,20 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from neuroloop.bootstrap import Services
+from neuroloop.core.credentials import Role, new_key
 from neuroloop.core.schemas import LABELS, SplitName
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.model import bundle as bundles
 from neuroloop.model.calibration import Calibration
 from neuroloop.model.canary import Canary, choose
 from neuroloop.model.gate import _MEASURES, Gate, _terms
+from neuroloop.serving import keyring
 from neuroloop.serving.api import create_app
 
 SIZE, CELLS = 64, 8
+KEY = new_key()
+"""The frontend's key to every API of these tests that has no other in its settings."""
+BEARER = {"Authorization": f"Bearer {KEY}"}
 CORNERS = dict(zip(LABELS, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True))
 """class -> (lower?, right?): the quarter whose brightness speaks for it in the network below."""
 
@@ -152,11 +157,12 @@ def encoded(pixels: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
 
 @dataclass
 class Api:
-    """A running API."""
+    """A running API; `client` sends `key`, the frontend's, which may do everything in anybody's name."""
 
     client: httpx.Client
     services: Services
     port: int
+    key: str = ""
 
     def predict(self, pixels: np.ndarray) -> httpx.Response:
         return self.upload(encoded(pixels))
@@ -170,25 +176,39 @@ class Api:
         said = {"verdict": verdict, "reader": reader} | ({"label": label} if label else {})
         return self.client.post(f"/v1/predictions/{prediction_id}/feedback", json=said)
 
+    def holder(self, role: str, name: str = "") -> httpx.Client:
+        """A client with a new key of its own; the caller closes it."""
+        return self.client_of(keyring.create(self.services.keys, name or role, Role(role), by="a test").key)
+
+    def client_of(self, key: str | None) -> httpx.Client:
+        """A client that sends this key, or none."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30, headers=headers)
+
     def stored(self) -> list[str]:
         return self.services.store.list("InferenceLogs/")
 
 
 @contextlib.contextmanager
 def serving(services: Services, *, model: bool = True) -> Iterator[Api]:
-    """Serve the API on a free port until the end of the block; waits for a model unless told not to."""
+    """Serve the API on a free port until the end of the block; waits for a model unless told not to.
+
+    The key of the settings gets in; where they have none, `KEY`.
+    """
+    key = services.settings.ui_api_key or KEY
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(create_app(services), log_config=None, access_log=False))
+        server = uvicorn.Server(uvicorn.Config(create_app(services, first_key=key), log_config=None, access_log=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            headers = {"Authorization": f"Bearer {key}"}
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, headers=headers) as client:
                 wait(lambda: server.started)
                 if model:
                     wait(lambda: client.get("/v1/model").status_code == 200)
-                yield Api(client, services, port)
+                yield Api(client, services, port, key)
         finally:
             server.should_exit = True
             thread.join()

@@ -18,7 +18,7 @@ from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.schemas import LABELS
 from servers.relay import Relay
-from serving.running import Api, encoded, head, noise, serving, wait
+from serving.running import BEARER, KEY, Api, encoded, head, noise, serving, wait
 
 IN_TIME = 15.0
 
@@ -193,12 +193,13 @@ def own_process(services: Services, prefix: list[str], log: Path) -> Iterator[ht
         "NEUROLOOP_HOME": str(settings.home),
         "NEUROLOOP_DATABASE_URL": settings.database_url,
         "NEUROLOOP_MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
+        "NEUROLOOP_UI_API_KEY": KEY,
     }
     server = [sys.executable, "-m", "uvicorn", "neuroloop.serving.api:app", "--factory", "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen([*prefix, *server], env=environment, stdout=output, stderr=output)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, headers=BEARER) as client:
 
             def ready() -> bool:
                 assert process.poll() is None, log.read_text()

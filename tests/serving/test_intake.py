@@ -37,11 +37,13 @@ def test_an_announced_length_beyond_the_limit_is_refused_before_anything_is_read
     connection.close()
 
 
-def test_an_endless_chunked_body_does_not_stay_connected(api: Api):
+@pytest.mark.parametrize("known", [True, False])
+def test_an_endless_chunked_body_does_not_stay_connected(api: Api, known: bool):
+    key = f"Authorization: Bearer {api.key}\r\n" if known else ""
+    kind = "Content-Type: image/png\r\nTransfer-Encoding: chunked\r\n"
+    start = f"POST /v1/predictions HTTP/1.1\r\nHost: x\r\n{key}{kind}\r\n"
     with socket.create_connection(("127.0.0.1", api.port), timeout=10) as client:
-        client.sendall(
-            b"POST /v1/predictions HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
-        )
+        client.sendall(start.encode())
         with pytest.raises(OSError, match=r"reset|pipe"):
             client.sendall((b"10000\r\n" + bytes(0x10000) + b"\r\n") * 1600)  # 100 MB
 

@@ -57,7 +57,9 @@ def test_openapi_documents_errors_as_what_they_are(api: Api):
     schema = api.client.get("/openapi.json").json()
     assert "research" in schema["info"]["description"].lower()
     predict = schema["paths"]["/v1/predictions"]["post"]
-    assert set(predict["responses"]) == {"201", "400", "408", "410", "413", "415", "422", "503", "507"}
+    assert set(predict["responses"]) == {
+        "201", "400", "401", "403", "408", "410", "413", "415", "422", "429", "503", "507",
+    }  # fmt: skip
     assert "multipart/form-data" in predict["requestBody"]["content"]
     for path in schema["paths"].values():
         for operation in path.values():

@@ -54,11 +54,15 @@ _CLIENT_SETTINGS = {
 class MlflowRegistry:
     """`ports.Registry` on the MLflow server at `uri`. Thread-safe; MLflow is imported at the first call.
 
+    `password` is empty where the server asks for none.
+
     Reads fail with `Unavailable` within seconds of a server being down; writes wait for it for half a minute.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, user: str = "", password: str = "") -> None:
         self._uri = uri
+        # By variables, because MLflow's client has no other way to take them.
+        self._login = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password} if password else {}
         self._opening = threading.Lock()
 
     def open_run(self, run_id: str, *, experiment: str, tags: Mapping[str, str] = {}, parent: str | None = None) -> str:
@@ -198,7 +202,7 @@ class MlflowRegistry:
 
     @cached_property
     def _client(self) -> Any:
-        for name, value in _CLIENT_SETTINGS.items():
+        for name, value in (_CLIENT_SETTINGS | self._login).items():
             os.environ.setdefault(name, value)  # read at each request; what an operator sets stays
         from mlflow import MlflowClient
 

@@ -16,6 +16,7 @@ import psycopg2
 import psycopg2.extras
 from psycopg2 import errors
 
+from neuroloop.core.credentials import ApiKey
 from neuroloop.core.errors import (
     AlreadyExists,
     Erased,
@@ -83,7 +84,9 @@ SELECT json_build_object(
 
 
 class PostgresLog:
-    """`ports.PredictionLog` on PostgreSQL. Thread-safe; one transaction a call; survives a server restart.
+    """`ports.PredictionLog` and `ports.ApiKeys` on PostgreSQL.
+
+    Thread-safe; one transaction a call; survives a server restart.
 
     `url` is `postgresql://user:password@host:port/name`. The schema is brought up to date at the first call, by
     whichever process comes first. At most `connections` are open; a call that finds none free, or a statement that
@@ -287,6 +290,42 @@ class PostgresLog:
             cursor.execute(_MONITORING, {"points": _GATE_SCORES})
             figures = Monitoring.model_validate_json(cursor.fetchone()["json_build_object"])
         return figures.model_copy(update={"feedback": dict.fromkeys(map(str, Verdict), 0) | figures.feedback})
+
+    def record_api_key(self, key: ApiKey) -> None:
+        """Append one key. Raises `AlreadyExists` on a repeated id."""
+        row = key.model_dump() | {"role": key.role.value}
+        try:
+            with self._transaction() as cursor:
+                cursor.execute(
+                    f"INSERT INTO api_keys ({', '.join(row)}) VALUES ({', '.join(f'%({name})s' for name in row)})", row
+                )
+        except errors.UniqueViolation:
+            raise AlreadyExists(f"the key {key.id} is recorded already") from None
+
+    def api_key(self, key_id: str) -> ApiKey | None:
+        """One key, None where there is none of this id."""
+        with self._transaction() as cursor:
+            cursor.execute("SELECT * FROM api_keys WHERE id = %s", (key_id,))
+            row = cursor.fetchone()
+        return None if row is None else ApiKey(**row)
+
+    def api_keys(self) -> list[ApiKey]:
+        """All keys, newest first, those no longer valid included."""
+        with self._transaction() as cursor:
+            cursor.execute("SELECT * FROM api_keys ORDER BY created_at DESC, id")
+            return [ApiKey(**row) for row in cursor.fetchall()]
+
+    def revoke_api_key(self, key_id: str) -> ApiKey:
+        """Make a key worthless; a second time changes nothing. Raises `NotFound`."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = %s RETURNING *",
+                (_lookup(key_id),),
+            )
+            row = cursor.fetchone()
+        if row is None:
+            raise NotFound(f"there is no key {key_id!r}", fix="use an id that `neuroloop keys list` shows")
+        return ApiKey(**row)
 
     def check(self) -> None:
         """Raise `Unavailable` unless the database answers."""

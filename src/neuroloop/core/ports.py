@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from neuroloop.core.credentials import ApiKey
 from neuroloop.core.schemas import (
     Claim,
     Erasure,
@@ -114,6 +115,22 @@ class PredictionLog(Protocol):
 
     def check(self) -> None:
         """Raise `Unavailable` unless the database answers."""
+
+
+class ApiKeys(Protocol):
+    """Who may use the API."""
+
+    def record_api_key(self, key: ApiKey) -> None:
+        """Append one key. Raises `AlreadyExists` on a repeated id."""
+
+    def api_key(self, key_id: str) -> ApiKey | None:
+        """One key, None where there is none of this id."""
+
+    def api_keys(self) -> list[ApiKey]:
+        """All keys, newest first, those no longer valid included."""
+
+    def revoke_api_key(self, key_id: str) -> ApiKey:
+        """Make a key worthless; a second time changes nothing. Raises `NotFound`."""
 
 
 class Registry(Protocol):

@@ -156,6 +156,7 @@ class Prediction(Record):
     refer: bool = Field(default=False, description="Too uncertain to answer: a reader should look")
     refer_reason: str = Field(default="", description="In words; empty when not referred")
     consent: Consent = Field(default="unstated", description="To what the uploader agreed: training, record, unstated")
+    owner: str = Field(default="", description="Who uploaded it: the name of the key or of the person signed in")
 
 
 class Claim(Record):

@@ -3,8 +3,10 @@
 `entrypoint.sh ROLE` ends here; the laptop's supervisor, docker-compose and Kubernetes all start the same roles.
 """
 
+import configparser
 import json
 import os
+import secrets
 import socket
 import sys
 import time
@@ -70,6 +72,7 @@ def _mlflow_argv(settings: Settings) -> list[str]:
         *("--backend-store-uri", _driver(settings.mlflow_database_url)),
         *("--artifacts-destination", f"{settings.store}/mlflow", "--serve-artifacts"),
         *("--allowed-hosts", ",".join(_mlflow_hosts(settings))),
+        *(("--app-name", "basic-auth") if settings.mlflow_password else ()),
     ]
 
 
@@ -185,6 +188,7 @@ def become(name: str) -> None:
         _write_airflow_login(settings)
     if name == "mlflow":
         settings.require("mlflow_database_url")
+        _write_mlflow_login(settings)
     os.environ.update(environment(settings))
     for need in role.needs:
         wait_for(need(settings))
@@ -205,6 +209,31 @@ def _write_airflow_login(settings: Settings) -> None:
     fresh.touch(mode=0o600)
     fresh.write_text(json.dumps({settings.airflow_user: settings.airflow_password}))
     fresh.replace(file)
+
+
+def _write_mlflow_login(settings: Settings) -> None:
+    """MLflow's file of its own login; its users stand in its database."""
+    if not settings.mlflow_password:
+        return
+    config = configparser.RawConfigParser()
+    config["mlflow"] = {
+        "default_permission": "READ",
+        "database_uri": _driver(settings.mlflow_database_url),
+        "admin_username": settings.mlflow_user,
+        "admin_password": settings.mlflow_password,
+        "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+        # A password is checked with PBKDF2, 0.4 s of a core: once a minute, not at each live metric.
+        "auth_cache_ttl_seconds": "60",
+    }
+    file = settings.home / "mlflow-login.ini"
+    fresh = file.with_name(f".{file.name}.{os.getpid()}")
+    fresh.touch(mode=0o600)
+    with fresh.open("w") as stream:
+        config.write(stream)
+    fresh.replace(file)
+    os.environ["MLFLOW_AUTH_CONFIG_PATH"] = str(file)
+    # It signs the form with which MLflow's admin adds users; a new one at each start only spoils an open form.
+    os.environ["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_urlsafe(32)
 
 
 def _driver(url: str) -> str:

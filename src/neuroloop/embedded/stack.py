@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from neuroloop.core.credentials import new_key
 from neuroloop.core.errors import InvalidSetting, NeuroLoopError, Unavailable
 from neuroloop.core.settings import PREFIX, Settings, explicit
 from neuroloop.embedded import postgres
@@ -113,10 +114,10 @@ class Stack:
         s = self.settings
         return "\n".join(
             [
-                f"  frontend  http://127.0.0.1:{s.ui_port}",
-                f"  API       {s.api_url}/docs",
+                f"  frontend  http://127.0.0.1:{s.ui_port}   your own name / {s.ui_password}",
+                f"  API       {s.api_url}/docs   a key: neuroloop keys create NAME --role reader",
                 f"  Airflow   {s.airflow_url}   login {s.airflow_user} / {s.airflow_password}",
-                f"  MLflow    {s.mlflow_tracking_uri}",
+                f"  MLflow    {s.mlflow_tracking_uri}   login {s.mlflow_user} / {s.mlflow_password}",
                 f"  state     {s.home}   logs: make logs   stop: make down",
             ]
         )
@@ -130,8 +131,9 @@ class Stack:
         values: dict[str, str] = {}
         if file.exists():
             values = dict(line.split("=", 1) for line in file.read_text().splitlines() if "=" in line)
-        for name in ("postgres", "airflow", "supervisor"):
+        for name in ("postgres", "airflow", "mlflow", "ui", "supervisor"):
             values.setdefault(f"{PREFIX}{name.upper()}_PASSWORD", secrets.token_urlsafe(12))
+        values.setdefault(f"{PREFIX}UI_API_KEY", new_key())
         values.setdefault(f"{PREFIX}AIRFLOW_JWT_SECRET", secrets.token_urlsafe(32))
         values.setdefault(f"{PREFIX}AIRFLOW_FERNET_KEY", urlsafe_b64encode(secrets.token_bytes(32)).decode())
         ports = self._ports(set_by_user)
@@ -299,12 +301,13 @@ class Stack:
         self.say("the model serves")
 
     def _serving(self) -> bool:
-        return _answers(f"{self.settings.api_url}/v1/model")
+        return _answers(f"{self.settings.api_url}/v1/model", self.settings.ui_api_key)
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, key: str = "") -> bool:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(request, timeout=5) as answer:
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False

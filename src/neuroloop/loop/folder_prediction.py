@@ -107,9 +107,14 @@ class Work:
         return dict(Counter(table["outcome"]))
 
 
-def through_api(url: str, consent: str, *, tries: int = TRIES) -> Ask:
-    """Ask the API at `url`, patiently where it is away for a moment."""
-    client = httpx.Client(base_url=url, timeout=httpx.Timeout(60, connect=3), trust_env=False)
+def through_api(url: str, key: str, consent: str, *, tries: int = TRIES) -> Ask:
+    """Ask the API at `url` with an API key, patiently where it is away for a moment."""
+    client = httpx.Client(
+        base_url=url,
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=httpx.Timeout(60, connect=3),
+        trust_env=False,
+    )
 
     def ask(data: bytes, key: str) -> Row:
         headers = {"Idempotency-Key": key, "X-Consent": consent}

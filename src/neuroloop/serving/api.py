@@ -9,10 +9,11 @@ from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Header, Query, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from neuroloop import __version__, bootstrap
+from neuroloop.core.credentials import Role
 from neuroloop.core.errors import NeuroLoopError, Unavailable
 from neuroloop.core.schemas import (
     RESEARCH_NOTICE,
@@ -25,7 +26,8 @@ from neuroloop.core.schemas import (
     Promotion,
     Verdict,
 )
-from neuroloop.serving import batch, inference, intake, problems, rollback
+from neuroloop.serving import access, batch, headers, inference, intake, keyring, problems, rollback
+from neuroloop.serving.access import caller_of
 from neuroloop.serving.champion import Champion
 from neuroloop.serving.metrics import Metrics
 from neuroloop.serving.request_log import RequestLog
@@ -70,12 +72,14 @@ before it is given, and collects what readers say of it.
 
 **{RESEARCH_NOTICE}** Every answer carries this in the header `X-Research-Use-Only`.
 
+Every call but health and these pages takes an API key (`Authorization: Bearer nl_...`), whose role decides what it may.
+
 Errors are problem documents (RFC 9457): `title`, `detail` (what and why) and `fix`.
 """
 _SANDBOX = {
     # The page holds names that came with the data. They are escaped; should one slip through, nothing of it runs.
-    "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'",
-    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+    "frame-ancestors 'none'",
 }
 _UPLOAD = {
     "required": True,
@@ -92,6 +96,9 @@ _UPLOAD = {
 }
 
 
+_WHO = "Who says so: the holder of the key, nobody else; only the frontend's key may name another"
+
+
 class FeedbackRequest(BaseModel):
     """A reader's verdict; `label` with `correct`, always and only."""
 
@@ -99,7 +106,20 @@ class FeedbackRequest(BaseModel):
 
     verdict: Verdict
     label: Label | None = None
-    reader: Reader = Field(description="Who says so; a second verdict by the same reader replaces the first")
+    reader: Reader | None = Field(
+        default=None,
+        description=f"{_WHO}. A second verdict by the same reader replaces the first",
+    )
+
+
+class KeyRequest(BaseModel):
+    """Who gets a key, and what for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Reader = Field(description="The person or program; verdicts and uploads made with it carry this name")
+    role: Role
+    days: float | None = Field(default=None, gt=0, le=3650, description="It expires after this; null: never")
 
 
 class ChampionRequest(BaseModel):
@@ -107,7 +127,7 @@ class ChampionRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    by: Reader
+    by: Reader | None = Field(default=None, description=_WHO)
     reason: Annotated[Reader, Field(max_length=500)]
 
 
@@ -144,8 +164,11 @@ class _Threads:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def create_app(services: bootstrap.Services) -> FastAPI:
-    """The API on these services; its lifespan watches the registry for the champion."""
+def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
+    """The API on these services; its lifespan watches the registry for the champion.
+
+    `first_key` is an admin's key that gets in beside those of the database; empty: `UI_API_KEY` of the settings.
+    """
     metrics = Metrics()
     champion = Champion(services, metrics)
     service = inference.InferenceService(services, champion, metrics)
@@ -162,8 +185,22 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         for threads in (predicting, asking, probing):
             threads.close()
 
-    app = FastAPI(title="NeuroLoop", version=__version__, description=_DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="NeuroLoop",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,  # below, with headers of its own
+        redoc_url=None,
+    )
     upload_limit = services.settings.max_upload_bytes + intake.ENVELOPE_BYTES
+    door = access.Access(
+        lambda: services.keys,
+        first=first_key or services.settings.ui_api_key,
+        per_minute=services.settings.rate_limit,
+        strangers_per_minute=services.settings.rate_limit_strangers,
+    )
+    app.add_middleware(access.Guard, access=door, routes=lambda: app.routes)
     app.add_middleware(
         intake.BodyLimit,
         limit=lambda path: {
@@ -172,6 +209,7 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         }.get(path, intake.ENVELOPE_BYTES),
     )
     app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(headers.SecurityHeaders)
     problems.install(app)
 
     @app.post(
@@ -188,7 +226,9 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         """Classify one slice. 422 where the gate does not take it for a brain MRI; the problem says why."""
         agreed = intake.consent(consent, services.settings)
         data = await intake.read_image(request)
-        answer = await predicting.run(partial(service.predict, data, consent=agreed, request=key, images=images))
+        owner = caller_of(request).name
+        ask = partial(service.predict, data, owner=owner, consent=agreed, request=key, images=images)
+        answer = await predicting.run(ask)
         request.state.prediction, request.state.version = answer.id, answer.model_version
         if isinstance(answer, inference.Answer):
             return JSONResponse(answer.model_dump(mode="json"), 201, {"Location": f"/v1/predictions/{answer.id}"})
@@ -206,32 +246,36 @@ def create_app(services: bootstrap.Services) -> FastAPI:
     ) -> Any:
         """Classify several slices: one item each in their order, an answer or a problem."""
         agreed = intake.consent(consent, services.settings)
-        files = await batch.read_files(request)
+        files, owner = await batch.read_files(request), caller_of(request).name
 
         async def ask(index: int, data: bytes) -> inference.Answer | inference.Rejection:
             one = f"{key} {index}" if key else ""
-            return await predicting.run(partial(service.predict, data, consent=agreed, request=one, images=images))
+            return await predicting.run(
+                partial(service.predict, data, owner=owner, consent=agreed, request=one, images=images)
+            )
 
         return await batch.answer(files, ask)
 
     @app.get("/v1/predictions/{prediction_id}", tags=["predictions"], responses=problems.responses(404, 410, 503))
-    async def prediction(prediction_id: str) -> inference.RecordedPrediction:
-        """One recorded prediction with its feedback."""
-        return await asking.run(service.prediction, prediction_id)
+    async def prediction(prediction_id: str, request: Request) -> inference.RecordedPrediction:
+        """One recorded prediction with its feedback; an uploader sees their own only."""
+        return await asking.run(service.prediction, prediction_id, caller_of(request).sees_only)
 
     @app.delete("/v1/predictions/{prediction_id}", tags=["predictions"], responses=problems.responses(404, 422, 503))
     async def erase(
+        request: Request,
         response: Response,
         prediction_id: str,
         reason: ErasureReason,
-        by: Annotated[Reader, Query(description="Who asks for it; stands in the mark that stays")],
+        by: Annotated[Reader | None, Query(description=_WHO)] = None,
     ) -> Erasure:
         """Erase a prediction for good: image, corrected copy, row, verdicts, and every future training on it.
 
         What stays is a mark without content. A repeat returns the same mark; 202 where it is not all gone yet and the
         platform finishes by itself.
         """
-        mark = await asking.run(partial(service.erase, prediction_id, reason=reason, by=by))
+        who = caller_of(request).speaks_as(by)
+        mark = await asking.run(partial(service.erase, prediction_id, reason=reason, by=who))
         response.status_code = 200 if mark.finished_at else 202
         return mark
 
@@ -241,18 +285,20 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         response_class=Response,
         responses=problems.responses(404, 410, 503) | {200: {"content": {"image/png": {}}}},
     )
-    async def image(prediction_id: str) -> Response:
+    async def image(prediction_id: str, request: Request) -> Response:
         """The image of one prediction, as the platform read it: grey, without metadata."""
-        return Response(await asking.run(service.image, prediction_id), media_type="image/png")
+        png = await asking.run(service.image, prediction_id, caller_of(request).sees_only)
+        return Response(png, media_type="image/png")
 
     @app.post(
         "/v1/predictions/{prediction_id}/feedback",
         tags=["feedback"],
         responses=problems.responses(404, 410, 413, 422, 503, 507),
     )
-    async def feedback(prediction_id: str, said: FeedbackRequest) -> inference.FeedbackReceipt:
+    async def feedback(prediction_id: str, said: FeedbackRequest, request: Request) -> inference.FeedbackReceipt:
         """Agree with a prediction, correct it, or say that you are not sure or that it shows no brain."""
-        return await asking.run(service.give_feedback, prediction_id, said.verdict, said.label, said.reader)
+        reader = caller_of(request).speaks_as(said.reader)
+        return await asking.run(service.give_feedback, prediction_id, said.verdict, said.label, reader)
 
     @app.get("/v1/model", tags=["models"], responses=problems.responses(503))
     async def model() -> inference.ServedModel:
@@ -291,12 +337,13 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         return await asking.run(service.models)
 
     @app.post("/v1/models/{version}/champion", tags=["models"], responses=problems.responses(404, 409, 413, 422, 503))
-    async def make_champion(version: str, said: ChampionRequest) -> Promotion:
+    async def make_champion(version: str, said: ChampionRequest, request: Request) -> Promotion:
         """Make a registered version the champion, by hand: as a rule to go back to the one before.
 
         It is verified first; every server follows within seconds. The answer is the ledger's new row.
         """
-        move = partial(rollback.make_champion, services, version, by=said.by, reason=said.reason)
+        who = caller_of(request).speaks_as(said.by)
+        move = partial(rollback.make_champion, services, version, by=who, reason=said.reason)
         return await asking.run(move, seconds=CHAMPION_SECONDS)
 
     @app.get("/v1/monitoring", tags=["monitoring"], responses=problems.responses(503))
@@ -309,20 +356,53 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         """What the platform sent, where the local mail sink is used; newest first."""
         return await asking.run(service.mails)
 
+    @app.get("/v1/me", tags=["access"], responses=problems.responses(503))
+    async def me(request: Request) -> access.Caller:
+        """Whose key this is, and what it may."""
+        return caller_of(request)
+
+    @app.get("/v1/keys", tags=["access"], responses=problems.responses(503))
+    async def keys() -> list[keyring.KeyShown]:
+        """All keys, newest first, those no longer valid included."""
+        return await asking.run(lambda: keyring.listed(services.keys))
+
+    @app.post("/v1/keys", status_code=201, tags=["access"], responses=problems.responses(422, 503))
+    async def make_key(asked: KeyRequest, request: Request) -> keyring.KeyMade:
+        """Make a key. The answer shows it this once."""
+        by = caller_of(request).name
+        return await asking.run(lambda: keyring.create(services.keys, asked.name, asked.role, days=asked.days, by=by))
+
+    @app.delete("/v1/keys/{key_id}", tags=["access"], responses=problems.responses(404, 503))
+    async def revoke_key(key_id: str, request: Request) -> keyring.KeyShown:
+        """Make a key worthless: here at once, on other servers within seconds."""
+        by = caller_of(request).name
+        revoked = await asking.run(lambda: keyring.revoke(services.keys, key_id, by=by))
+        door.forget(key_id)
+        return revoked
+
+    @app.get("/docs", include_in_schema=False, response_class=HTMLResponse)
+    async def docs() -> HTMLResponse:
+        """These routes, to read and to try."""
+        return headers.docs_page("NeuroLoop")
+
     @app.get("/health/live", tags=["health"])
     async def live() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "live"}
 
     @app.get("/health/ready", tags=["health"], responses=problems.responses(503))
-    async def ready() -> Ready:
-        """Whether a prediction would be answered: database, store and model, each by name."""
+    async def ready(request: Request) -> Ready:
+        """Whether a prediction would be answered: database, store and model, each by name.
+
+        What is wrong with one is told in words only on the machine itself: the words name hosts and folders.
+        """
+        plainly = access.is_local(request)
 
         async def look(check: Callable[[], object]) -> str:
             try:
                 await probing.run(check, seconds=CHECK_SECONDS)
             except NeuroLoopError as error:
-                return str(error)
+                return str(error) if plainly else "not usable, see the server's log"
             except Exception:
                 _LOG.exception("a readiness check failed unexpectedly")
                 return "unexpected fault, see the server's log"
@@ -347,6 +427,7 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         """Figures for Prometheus."""
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    access.document(app)
     problems.document(app)
     return app
 

@@ -146,7 +146,7 @@ class InferenceService:
         self._services, self._champion, self._metrics = services, champion, metrics
 
     def predict(
-        self, data: bytes, *, consent: Consent = "unstated", request: str = "", images: bool = True
+        self, data: bytes, *, owner: str = "", consent: Consent = "unstated", request: str = "", images: bool = True
     ) -> Answer | Rejection:
         """Classify the bytes of an uploaded image; stored and recorded before it returns.
 
@@ -160,7 +160,8 @@ class InferenceService:
         served = self._champion.require()
         claim, sha256 = None, hashlib.sha256(data).hexdigest()
         if request:
-            request = hashlib.sha256(request.encode()).hexdigest()  # a client may put a name into its key
+            # Hashed, for a client may put a name into its key; with the owner, whose keys are nobody else's business.
+            request = hashlib.sha256(f"{owner}\0{request}".encode()).hexdigest()
             claim = self._services.log.claim(request, str(uuid.uuid4()), f"{sha256} {consent}")
             if claim.answered:
                 return self._again(claim, images)
@@ -196,6 +197,7 @@ class InferenceService:
                 "refer": refer,
                 "refer_reason": _refer_reason(max(probabilities), limit) if refer else "",
                 "consent": consent,
+                "owner": owner,
             }
         )
         explained = label not in (None, NO_TUMOUR)
@@ -229,14 +231,14 @@ class InferenceService:
             prediction_id=prediction.id, verdict=verdict, label=label, corrections_waiting=self._corrections_waiting()
         )
 
-    def prediction(self, prediction_id: str) -> RecordedPrediction:
-        """One row with its feedback. Raises `NotFound`, `Unavailable`."""
-        row = self._prediction(prediction_id)
+    def prediction(self, prediction_id: str, owner: str | None = None) -> RecordedPrediction:
+        """One row with its feedback; with `owner`, only one of theirs. Raises `NotFound`, `Unavailable`."""
+        row = self._prediction(prediction_id, owner)
         return RecordedPrediction(**dict(row), feedback=tuple(self._services.log.feedback(row.id)))
 
-    def image(self, prediction_id: str) -> bytes:
-        """The stored PNG of one prediction. Raises `NotFound`, `Unavailable`."""
-        return self._services.store.get(self._prediction(prediction_id).object_key)
+    def image(self, prediction_id: str, owner: str | None = None) -> bytes:
+        """The stored PNG of one prediction; with `owner`, only of theirs. Raises `NotFound`, `Unavailable`."""
+        return self._services.store.get(self._prediction(prediction_id, owner).object_key)
 
     def model(self) -> ServedModel:
         """The model being served. Raises `Unavailable` before the first one."""
@@ -316,9 +318,13 @@ class InferenceService:
         """The served model. Raises `Unavailable` unless there is one."""
         return self._champion.require()
 
-    def _prediction(self, prediction_id: str) -> Prediction:
+    def _prediction(self, prediction_id: str, owner: str | None = None) -> Prediction:
+        """The row. With `owner`, a row of somebody else is as good as none: not even that it exists is said."""
         _known_form(prediction_id)
-        return self._services.log.prediction(prediction_id)
+        row = self._services.log.prediction(prediction_id)
+        if owner is not None and row.owner != owner:
+            raise NotFound(f"there is no prediction {prediction_id!r}")  # the log's own words
+        return row
 
     def _again(self, claim: Claim, images: bool, *, mine: str = "") -> Answer | Rejection:
         """The recorded answer to a request that came before, or at once on another thread or server.

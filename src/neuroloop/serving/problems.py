@@ -24,6 +24,7 @@ from neuroloop.core.errors import (
 )
 from neuroloop.serving.feedback import InvalidFeedback
 from neuroloop.serving.inference import Rejection
+from neuroloop.serving.keyring import InvalidKey
 from neuroloop.serving.rollback import NotPromotable
 
 MEDIA_TYPE = "application/problem+json"
@@ -50,6 +51,7 @@ _KINDS: tuple[tuple[type[NeuroLoopError], int, str, str], ...] = (  # the first 
     (InvalidFeedback, 422, "invalid-feedback", "The feedback contradicts itself"),
     (NotPromotable, 409, "not-promotable", "The version cannot become the champion"),
     (KeyReused, 422, "idempotency-key-reused", "The Idempotency-Key belongs to another request"),
+    (InvalidKey, 422, "invalid-key", "The key cannot be made"),
     (NotFound, 404, "not-found", "There is no such thing"),
     (Erased, 410, "erased", "This was erased"),
     (OutOfSpace, 507, "out-of-space", "There is no room left to store it"),
@@ -57,6 +59,9 @@ _KINDS: tuple[tuple[type[NeuroLoopError], int, str, str], ...] = (  # the first 
 )
 
 _STATUS_FIXES = {
+    401: "send a valid key as `Authorization: Bearer nl_...`; an operator makes one with `neuroloop keys create`",
+    403: "ask an operator for a key of that role",
+    429: "wait as long as Retry-After says, then go on more slowly",
     404: "see /docs for the paths there are",
     405: "see /docs for the methods of this path",
     408: "send the file again, over a faster connection",

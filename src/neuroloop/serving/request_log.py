@@ -18,7 +18,7 @@ _CLIENT_GONE = 499  # nginx' number for a client that left before its answer
 
 
 class RequestLog:
-    """ASGI middleware, the outermost.
+    """ASGI middleware around all that can fail.
 
     The line names the route's template, never the path itself or a file name: both are the client's words. A fault that
     nothing else caught ends here, as a 500 without details.
@@ -42,7 +42,6 @@ class RequestLog:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 headers["X-Research-Use-Only"] = RESEARCH_NOTICE
-                headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
         try:

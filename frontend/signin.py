@@ -1,0 +1,223 @@
+"""Who is at the browser, and what they may.
+
+Through OIDC where Streamlit's secrets have an `[auth]` section: the provider says who it is, `UI_PEOPLE` what they may.
+Else through a form: with the platform's own password and a name, or with a personal API key, which has both. A session
+lives in this process' memory, so a restart signs everybody out; the browser keeps its random name as a cookie, so that
+reloading a page does not. Passwords and keys never reach the browser's side again.
+"""
+
+import hashlib
+import hmac
+import json
+import math
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import layout
+import streamlit as st
+from api_client import ApiClient, ApiProblem, Identity
+
+from neuroloop.core.credentials import Role, parted, valid_name
+from neuroloop.core.rates import Rate, network
+from neuroloop.core.settings import Settings
+
+COOKIE = "neuroloop_session"
+WRONG_A_MINUTE = 10
+"""Wrong passwords from one address a minute."""
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who signed in."""
+
+    name: str
+    role: Role
+    key: str = ""
+    """Their own key; empty where the API is asked with the frontend's, which names them."""
+
+    def may(self, role: Role) -> bool:
+        """Whether this person may do what `role` may."""
+        return self.role.covers(role)
+
+    def identity(self, frontend_key: str) -> Identity:
+        """What the API gets to know of them."""
+        return Identity(self.key) if self.key else Identity(frontend_key, self.name, self.role)
+
+
+class Sessions:
+    """The people signed in through the form; thread-safe."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, tuple[Person, float]] = {}
+        self._wrong = Rate(WRONG_A_MINUTE)
+        self._lock = threading.Lock()
+
+    def open(self, person: Person, seconds: float) -> str:
+        """Begin a session; its name, which nobody can guess."""
+        token, now = secrets.token_urlsafe(32), time.time()
+        with self._lock:
+            self._open = {name: one for name, one in self._open.items() if one[1] > now}
+            self._open[token] = (person, now + seconds)
+        return token
+
+    def person(self, token: str) -> Person | None:
+        """Whose session it is, None where it is over or never was."""
+        with self._lock:
+            person, until = self._open.get(token, (None, 0.0))
+        return person if until > time.time() else None
+
+    def close(self, token: str) -> None:
+        """End a session at once, also in other tabs."""
+        with self._lock:
+            self._open.pop(token, None)
+
+    def guessed(self, address: str) -> float:
+        """Count a wrong password; the seconds to wait where there were too many."""
+        with self._lock:
+            return self._wrong.spend(address)
+
+    def wait(self, address: str) -> float:
+        """The seconds until this address may try again."""
+        with self._lock:
+            return self._wrong.wait(address)
+
+
+@st.cache_resource(show_spinner=False)
+def sessions() -> Sessions:
+    """The sessions of this server."""
+    return Sessions()
+
+
+def current(settings: Settings) -> Person | None:
+    """Who is signed in, None where nobody is."""
+    if _providers() is not None:
+        return _by_provider(settings)
+    token = _token()
+    person = sessions().person(token)
+    if person is not None:
+        _keep(token, settings.ui_session_hours * 3600)
+    return person
+
+
+def ask(settings: Settings) -> None:
+    """The page that stands in the place of every other until somebody has signed in."""
+    layout.heading("Sign in", "NeuroLoop shows scans and what readers say of them only to people it knows.")
+    place, _ = st.columns([2, 3])
+    with place.container(border=True, key="card-signin"):
+        providers = _providers()
+        if providers is not None:
+            for name, title in providers.items():
+                if st.button(title, type="primary", icon=":material/login:", key=f"signin-{name}"):
+                    st.login(name or None)
+        else:
+            _form(settings)
+
+
+def sign_out() -> None:
+    """End the session, here and in other tabs, and forget all that this one held."""
+    if _providers() is not None:
+        st.session_state.clear()
+        st.logout()
+        st.stop()
+    sessions().close(_token())
+    st.session_state.clear()
+    st.switch_page("views/classify.py")
+
+
+def _form(settings: Settings) -> None:
+    with st.form("signin", border=False):
+        name = st.text_input("Your name", max_chars=100, placeholder="It stands beside your verdicts").strip()
+        secret = st.text_input(
+            "Password",
+            type="password",
+            help="`make up` prints it, and `make status` does again. A personal API key does too; your name is then "
+            "the one it was made for.",
+        ).strip()
+        pressed = st.form_submit_button("Sign in", type="primary", icon=":material/login:")
+    if not pressed:
+        return
+    address = network(st.context.ip_address or "this machine")
+    seconds = sessions().wait(address)
+    if seconds:
+        st.error(f"Too many wrong passwords. Try again in {math.ceil(seconds)} seconds.")
+        return
+    try:
+        person = _by_key(settings, secret) if parted(secret) else _by_password(settings, name, secret)
+    except ApiProblem as fault:
+        layout.problem(fault)
+        return
+    if isinstance(person, str):
+        st.error(person)
+    elif person is None:
+        sessions().guessed(address)
+        st.error("This password or key is not right.")
+    else:
+        st.session_state["session"] = sessions().open(person, settings.ui_session_hours * 3600)
+        st.rerun()
+
+
+def _by_password(settings: Settings, name: str, password: str) -> Person | str | None:
+    """Who knows the platform's password; None where it is wrong, or in words what is missing."""
+    if not settings.ui_password or not settings.ui_api_key:
+        return "There is no password yet: set NEUROLOOP_UI_PASSWORD and NEUROLOOP_UI_API_KEY, or run make up."
+    if not hmac.compare_digest(_digest(password), _digest(settings.ui_password)):
+        return None
+    if not valid_name(name):
+        return "Please enter your name too, so that your verdicts can be told from other readers'."
+    return Person(name, Role.ADMIN)
+
+
+def _by_key(settings: Settings, key: str) -> Person | None:
+    """Whose key it is, as the API knows them; None where it knows nobody. Raises `ApiProblem`."""
+    try:
+        me = ApiClient(settings.api_url).acting_for(Identity(key)).me()
+    except ApiProblem as fault:
+        if fault.status == 401:
+            return None
+        raise
+    return None if me.delegate else Person(me.name, me.role, key)
+
+
+def _by_provider(settings: Settings) -> Person | None:
+    """Whom the OIDC provider vouches for; stops with a page in words where that is nobody of ours."""
+    user = st.user.to_dict()
+    if not user.get("is_logged_in"):
+        return None
+    address = str(user.get("email") or "")
+    if time.time() - float(str(user.get("iat") or 0)) > settings.ui_session_hours * 3600:
+        return None  # signing in again takes a click where the provider still knows them
+    role = settings.role_of(address) if user.get("email_verified", True) else None
+    if role is None or not valid_name(address):
+        layout.heading("No access", "You are signed in, but this platform does not know you.")
+        st.error(layout.plain(f"Ask its operator to add {address or 'your address'} to NEUROLOOP_UI_PEOPLE."))
+        st.button("Sign out", icon=":material/logout:", on_click=st.logout)
+        st.stop()
+    return Person(address, role)
+
+
+def _providers() -> dict[str, str] | None:
+    """OIDC provider -> the words on its button; None where none is configured."""
+    try:
+        auth = st.secrets["auth"]
+    except (KeyError, FileNotFoundError):
+        return None
+    named = {str(name): f"Sign in with {name}" for name, value in auth.items() if isinstance(value, Mapping)}
+    return named or {"": "Sign in"}
+
+
+def _token() -> str:
+    return str(st.session_state.get("session") or st.context.cookies.get(COOKIE) or "")
+
+
+def _keep(token: str, seconds: float) -> None:
+    """Let the browser remember the session's name; a server of Streamlit's cannot set a cookie by itself."""
+    cookie = f"{COOKIE}={token}; Path=/; Max-Age={seconds:.0f}; SameSite=Strict"
+    secure = "(location.protocol === 'https:' ? '; Secure' : '')"
+    st.html(f"<script>document.cookie = {json.dumps(cookie)} + {secure}</script>", unsafe_allow_javascript=True)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

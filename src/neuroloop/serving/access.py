@@ -1,0 +1,307 @@
+"""Who may call what: one rule a route, keys instead of sessions, and a limit on how often.
+
+`RULES` is the whole of it. The check stands in front of the application, before a body is read, and looks the route up
+itself: a route that nobody wrote a rule for takes an admin, it is never open by oversight. Without any key in the
+database nobody gets in.
+"""
+
+import asyncio
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.routing import BaseRoute, Match
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from neuroloop.core.credentials import ApiKey, Role, parted, recorded, valid_name
+from neuroloop.core.errors import AlreadyExists, NeuroLoopError, Unavailable
+from neuroloop.core.ports import ApiKeys
+from neuroloop.core.rates import Rate, network
+from neuroloop.core.schemas import Record
+from neuroloop.serving import problems
+from neuroloop.serving.feedback import InvalidFeedback
+
+OPEN = None
+RULES: dict[str, Role | None] = {
+    "GET /health/live": OPEN,
+    "GET /health/ready": OPEN,
+    "GET /docs": OPEN,
+    "GET /openapi.json": OPEN,
+    "GET /v1/me": Role.UPLOADER,
+    "POST /v1/predictions": Role.UPLOADER,
+    "POST /v1/predictions:batch": Role.UPLOADER,
+    "GET /v1/predictions/{prediction_id}": Role.UPLOADER,
+    "GET /v1/predictions/{prediction_id}/image": Role.UPLOADER,
+    "GET /v1/model": Role.UPLOADER,
+    "GET /v1/model/card": Role.UPLOADER,
+    "POST /v1/predictions/{prediction_id}/feedback": Role.READER,
+    "GET /v1/data/audit": Role.READER,
+    "GET /v1/data/audit.json": Role.READER,
+    "GET /v1/models": Role.READER,
+    "GET /v1/monitoring": Role.READER,
+    "GET /metrics": Role.READER,
+    "DELETE /v1/predictions/{prediction_id}": Role.ADMIN,
+    "POST /v1/models/{version}/champion": Role.ADMIN,
+    "GET /v1/mails": Role.ADMIN,
+    "GET /v1/keys": Role.ADMIN,
+    "POST /v1/keys": Role.ADMIN,
+    "DELETE /v1/keys/{key_id}": Role.ADMIN,
+}
+"""`METHOD /path` -> the least role that may call it; `docs/access.md` says the same in words."""
+LOCAL = frozenset({"GET /metrics"})
+"""Open to this machine too, where no proxy stands between."""
+
+PERSON_HEADER, ROLE_HEADER = "X-NeuroLoop-Person", "X-NeuroLoop-Role"
+"""A key that delegates names with these the person it acts for (percent-encoded UTF-8) and that person's role."""
+FRONTEND = "frontend"
+"""Name of the key that stands in the settings."""
+
+FRESH_SECONDS = 2.0
+"""For so long a key is believed without asking the database: a revocation is heard of within it."""
+STALE_SECONDS = 60.0
+"""For so long a known key still counts while the database is away, where nobody can revoke it either."""
+LOOK_UP_SECONDS = 5.0
+_LOOPBACK = ("127.0.0.1", "::1", "[::1]", "localhost")
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+_LOG = logging.getLogger(__name__)
+
+
+class Caller(Record):
+    """Who makes a request."""
+
+    name: str
+    role: Role
+    key_id: str
+    delegate: bool = False
+    """The key may speak for others, and this request does not say for whom."""
+
+    @property
+    def sees_only(self) -> str | None:
+        """The owner whose predictions are all that this caller may see; None: everybody's."""
+        return None if self.role.covers(Role.READER) else self.name
+
+    def speaks_as(self, named: str | None) -> str:
+        """The person in whose name a verdict or another act counts: the caller, or whom a key that delegates names.
+
+        Raises `HTTPException` 403 where the request names somebody else, `InvalidFeedback` where such a key names
+        nobody.
+        """
+        if self.delegate:
+            if not named:
+                raise InvalidFeedback(
+                    "The request names nobody who says so",
+                    why="this key speaks for others",
+                    fix=f"send the name, or {PERSON_HEADER} and {ROLE_HEADER}",
+                )
+            return named
+        if named and named != self.name:
+            raise HTTPException(403, f"This key is {self.name}'s, the request is in another name; leave that out")
+        return self.name
+
+
+@dataclass
+class _Known:
+    key: ApiKey
+    asked_at: float
+
+
+class Access:
+    """Tells callers by their keys.
+
+    `first` is the key of the settings: recorded at its first use, so that a new database needs no other way in. A key
+    that follows it in the settings takes its place, and the one before is revoked.
+    """
+
+    def __init__(
+        self,
+        keys: Callable[[], ApiKeys],
+        *,
+        first: str = "",
+        per_minute: int = 6000,
+        strangers_per_minute: int = 120,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._keys, self._clock = keys, clock
+        self._first = recorded(first, name=FRONTEND, role=Role.ADMIN, delegates=True) if first else None
+        self._known: dict[str, _Known] = {}
+        self._asking: dict[str, asyncio.Task[ApiKey | None]] = {}
+        self._callers, self._strangers = Rate(per_minute, clock), Rate(strangers_per_minute, clock)
+
+    async def admit(self, request: Request, needed: Role) -> Caller:
+        """Who calls, if they may. Raises `HTTPException` 401, 403 or 429, and `Unavailable`."""
+        key = await self._key(request)
+        caller = _caller(key, request)
+        seconds = self._callers.spend(f"{key.id} {caller.name}" if key.delegates else key.id)
+        if seconds:
+            raise _too_many("with this key", seconds)
+        if not caller.role.covers(needed):
+            raise HTTPException(403, f"This takes the role {needed}; {caller.name} is {caller.role}")
+        return caller
+
+    def forget(self, key_id: str) -> None:
+        """Ask the database about this key at its next use."""
+        self._known.pop(key_id, None)
+
+    async def _key(self, request: Request) -> ApiKey:
+        """The valid key that the request shows."""
+        address = network(request.client.host if request.client else "")
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        parts = parted(token.strip()) if scheme.lower() == "bearer" else None
+        if parts is None:
+            shown = "authorization" in request.headers
+            raise self._refused(address, "What was sent is no key" if shown else "No key was sent")
+        key_id, secret = parts
+        known = self._known.get(key_id)
+        if known is None and (seconds := self._strangers.wait(address)):
+            raise _too_many("without a valid key", seconds)  # an id that nobody has seen is not worth a look-up then
+        key = await self._looked_up(key_id, known)
+        if key is None or not key.matches(secret):
+            raise self._refused(address, "This key is not known")
+        if key.standing() != "valid":
+            raise self._refused(address, f"This key is {key.standing()}")
+        return key
+
+    async def _looked_up(self, key_id: str, known: _Known | None) -> ApiKey | None:
+        """The row of a key, at most `FRESH_SECONDS` old while the database answers; of requests at once, one asks."""
+        if known and self._clock() - known.asked_at < FRESH_SECONDS:
+            return known.key
+        asking = self._asking.get(key_id)
+        if asking is None:
+            asking = asyncio.ensure_future(asyncio.to_thread(self._find, key_id))
+            self._asking[key_id] = asking
+            asking.add_done_callback(lambda _: self._asking.pop(key_id, None))
+        at = self._clock()
+        try:
+            key = await asyncio.wait_for(asyncio.shield(asking), LOOK_UP_SECONDS)
+        except (Unavailable, TimeoutError) as error:
+            if known and at - known.asked_at < STALE_SECONDS:
+                return known.key
+            raise Unavailable(
+                "Keys cannot be checked", why="the database does not answer", fix="try again shortly"
+            ) from error
+        if key is None:
+            self._known.pop(key_id, None)
+        else:
+            self._known[key_id] = _Known(key, at)
+        return key
+
+    def _find(self, key_id: str) -> ApiKey | None:
+        keys, first = self._keys(), self._first
+        found = keys.api_key(key_id)
+        if found is None and first is not None and first.id == key_id:
+            for other in keys.api_keys():
+                if other.name == FRONTEND and other.delegates:
+                    keys.revoke_api_key(other.id)
+            try:
+                keys.record_api_key(first)
+            except AlreadyExists:  # another server was first
+                return keys.api_key(key_id)
+            return first
+        return found
+
+    def _refused(self, address: str, why: str) -> HTTPException:
+        seconds = self._strangers.spend(address)
+        if seconds:
+            return _too_many("without a valid key", seconds)
+        return HTTPException(401, why, {"WWW-Authenticate": 'Bearer realm="neuroloop"'})
+
+
+class Guard:
+    """ASGI middleware that lets a request pass if the rule of its route does; `routes` are the application's."""
+
+    def __init__(self, app: ASGIApp, access: Access, routes: Callable[[], Sequence[BaseRoute]]) -> None:
+        self._app, self._access, self._routes = app, access, routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on with its caller in the state, or answer with a problem.
+
+        A path or method that no route takes passes: the application says that it does not exist.
+        """
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        route = next((route for route in self._routes() if route.matches(scope)[0] is Match.FULL), None)
+        if route is not None:
+            request = Request(scope)
+            rule = _rule(scope["method"], getattr(route, "path", ""))
+            needed = RULES.get(rule, Role.ADMIN)
+            if needed is not OPEN and not (rule in LOCAL and is_local(request)):
+                try:
+                    request.state.caller = await self._access.admit(request, needed)
+                except (HTTPException, NeuroLoopError) as error:
+                    scope["route"] = route  # for the log and the metrics, as if it had been reached
+                    answer = (
+                        problems.from_status(error.status_code, error.detail, dict(error.headers or {}))
+                        if isinstance(error, HTTPException)
+                        else problems.from_error(error)
+                    )
+                    if "transfer-encoding" in request.headers:  # it may have no end, and nobody will read it
+                        answer.headers["Connection"] = "close"
+                    return await answer(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+def caller_of(request: Request) -> Caller:
+    """Who makes this request; only on routes that are not open."""
+    caller: Caller = request.state.caller
+    return caller
+
+
+def is_local(request: Request) -> bool:
+    """Whether the request comes from this machine, by a name of it, and through no proxy that says so.
+
+    The name counts because a web page elsewhere can let its own name point here.
+    """
+    client = request.client.host if request.client else ""
+    named = re.sub(r":\d+$", "", request.headers.get("host", ""))
+    proxied = any(header in request.headers for header in _FORWARDED)
+    return client in _LOOPBACK and named in _LOOPBACK and not proxied
+
+
+def document(app: FastAPI) -> None:
+    """Let OpenAPI say which key each route takes, and how it is refused."""
+    schema = app.openapi()
+    schema["components"].setdefault("securitySchemes", {})["key"] = {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "An API key: `neuroloop keys create NAME --role reader`",
+    }
+    content = {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    refusals = {"401": "No valid key", "403": "The key's role is not enough", "429": "Too many requests"}
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            needed = RULES.get(_rule(method.upper(), path), Role.ADMIN)
+            operation["security"] = [] if needed is OPEN else [{"key": []}]
+            if needed is not OPEN:
+                operation["description"] = f"{operation.get('description', '')}\n\nRole: **{needed}**.".strip()
+                for status, words in refusals.items():
+                    operation["responses"][status] = {"description": words, "content": content}
+
+
+def _rule(method: str, path: str) -> str:
+    return f"{'GET' if method == 'HEAD' else method} {path}"
+
+
+def _caller(key: ApiKey, request: Request) -> Caller:
+    """The key's holder, or the person whom a key that delegates names."""
+    person, role = request.headers.get(PERSON_HEADER), request.headers.get(ROLE_HEADER)
+    if person is None and role is None:
+        return Caller(name=key.name, role=key.role, key_id=key.id, delegate=key.delegates)
+    if not key.delegates:
+        raise HTTPException(403, f"This key may not speak for others; leave out {PERSON_HEADER} and {ROLE_HEADER}")
+    name = unquote(person or "")
+    if not valid_name(name):
+        raise HTTPException(403, f"{PERSON_HEADER} names nobody")
+    if role not in list(Role):
+        raise HTTPException(403, f"{ROLE_HEADER} is none of {', '.join(Role)}")
+    return Caller(name=name, role=key.role.lowered(Role(role)), key_id=key.id)
+
+
+def _too_many(how: str, seconds: float) -> HTTPException:
+    return HTTPException(429, f"Too many requests {how}", {"Retry-After": str(math.ceil(seconds))})

@@ -1,0 +1,85 @@
+"""MLflow behind its login, as `make up` and compose start it, and the registry in front of it."""
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from conftest import stop, wait_until
+from neuroloop.bootstrap import Services
+from neuroloop.core.settings import Settings
+from serving.running import write_bundle
+
+pytestmark = pytest.mark.e2e  # a whole MLflow on an empty PostgreSQL takes a minute
+WHO = ("admin", "a password of this test")
+
+
+@pytest.fixture
+def locked(postgres_url: str, free_port, tmp_path) -> Iterator[Settings]:
+    """The role `mlflow` in a process of its own, with a login."""
+    port = free_port()
+    settings = Settings(
+        home=tmp_path / "home",
+        mlflow_port=port,
+        mlflow_tracking_uri=f"http://127.0.0.1:{port}",
+        mlflow_database_url=postgres_url,
+        mlflow_password=WHO[1],
+    )
+    given = {
+        "NEUROLOOP_HOME": str(settings.home),
+        "NEUROLOOP_ENV_FILE": str(tmp_path / "none"),
+        "NEUROLOOP_MLFLOW_PORT": str(port),
+        "NEUROLOOP_MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
+        "NEUROLOOP_MLFLOW_DATABASE_URL": postgres_url,
+        "NEUROLOOP_MLFLOW_PASSWORD": WHO[1],
+    }
+    settings.home.mkdir()
+    log = tmp_path / "mlflow.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "neuroloop.cli", "role", "mlflow"],
+            env=os.environ | given,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+    def healthy() -> bool:
+        try:
+            return httpx.get(f"{settings.mlflow_tracking_uri}/health", trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    wait_until(healthy, process, log, seconds=240)
+    yield settings
+    stop(process)
+
+
+def test_nothing_but_health_is_open_and_the_registry_works_with_the_login(locked: Settings, monkeypatch, tmp_path):
+    with httpx.Client(base_url=locked.mlflow_tracking_uri, trust_env=False) as stranger:
+        for path in (
+            "/",
+            "/api/2.0/mlflow/experiments/search?max_results=1",
+            "/ajax-api/2.0/mlflow/experiments/search?max_results=1",
+            "/api/2.0/mlflow-artifacts/artifacts",
+            "/graphql",
+            "/signup",
+            "/version",
+        ):
+            assert stranger.get(path).status_code == 401, path
+            assert stranger.get(path, auth=(WHO[0], "wrong")).status_code == 401, path
+    for name in ("USERNAME", "PASSWORD"):  # put back afterwards what the registry sets
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}")
+    registry = Services(locked).registry
+    run = registry.open_run(str(uuid.uuid4()), experiment="locked")
+    version = registry.register(run, write_bundle(tmp_path / "bundle"), tags={})
+    registry.set_alias("champion", version.version)
+    assert registry.by_alias("champion") == registry.versions()[0]
+    assert (registry.download_bundle(version.version, tmp_path / "down") / "bundle.json").is_file()
+    assert "a password of this test" not in (tmp_path / "mlflow.log").read_text()
+    assert (locked.home / "mlflow-login.ini").stat().st_mode & 0o777 == 0o600

@@ -1,0 +1,221 @@
+"""Who gets in, what they see, and how they leave."""
+
+import time
+
+import pytest
+import signin
+from streamlit.testing.v1 import AppTest
+
+from frontend.conftest import FRONTEND, PASSWORD, sign_in
+from frontend.reading import labels, words
+from frontend.test_classify import consent, press, upload
+from neuroloop.core.credentials import Role, new_key
+from neuroloop.serving import keyring
+from serving.running import KEY, encoded, head
+
+
+@pytest.fixture
+def door(open_page, live_api) -> AppTest:
+    """The app before anybody has signed in."""
+    return open_page("classify", live_api, name=None)
+
+
+def shut(app: AppTest) -> bool:
+    return "Sign in" in labels(app) and not app.file_uploader
+
+
+def pages(app: AppTest) -> set[str]:
+    """Which of the pages open for whoever is signed in."""
+    seen = set()
+    for view in ("classify", "monitoring", "data", "models", "mail", "about"):
+        try:
+            app.switch_page(f"views/{view}.py")
+        except ValueError:  # the navigation does not have this page
+            continue
+        app.run()
+        assert not app.exception
+        seen.add(app.title[0].value)
+    return seen
+
+
+def personal(live_api, role: str, name: str = "Berta") -> str:
+    return keyring.create(live_api.services.keys, name, Role(role), by="a test").key
+
+
+def test_before_signing_in_there_is_nothing_but_the_form_and_the_notice(door, live_api):
+    before = live_api.services.log.monitoring().predictions
+    assert shut(door)
+    assert "Not a medical device" in words(door)
+    assert len(door.title) == 1
+    for view in ("monitoring", "mail", "models"):
+        door.switch_page(f"views/{view}.py").run()
+        assert shut(door)
+        assert not door.metric
+    assert live_api.services.log.monitoring().predictions == before
+
+
+@pytest.mark.parametrize("secret", ["", "wrong", PASSWORD[:-1], new_key(), KEY])
+def test_a_wrong_password_or_key_does_not_open(open_page, live_api, secret):
+    app = open_page("classify", live_api, secret=secret)
+    assert shut(app)
+    assert app.error[0].value == "This password or key is not right."
+
+
+def test_the_password_alone_does_not_say_who_it_is(open_page, live_api):
+    app = open_page("classify", live_api, name="  ")
+    assert shut(app)
+    assert "enter your name" in app.error[0].value
+
+
+def test_with_the_password_one_is_an_admin_under_the_name_one_gave(open_page, live_api):
+    app = consent(open_page("classify", live_api, name="Ann"))
+    upload(app, encoded(head("glioma")))
+    press(app, "Agree")
+    row = live_api.services.log.feedback(app.session_state["outcome"].answer.id)
+    assert [one.reader for one in row] == ["Ann"]
+    assert "Mail" in pages(app)
+
+
+def test_without_a_password_in_the_settings_nobody_gets_in_and_the_page_says_what_to_do(
+    open_page, live_api, monkeypatch
+):
+    app = open_page("classify", live_api, name=None)
+    monkeypatch.setenv("NEUROLOOP_UI_PASSWORD", "")
+    for secret in ("", PASSWORD):
+        sign_in(app, "Ann", secret)
+        assert shut(app)
+        assert "NEUROLOOP_UI_PASSWORD" in app.error[0].value
+
+
+@pytest.mark.parametrize(
+    ("role", "more"),
+    [
+        ("uploader", set()),
+        ("reader", {"Monitoring", "Data", "Models"}),
+        ("admin", {"Monitoring", "Data", "Models", "Mail"}),
+    ],
+)
+def test_with_a_personal_key_one_sees_the_pages_of_its_role(open_page, live_api, role, more):
+    app = open_page("classify", live_api, name="", secret=personal(live_api, role))
+    assert pages(app) == {"Classify a scan", "About NeuroLoop", *more}
+
+
+def test_an_uploader_gets_an_answer_and_no_buttons_to_judge_it(open_page, live_api):
+    app = consent(open_page("classify", live_api, name="", secret=personal(live_api, "uploader")))
+    upload(app, encoded(head("glioma")))
+    assert "the model sees a glioma" in words(app)
+    assert not {"Agree", "Not sure", "Not a brain MRI", "Send correction"} & {button.label for button in app.button}
+
+
+def test_a_verdict_with_a_personal_key_counts_in_the_name_of_its_holder(open_page, live_api):
+    app = consent(open_page("classify", live_api, name="Somebody else", secret=personal(live_api, "reader")))
+    upload(app, encoded(head("glioma")))
+    press(app, "Agree")
+    row = live_api.services.log.feedback(app.session_state["outcome"].answer.id)
+    assert [one.reader for one in row] == ["Berta"]
+
+
+def test_signing_out_closes_the_app_and_forgets_the_scan(open_page, live_api):
+    app = consent(open_page("classify", live_api))
+    upload(app, encoded(head("glioma")))
+    token = app.session_state["session"]
+    app.run()
+    leave(app)
+    assert shut(app)
+    assert "outcome" not in app.session_state
+    assert signin.sessions().person(token) is None
+    sign_in(app, "Berta", PASSWORD)
+    assert "the model sees" not in words(app)
+
+
+def leave(app: AppTest) -> None:
+    """Follow the link Sign out."""
+    from streamlit.util import calc_hash
+
+    app._page_hash = calc_hash("sign-out")
+    app.run()
+
+
+def test_a_session_ends_by_itself(open_page, live_api, monkeypatch):
+    monkeypatch.setenv("NEUROLOOP_UI_SESSION_HOURS", str(3 / 3600))
+    app = open_page("classify", live_api)
+    assert not shut(app)
+    time.sleep(3.1)
+    assert shut(app.run())
+
+
+def test_whoever_guesses_has_to_wait_and_others_do_not():
+    sessions = signin.Sessions()
+    for _ in range(signin.WRONG_A_MINUTE):
+        assert not sessions.wait("203.0.113.9")
+        assert not sessions.guessed("203.0.113.9")
+    assert sessions.wait("203.0.113.9") > 0
+    assert sessions.guessed("203.0.113.9") > 0
+    assert not sessions.wait("203.0.113.10")
+
+
+def test_a_session_is_found_by_its_name_only_until_it_is_closed():
+    sessions, ann = signin.Sessions(), signin.Person("Ann", Role.READER)
+    token = sessions.open(ann, 60)
+    assert sessions.person(token) == ann
+    assert sessions.person("") is sessions.person(token[:-1]) is None
+    assert sessions.person(sessions.open(ann, -1)) is None
+    sessions.close(token)
+    assert sessions.person(token) is None
+
+
+# --- OIDC ---------------------------------------------------------------------------------------
+
+
+def vouched(live_api, monkeypatch, tmp_path, **user) -> AppTest:
+    """The app where Streamlit has an identity provider, which says this of the person at the browser."""
+    monkeypatch.setenv("NEUROLOOP_HOME", str(tmp_path))
+    monkeypatch.setenv("NEUROLOOP_ENV_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("NEUROLOOP_API_URL", f"http://127.0.0.1:{live_api.port}")
+    monkeypatch.setenv("NEUROLOOP_UI_API_KEY", KEY)
+    monkeypatch.setenv("NEUROLOOP_UI_PASSWORD", PASSWORD)
+    monkeypatch.setenv("NEUROLOOP_UI_PEOPLE", "boss@example.org=admin, *@example.org=reader, guest@other.org=uploader")
+    app = AppTest.from_file(str(FRONTEND / "app.py"), default_timeout=90)
+    app.secrets["auth"] = {"client_id": "neuroloop", "cookie_secret": "of a test"}
+    app.user = user
+    return app.run()
+
+
+def signed(email: str, **more) -> dict:
+    return {"is_logged_in": True, "email": email, "iat": int(time.time())} | more
+
+
+def test_with_a_provider_there_is_its_button_and_no_password(live_api, monkeypatch, tmp_path):
+    app = vouched(live_api, monkeypatch, tmp_path, is_logged_in=False)
+    assert shut(app)
+    assert not app.text_input
+
+
+@pytest.mark.parametrize(("email", "more"), [("boss@example.org", 4), ("Ann@Example.org", 3), ("guest@other.org", 0)])
+def test_whom_the_provider_vouches_for_has_the_role_of_the_settings(live_api, monkeypatch, tmp_path, email, more):
+    app = vouched(live_api, monkeypatch, tmp_path, **signed(email))
+    everything = ("Monitoring", "Data", "Models", "Mail")
+    assert pages(app) == {"Classify a scan", "About NeuroLoop", *everything[:more]}
+
+
+def test_their_verdicts_count_in_the_name_the_provider_gives(live_api, monkeypatch, tmp_path):
+    app = consent(vouched(live_api, monkeypatch, tmp_path, **signed("ann@example.org")))
+    upload(app, encoded(head("glioma")))
+    press(app, "Agree")
+    row = live_api.services.log.feedback(app.session_state["outcome"].answer.id)
+    assert [one.reader for one in row] == ["ann@example.org"]
+
+
+@pytest.mark.parametrize(
+    "user",
+    [signed("eve@evil.example"), signed("ann@example.org", email_verified=False), {"is_logged_in": True, "iat": 9**12}],
+)
+def test_whom_the_settings_do_not_name_has_no_access(live_api, monkeypatch, tmp_path, user):
+    app = vouched(live_api, monkeypatch, tmp_path, **user)
+    assert "does not know you" in words(app)
+    assert labels(app) == ["Sign out"]
+
+
+def test_an_old_sign_in_at_the_provider_does_not_last(live_api, monkeypatch, tmp_path):
+    user = signed("ann@example.org", iat=int(time.time()) - 13 * 3600)
+    assert shut(vouched(live_api, monkeypatch, tmp_path, **user))

@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from neuroloop import __version__, bootstrap
 from neuroloop.core.errors import NeuroLoopError, Unavailable
 from neuroloop.core.schemas import RESEARCH_NOTICE, Label, Mail, Monitoring, Verdict
+from neuroloop.imaging.decode import FORMATS
 from neuroloop.serving import inference, intake, problems
 from neuroloop.serving.champion import Champion
 from neuroloop.serving.metrics import Metrics
@@ -30,6 +31,10 @@ _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 Reader = Annotated[
     str, StringConstraints(strip_whitespace=True, min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")
+]
+Frame = Annotated[
+    int | None,
+    Query(ge=1, le=2**31 - 1, description="Frame, slice or page to read, from 1; the middle one where none is named"),
 ]
 
 _DESCRIPTION = f"""
@@ -52,10 +57,12 @@ _UPLOAD = {
             "schema": {
                 "type": "object",
                 "required": ["file"],
-                "properties": {"file": {"type": "string", "format": "binary", "description": "JPEG or PNG"}},
+                "properties": {"file": {"type": "string", "format": "binary", "description": ", ".join(FORMATS)}},
             }
         },
         "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "application/dicom": {"schema": {"type": "string", "format": "binary"}},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
     },
 }
 
@@ -116,8 +123,10 @@ def create_app(services: bootstrap.Services) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         champion.start()
+        service.decoder.warm()
         yield
         await asyncio.to_thread(champion.stop)
+        await asyncio.to_thread(service.decoder.close)
         for threads in (predicting, asking, probing):
             threads.close()
 
@@ -138,10 +147,10 @@ def create_app(services: bootstrap.Services) -> FastAPI:
         responses=problems.responses(400, 408, 413, 415, 422, 503),
         response_model=inference.Answer,
     )
-    async def predict(request: Request) -> Any:
+    async def predict(request: Request, frame: Frame = None) -> Any:
         """Classify one slice. 422 where the gate does not take it for a brain MRI; the problem says why."""
         data = await intake.read_image(request)
-        answer = await predicting.run(service.predict, data)
+        answer = await predicting.run(service.predict, data, frame)
         request.state.prediction, request.state.version = answer.id, answer.model_version
         if isinstance(answer, inference.Answer):
             return JSONResponse(answer.model_dump(mode="json"), 201, {"Location": f"/v1/predictions/{answer.id}"})
@@ -154,6 +163,8 @@ def create_app(services: bootstrap.Services) -> FastAPI:
             id=answer.id,
             gate=answer.gate.model_dump(mode="json"),
             model_version=answer.model_version,
+            frames=answer.frames,
+            frame=answer.frame,
         )
 
     @app.get("/v1/predictions/{prediction_id}", tags=["predictions"], responses=problems.responses(404, 503))

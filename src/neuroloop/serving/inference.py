@@ -37,10 +37,11 @@ from neuroloop.core.schemas import (
 )
 from neuroloop.data.corrections import unused
 from neuroloop.imaging.canonical import Box, canonicalize, head_box, place
-from neuroloop.imaging.decode import decode, encode_png
+from neuroloop.imaging.decode import Decoded, encode_png, objection
 from neuroloop.model.card import Card, as_markdown
 from neuroloop.serving import feedback as verdicts
 from neuroloop.serving.champion import Champion, Served
+from neuroloop.serving.decoding import Decoder
 from neuroloop.serving.metrics import Metrics
 
 SHOWN_SIDE = 512  # pixels of the longer side of the images in an answer
@@ -73,6 +74,8 @@ class Answer(Record):
         "shown that a reader could take for a finding"
     )
     image: str = Field(description=f"The upload as the platform read it, at most {SHOWN_SIDE} px a side")
+    frames: int = Field(description="How many frames, slices or pages the upload has")
+    frame: int = Field(description="Which of them this is, from 1")
     notice: str = RESEARCH_NOTICE
 
 
@@ -82,6 +85,8 @@ class Rejection(Record):
     id: str
     gate: GateResult
     model_version: str
+    frames: int = Field(description="How many frames, slices or pages the upload has")
+    frame: int = Field(description="Which of them this is, from 1")
 
 
 class RecordedPrediction(Prediction):
@@ -134,20 +139,23 @@ class InferenceService:
 
     def __init__(self, services: Services, champion: Champion, metrics: Metrics) -> None:
         self._services, self._champion, self._metrics = services, champion, metrics
+        self.decoder = Decoder.of(services.settings)
 
-    def predict(self, data: bytes) -> Answer | Rejection:
-        """Classify the bytes of an uploaded image; stored and recorded before it returns.
+    def predict(self, data: bytes, frame: int | None = None) -> Answer | Rejection:
+        """Classify the bytes of an uploaded image, or the one of its frames that is named, counted from 1.
 
-        What is stored is a PNG made of the decoded pixels, so metadata, names in it included, ends here. Raises
-        `InvalidImage` (nothing is stored) and `Unavailable` (no model, store or database; nothing is recorded).
+        Stored and recorded before it returns. What is stored is a PNG made of the decoded pixels, so metadata, names in
+        it included, ends here. Raises `InvalidImage` (nothing is stored) and `Unavailable` (no model, store or
+        database; nothing is recorded).
         """
-        pixels = decode(data, max_bytes=self._services.settings.max_upload_bytes)
+        read = self.decoder.read(data, frame)
+        pixels = read.pixels
         started = time.perf_counter()
         served = self._champion.require()
         bundle = served.bundle
         canonical = canonicalize(pixels, bundle.image_size)
         outputs = bundle.predict(canonical[None])
-        gate = bundle.gate.judge(outputs.features[0], canonical)
+        gate = _declared(bundle.gate.judge(outputs.features[0], canonical), objection(read.modality, read.body_part))
         prediction_id = str(uuid.uuid4())
         index = int(outputs.probabilities[0].argmax())
         label = LABELS[index] if gate.accepted else None
@@ -179,9 +187,10 @@ class InferenceService:
         )
         self._record(prediction)
         if label is None:
-            return Rejection(id=prediction_id, gate=gate, model_version=prediction.model_version)
+            version = prediction.model_version
+            return Rejection(id=prediction_id, gate=gate, model_version=version, frames=read.frames, frame=read.frame)
         heat = None if label == NO_TUMOUR else bundle.heat(outputs.cam[0], index)
-        return _answer(prediction, pixels, heat)
+        return _answer(prediction, read, heat)
 
     def give_feedback(self, prediction_id: str, verdict: Verdict, label: Label | None, reader: str) -> FeedbackReceipt:
         """Record a reader's verdict (see `serving.feedback`). Raises `NotFound`, `InvalidFeedback`, `Unavailable`."""
@@ -311,8 +320,14 @@ class InferenceService:
         return len(unused(store.list(keys.CORRECTIONS), (store.get(key) for key in store.list(keys.BATCHES))))
 
 
-def _answer(prediction: Prediction, pixels: NDArray[np.uint8], heat: NDArray[np.float32] | None) -> Answer:
+def _declared(gate: GateResult, objection: str) -> GateResult:
+    """The gate's judgement, or a rejection where the image's own header objects: that is certain, so its score is 0."""
+    return gate.model_copy(update={"accepted": False, "score": 0.0, "reason": objection}) if objection else gate
+
+
+def _answer(prediction: Prediction, read: Decoded, heat: NDArray[np.float32] | None) -> Answer:
     """The answer, its images reduced to `SHOWN_SIDE`; the heat map is placed in that size, which is what is seen."""
+    pixels = read.pixels
     scale = min(1.0, SHOWN_SIDE / max(pixels.shape))
     height, width = (max(1, round(side * scale)) for side in pixels.shape)
     shown = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX)) if scale < 1 else pixels
@@ -327,6 +342,8 @@ def _answer(prediction: Prediction, pixels: NDArray[np.uint8], heat: NDArray[np.
         tumour=prediction.label != NO_TUMOUR,
         heatmap=None if overlay is None else _base64(overlay),
         image=_base64(shown),
+        frames=read.frames,
+        frame=read.frame,
     )
 
 

@@ -51,7 +51,7 @@ _STATUS_FIXES = {
     404: "see /docs for the paths there are",
     405: "see /docs for the methods of this path",
     408: "send the file again, over a faster connection",
-    413: "upload a single slice as JPEG or PNG",
+    413: "upload a single slice, such as a JPEG or PNG",
     415: "send multipart/form-data with a field named file, or the image itself as image/png or image/jpeg",
 }
 

@@ -1,6 +1,7 @@
 """DICOM, by pydicom with GDCM, Pillow and OpenJPEG for compressed pixels."""
 
 import io
+import logging
 import struct
 import warnings
 import zlib
@@ -72,8 +73,9 @@ def read(data: bytes, frame: int | None, limits: Limits) -> Frame:
     data = _inflated(data, limits)
     if _depth(data, limits.depth) > limits.depth:
         raise damaged(f"its sequences are nested deeper than {limits.depth} levels")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they quote values
+    with warnings.catch_warnings():  # warnings, and the lines that are logged with them, quote values
+        warnings.simplefilter("ignore")
+        logging.getLogger("pydicom").setLevel(logging.CRITICAL)
         try:
             header = pydicom.dcmread(io.BytesIO(data), specific_tags=list(READ))
             return _frame(header, frame, limits)

@@ -1,6 +1,7 @@
 """Pictures of everyday formats, by Pillow."""
 
 import io
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,8 @@ from neuroloop.core.errors import ImageTooLarge, InvalidImage, UnsupportedImage
 from neuroloop.imaging.decode.bounds import Limits, check_size, choose, damaged
 from neuroloop.imaging.decode.foreign import jpeg_end
 from neuroloop.imaging.decode.greys import eight_bits
+
+logging.getLogger("PIL").setLevel(logging.INFO)  # below, it quotes the metadata of what it reads
 
 _SIGNATURES = (  # kind, where its signature stands, the signature
     ("JPEG", 0, b"\xff\xd8\xff"),

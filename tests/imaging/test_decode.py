@@ -244,3 +244,12 @@ def test_what_may_cost_more_than_its_size_says_is_not_plain():
     assert passes != scans
     assert not is_plain(passes)
     assert not any(is_plain(data) for data in (b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\xff\xd8" * 50))
+
+
+def test_what_only_begins_like_a_png_is_not_plain():
+    from imaging.files import axial, dicom, nifti
+
+    for other in (dicom(picture(64, 64)), nifti(axial(picture(64, 64)))):
+        start = encode_png(picture(64, 64))[:100]
+        assert is_plain(start + bytes(100))
+        assert not is_plain(start + other[100:])

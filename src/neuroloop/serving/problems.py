@@ -48,6 +48,7 @@ _KINDS: tuple[tuple[type[NeuroLoopError], int, str, str], ...] = (  # the first 
 )
 
 _STATUS_FIXES = {
+    400: "send multipart/form-data with a field named file, under a short name, or the image itself",
     404: "see /docs for the paths there are",
     405: "see /docs for the methods of this path",
     408: "send the file again, over a faster connection",

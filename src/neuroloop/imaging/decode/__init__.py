@@ -14,7 +14,6 @@ from neuroloop.imaging.decode import declared, dicom, foreign, nifti, raster
 from neuroloop.imaging.decode.bounds import SMALLEST_SIDE, Limits, check_bytes, check_size
 from neuroloop.imaging.decode.declared import objection
 from neuroloop.imaging.decode.greys import encode_png
-from neuroloop.imaging.decode.raster import is_plain
 
 __all__ = [
     "FORMATS",
@@ -80,6 +79,11 @@ def read(data: bytes, *, frame: int | None = None, limits: Limits = _USUAL) -> D
             why="reading it takes more than is set aside for one image",
             fix="upload a single slice as JPEG or PNG",
         ) from None
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether `read` would take this for a picture of little cost, see `raster.is_plain`."""
+    return raster.is_plain(data) and not dicom.is_dicom(data) and not nifti.is_nifti(data)
 
 
 def _read(data: bytes, frame: int | None, limits: Limits) -> Decoded:

@@ -23,9 +23,12 @@ class ApiProblem(Exception):
         status: int = 0,
         gate: GateResult | None = None,
         prediction_id: str = "",
+        frames: int = 1,
+        frame: int = 1,
     ) -> None:
         self.title, self.detail, self.fix = title, detail, fix
         self.status, self.gate, self.prediction_id = status, gate, prediction_id
+        self.frames, self.frame = frames, frame
         super().__init__(title)
 
     @property
@@ -59,6 +62,8 @@ class Answer(_Answer):
     prediction_sets: dict[str, tuple[str, ...]] = {}
     refer: bool = False
     refer_reason: str = ""
+    frames: int = 1
+    frame: int = 1
 
 
 class Receipt(_Answer):
@@ -104,9 +109,14 @@ class ApiClient:
         # trust_env=False: a proxy meant for the internet must not stand between two parts of one platform.
         self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(read_seconds, connect=3.0), trust_env=False)
 
-    def predict(self, data: bytes, media_type: str) -> Answer:
-        """Classify one image. The reader's file name stays here: it may name a patient."""
-        return self._read(Answer, self._send("POST", "/v1/predictions", files={"file": ("upload", data, media_type)}))
+    def predict(self, data: bytes, media_type: str, frame: int | None = None) -> Answer:
+        """Classify one image, or the named frame of it. The reader's file name stays here: it may name a patient."""
+        files, chosen = {"file": ("upload", data, media_type)}, {} if frame is None else {"frame": frame}
+        return self._read(Answer, self._send("POST", "/v1/predictions", files=files, params=chosen))
+
+    def image(self, prediction_id: str) -> bytes:
+        """The image of a prediction as the platform read it: a grey PNG."""
+        return self._respond("GET", f"/v1/predictions/{prediction_id}/image").content
 
     def feedback(self, prediction_id: str, verdict: Verdict, reader: str, label: str | None = None) -> Receipt:
         """Record a reader's verdict; a later one by the same reader replaces it."""
@@ -209,4 +219,10 @@ def _problem(response: httpx.Response) -> ApiProblem:
         status=response.status_code,
         gate=gate,
         prediction_id=str(body.get("id") or ""),
+        frames=_number(body.get("frames")),
+        frame=_number(body.get("frame")),
     )
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) and value > 0 else 1

@@ -213,6 +213,12 @@ def test_too_many_pixels_are_refused_before_decoding():
         decode(encode_png(picture()), max_pixels=2_000)
 
 
+@pytest.mark.parametrize("size", [(32, 1_200_000), (9_000, 40)])
+def test_a_strip_that_would_be_padded_to_a_huge_square_is_refused_by_its_header(size):
+    with pytest.raises(ImageTooLarge, match=r"no side may have more than 8,944"):
+        decode(encoded(Image.new("L", size), "PNG"))
+
+
 @pytest.mark.parametrize("side", [10_000, 60_000])
 def test_a_decompression_bomb_is_refused_by_its_header(side):
     def chunk(kind, body):

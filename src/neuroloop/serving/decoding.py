@@ -27,7 +27,7 @@ from neuroloop.serving import decode_worker
 
 START_SECONDS = 30.0
 """Longest wait for the worker to have imported its readers; some 1.5 s on a free core."""
-QUEUE_SECONDS = 5.0
+QUEUE_SECONDS = 10.0
 """Longest wait for a free place; then it is a 503."""
 _WARM_AFTER_SECONDS = 3.0  # after a start: until then the model's load has the cores
 _GRACE_SECONDS = 0.3  # beyond the time limit, which the worker keeps by itself

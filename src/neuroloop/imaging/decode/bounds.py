@@ -1,5 +1,6 @@
 """What may be read at all: the limits, and the checks that come before the work."""
 
+import math
 import zlib
 from typing import NamedTuple
 
@@ -23,6 +24,11 @@ class Limits(NamedTuple):
     depth: int = 16
     """Of sequences within sequences in DICOM; an enhanced MR image has 4."""
 
+    @property
+    def longest_side(self) -> int:
+        """Pixels. The canonical form pads to a square, which may so have at most some twice the pixels."""
+        return max(2 * SMALLEST_SIDE, math.isqrt(2 * self.pixels))
+
 
 def check_bytes(data: bytes, limits: Limits) -> None:
     """Raise `InvalidImage` where there are none, `ImageTooLarge` where there are too many."""
@@ -43,6 +49,12 @@ def check_size(width: int, height: int, limits: Limits) -> None:
             "The image has too many pixels",
             why=f"{width} x {height} px are more than {limits.pixels:,}",
             fix="upload a smaller image",
+        )
+    if max(width, height) > limits.longest_side:
+        raise ImageTooLarge(
+            "The image is too long",
+            why=f"it has {width} x {height} px, no side may have more than {limits.longest_side:,}",
+            fix="upload one slice, not a strip of them",
         )
     if min(width, height) < SMALLEST_SIDE:
         raise InvalidImage(

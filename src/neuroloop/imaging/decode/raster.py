@@ -28,8 +28,8 @@ _SIGNATURES = (  # kind, where its signature stands, the signature
 FORMATS = tuple(dict.fromkeys(kind for kind, _, _ in _SIGNATURES))
 """Formats that Pillow may try. Others (PostScript, fonts, vector formats, ...) only widen the attack surface."""
 
-PLAIN_BYTES, PLAIN_PIXELS = 2_000_000, 4_000_000
-"""Up to these, a plain picture (see `is_plain`) is decoded in some 0.1 s and 50 MB, whatever its bytes are."""
+PLAIN_BYTES, PLAIN_PIXELS = 2_000_000, 2_000_000
+"""Up to these, a plain picture (see `is_plain`) costs at most some 0.1 s and 50 MB, whatever its bytes are."""
 
 _ORIENTATION_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 0x0112, 0x0106, 0
 _UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {

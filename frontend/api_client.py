@@ -27,9 +27,12 @@ class ApiProblem(Exception):
         status: int = 0,
         gate: GateResult | None = None,
         prediction_id: str = "",
+        frames: int = 1,
+        frame: int = 1,
     ) -> None:
         self.title, self.detail, self.fix = title, detail, fix
         self.status, self.gate, self.prediction_id = status, gate, prediction_id
+        self.frames, self.frame = frames, frame
         super().__init__(title)
 
     @property
@@ -63,6 +66,8 @@ class Answer(_Answer):
     prediction_sets: dict[str, tuple[str, ...]] = {}
     refer: bool = False
     refer_reason: str = ""
+    frames: int = 1
+    frame: int = 1
 
 
 class Receipt(_Answer):
@@ -142,18 +147,25 @@ class ApiClient:
         acting._headers = identity.headers()
         return acting
 
+    def image(self, prediction_id: str) -> bytes:
+        """The image of a prediction as the platform read it: a grey PNG."""
+        return self._respond("GET", f"/v1/predictions/{prediction_id}/image").content
+
     def me(self) -> Me:
         """Whom the API takes us for."""
         return self._read(Me, self._send("GET", "/v1/me"))
 
-    def predict(self, data: bytes, media_type: str, *, key: str = "", consent: str = "unstated") -> Answer:
-        """Classify one image; with `key`, a repeat gets the same answer and no second record.
+    def predict(
+        self, data: bytes, media_type: str, *, frame: int | None = None, key: str = "", consent: str = "unstated"
+    ) -> Answer:
+        """Classify one image, or the named frame of it; with `key`, a repeat gets the same answer and no second record.
 
         The reader's file name stays here: it may name a patient.
         """
         headers = {"X-Consent": consent} | ({"Idempotency-Key": key} if key else {})
-        files = {"file": ("upload", data, media_type)}
-        return self._read(Answer, self._send("POST", "/v1/predictions", files=files, headers=headers))
+        files, chosen = {"file": ("upload", data, media_type)}, {} if frame is None else {"frame": frame}
+        answer = self._send("POST", "/v1/predictions", files=files, params=chosen, headers=headers)
+        return self._read(Answer, answer)
 
     def feedback(self, prediction_id: str, verdict: Verdict, label: str | None = None) -> Receipt:
         """Record the verdict of whoever this client acts for; a later one of theirs replaces it."""
@@ -263,4 +275,10 @@ def _problem(response: httpx.Response) -> ApiProblem:
         status=response.status_code,
         gate=gate,
         prediction_id=str(body.get("id") or ""),
+        frames=_number(body.get("frames")),
+        frame=_number(body.get("frame")),
     )
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) and value > 0 else 1

@@ -11,12 +11,16 @@ from api_client import Answer, ApiProblem
 
 @dataclass(frozen=True)
 class Upload:
-    """A chosen scan. `simulated` says in words what a sample shows; it is empty for a reader's own file."""
+    """A chosen scan. `simulated` says in words what a sample shows; it is empty for a reader's own file.
+
+    `frame` is the slice of it that a reader chose, from 1; None leaves the choice to the platform.
+    """
 
     data: bytes
     name: str
     media_type: str
     simulated: str = ""
+    frame: int | None = None
     choice: str = field(default_factory=lambda: uuid4().hex)
 
     @property

@@ -269,6 +269,7 @@ def live_api(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres
             mlflow_tracking_uri=mlflow_uri,
             notify_url=f"smtp://127.0.0.1:{mail_port}",
             refresh_seconds=0.2,
+            decode_seconds=10,
         )
     )
     sink = start_sink(services.store, "127.0.0.1", mail_port)

@@ -1,6 +1,8 @@
 """Classify: choose a scan, read the result with its explanation, tell the platform whether it is right."""
 
+import dataclasses
 import html
+from uuid import uuid4
 
 import altair as alt
 import heatmap
@@ -15,6 +17,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 from neuroloop.core.credentials import Role
 from neuroloop.core.schemas import LABELS, Verdict
+from neuroloop.imaging.decode import FORMATS
 
 CONSENT = (
     "I understand that this is for research only and not for diagnosis, that the scan I choose is stored and may be "
@@ -56,7 +59,9 @@ def input_panel() -> tuple[bool, DeltaGenerator]:
         )
         st.subheader("2. Choose a scan", anchor=False)
         st.file_uploader(
-            "Upload one slice of a brain MRI (JPEG or PNG)",
+            "Upload one slice of a brain MRI, or a series or volume of them",
+            help=f"Read are {', '.join(FORMATS[:-1])} and {FORMATS[-1]} (.nii, .nii.gz). Of several slices the middle "
+            "one is read first; then you can choose another. Only pixels are kept, never names or dates.",
             key=uploader_key(),
             on_change=take_upload,
             disabled=not consent,
@@ -96,7 +101,7 @@ def welcome(consent: bool) -> None:
         return
     steps = (
         ("Tick the notice", "Nothing leaves your browser before."),
-        ("Choose a scan", "One slice, as JPEG or PNG, or one of the simulated samples."),
+        ("Choose a scan", "A picture, a DICOM or NIfTI file, or one of the simulated samples."),
         ("Read the result", "Class, calibrated probability, and where the model looked."),
         ("Say whether it is right", "Corrections are what the model learns from next."),
     )
@@ -121,12 +126,33 @@ def classify(upload: Upload) -> Outcome:
         with st.spinner("Reading the scan"):
             try:
                 # The consent is the ticked notice's; the key makes "try again" a repeat, never a second record.
-                answer = layout.api().predict(upload.data, upload.media_type, key=upload.key, consent="training")
+                answer = layout.api().predict(
+                    upload.data, upload.media_type, frame=upload.frame, key=upload.key, consent="training"
+                )
                 outcome = Outcome(upload.key, answer=answer)
             except ApiProblem as fault:
                 outcome = Outcome(upload.key, problem=fault)
         st.session_state["outcome"] = outcome
     return outcome
+
+
+def choose_frame(frames: int, frame: int) -> None:
+    """Lets the reader look at another slice of a file that has several; each look is a prediction of its own."""
+    if frames < 2:
+        return
+    left, right = st.columns([3, 2], gap="small", vertical_alignment="bottom")
+    with left:
+        st.number_input(
+            f"Slice, of {frames:,}", 1, frames, frame, key="frame", help="Type a number, or step through the slices."
+        )
+    right.button("Show this slice", key="take-frame", on_click=take_frame, width="stretch")
+
+
+def take_frame() -> None:
+    """Another slice of the same file is now the choice."""
+    upload = current_upload(st.session_state)
+    if upload is not None:
+        choose(st.session_state, dataclasses.replace(upload, frame=int(st.session_state["frame"]), choice=uuid4().hex))
 
 
 def facts(*pairs: tuple[str, str]) -> str:
@@ -184,6 +210,7 @@ def show_answer(upload: Upload, answer: Answer) -> None:
             unsafe_allow_html=True,
         )
         prediction_sets(answer)
+        choose_frame(answer.frames, answer.frame)
         if upload.simulated or answer.simulated_model:
             with st.container(horizontal=True, gap="small"):
                 if upload.simulated:
@@ -314,9 +341,10 @@ def show_problem(upload: Upload, fault: ApiProblem) -> None:
         )
         picture, words = st.columns([2, 3], gap="medium")
         with picture.container(key="picture-refused"):
-            st.image(upload.data, width="stretch")
+            show_refused(fault.prediction_id)
         with words:
             st.markdown(layout.plain(layout.as_sentence(fault.gate.reason or fault.detail)))
+            choose_frame(fault.frames, fault.frame)
             st.markdown(
                 "The model knows only slices of a brain MRI. For anything else its answer would mean nothing, so it "
                 "gives none.\n\n**What you can do**\n\n"
@@ -326,6 +354,14 @@ def show_problem(upload: Upload, fault: ApiProblem) -> None:
             )
     if fault.prediction_id:
         show_feedback(fault.prediction_id, None)
+
+
+def show_refused(prediction_id: str) -> None:
+    """The refused image as the platform read it: what a reader chose may be no picture that a browser knows."""
+    try:
+        st.image(heatmap.grey(layout.api().image(prediction_id)), width="stretch")
+    except ApiProblem:
+        st.caption("The picture cannot be shown for now.")
 
 
 def forget_outcome() -> None:

@@ -1,9 +1,11 @@
 """The Classify page against a real API."""
 
+import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from frontend.reading import labels, words
+from imaging.files import axial, dicom, nifti
 from neuroloop.imaging import phantom
 from serving.running import encoded, head, noise
 
@@ -110,6 +112,44 @@ def test_a_prediction_set_of_any_size_can_be_read(classes, expected):
     from layout import set_line
 
     assert set_line("0.90", classes).startswith(f"**90 % set:** {expected}")
+
+
+def test_of_a_file_with_several_slices_the_reader_chooses_another_one(page, live_api):
+    series = dicom(np.stack([head(label) for label in ("glioma", "meningioma", "pituitary")]))
+    before = predictions(live_api)
+    upload(page, series, "IM-0001-0001")
+    assert "the model sees a meningioma" in words(page)
+    slice_number = page.number_input(key="frame")
+    assert (slice_number.label, slice_number.value) == ("Slice, of 3", 2)
+
+    slice_number.set_value(3).run()
+    assert predictions(live_api) == before + 1  # nothing is asked while the reader still types
+    press(page, "Show this slice")
+    assert "the model sees a pituitary" in words(page)
+    assert page.number_input(key="frame").value == 3
+    assert predictions(live_api) == before + 2
+
+    upload(page, encoded(head("glioma")), "one.png")
+    assert not page.number_input
+
+
+@pytest.mark.parametrize("kind", ["dicom", "nifti"])
+def test_a_refused_scan_is_shown_as_the_platform_read_it_and_another_slice_can_be_chosen(page, kind):
+    frames = [noise(), head("glioma", height=200, width=200)]
+    series = (
+        dicom(np.stack(frames)) if kind == "dicom" else nifti(np.concatenate([axial(one) for one in frames], axis=2))
+    )
+    upload(page, series, "series")
+    assert "This does not look like a brain MRI" in words(page)
+    assert page.get("image")
+    page.number_input(key="frame").set_value(2).run()
+    press(page, "Show this slice")
+    assert "the model sees a glioma" in words(page)
+
+
+def test_a_scan_whose_header_says_ct_is_refused_with_that_reason(page):
+    upload(page, dicom(head("glioma"), Modality="CT"), "series")
+    assert "modality CT, not MR" in words(page)
 
 
 def test_without_a_tumour_words_stand_where_the_heat_map_would_be(page):

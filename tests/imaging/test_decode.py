@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from neuroloop.core.errors import ImageTooLarge, InvalidImage, UnsupportedImage
-from neuroloop.imaging.decode import decode, encode_png
+from neuroloop.imaging.decode import Limits, decode, encode_png, is_plain, read
 
 
 def picture(height=40, width=60):
@@ -37,7 +37,7 @@ def test_a_colour_png_can_be_encoded():
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(colour)))), colour)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "BMP", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "BMP", "WEBP", "TIFF"])
 def test_other_formats_are_read_as_grey(kind):
     flat = Image.new("RGB", (50, 40), (120, 120, 120))
     pixels = decode(encoded(flat, kind))
@@ -63,22 +63,91 @@ def test_a_palette_image_shows_its_colours_not_its_indices():
     assert decode(encoded(palette, "PNG"))[0, 0] == 200
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("bits", [8, 12, 16])
-def test_deep_pixels_keep_their_greys_whatever_bits_are_in_use(bits):
+def test_deep_pixels_keep_their_greys_whatever_bits_are_in_use(bits, kind):
     ramp = np.linspace(0, 2**bits - 1, 64 * 64).astype(np.uint16).reshape(64, 64)
-    pixels = decode(encoded(Image.fromarray(ramp), "PNG"))
-    assert np.array_equal(pixels, ramp >> (bits - 8))
+    pixels = decode(encoded(Image.fromarray(ramp), kind))
+    assert np.abs(pixels.astype(int) - (ramp >> (bits - 8))).max() <= 1
 
 
+def test_one_hot_pixel_does_not_darken_a_deep_image():
+    deep = np.full((64, 64), 300, np.uint16)
+    deep[:, 32:] = 600
+    deep[0, 0] = 60_000
+    pixels = decode(encoded(Image.fromarray(deep), "PNG"))
+    assert (pixels[10, 10], pixels[10, 50], pixels[0, 0]) == (128, 255, 255)
+
+
+def test_values_below_zero_and_fractions_are_spread_over_the_greys():
+    ramp = np.linspace(-700.5, 900.5, 64 * 64).reshape(64, 64)
+    for values in (ramp.astype(np.float32), ramp.astype(np.int32)):
+        pixels = decode(encoded(Image.fromarray(values), "TIFF"))
+        assert np.abs(pixels - (ramp + 700.5) / 1601 * 255).max() <= 2
+
+
+def test_what_is_not_a_number_becomes_black():
+    values = np.tile(np.linspace(5, 10, 64, dtype=np.float32), (64, 1))
+    values[:8] = np.nan
+    pixels = decode(encoded(Image.fromarray(values), "TIFF"))
+    assert pixels[:8].max() == 0
+    assert (pixels[20, 0], pixels[20, -1]) == (0, 255)
+
+
+def test_colour_of_16_bits_keeps_its_upper_eight():
+    import cv2
+
+    deep = np.full((40, 40, 3), 0x8040, np.uint16)
+    for kind in (".png", ".tiff"):
+        assert decode(cv2.imencode(kind, deep)[1].tobytes())[0, 0] == 0x80
+
+
+def test_cmyk_becomes_the_grey_of_its_colour():
+    for kind in ("JPEG", "TIFF"):
+        ink = Image.new("CMYK", (40, 40), (0, 0, 0, 155))
+        assert abs(int(decode(encoded(ink, kind))[0, 0]) - 100) <= 2
+
+
+def test_a_tiff_whose_white_is_zero_is_turned_over():
+    deep = np.full((40, 40), 1000, np.uint16)
+    deep[:20] = 3000
+    pixels = decode(encoded(Image.fromarray(deep), "TIFF", tiffinfo={262: 0}))
+    assert pixels[0, 0] < pixels[-1, 0]
+
+
+def test_of_the_pages_of_a_tiff_the_middle_or_the_chosen_one_is_read():
+    pages = [Image.new("L", (40, 40), grey) for grey in (10, 20, 30, 40)]
+    data = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    middle = read(data)
+    assert (middle.frames, middle.frame, middle.pixels[0, 0]) == (4, 2, 20)
+    assert [read(data, frame=n).pixels[0, 0] for n in (1, 2, 3, 4)] == [10, 20, 30, 40]
+    for wrong in (0, 5, -1, 2**40):
+        with pytest.raises(InvalidImage, match="frames 1 to 4"):
+            read(data, frame=wrong)
+    with pytest.raises(ImageTooLarge, match="at most 3"):
+        read(data, limits=Limits(frames=3))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_of_a_moving_picture_the_first_one_is_read(kind):
+    frames = [Image.new("L", (40, 40), grey) for grey in (10, 200)]
+    data = encoded(
+        frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+    )
+    found = read(data)
+    assert (found.frames, int(found.pixels[0, 0])) == (1, 10)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_honoured(orientation):
+def test_exif_orientation_is_honoured(orientation, kind):
     from PIL import ImageOps
 
     blocks = np.kron(np.array([[0, 80, 160], [240, 120, 40]], dtype=np.uint8), np.ones((32, 32), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(Image.fromarray(blocks), "PNG", exif=exif)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    data = encoded(Image.fromarray(blocks), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("L"))
     assert np.array_equal(decode(data), expected)
 
 
@@ -91,11 +160,11 @@ def test_broken_exif_does_not_lose_a_sound_image():
     "data", [b"hello", b"%PDF-1.4 ...", b"<svg/>", bytes(1000)], ids=["text", "pdf", "svg", "zeros"]
 )
 def test_bytes_that_are_no_image_are_refused_as_unsupported(data):
-    with pytest.raises(UnsupportedImage, match=r"JPEG, PNG.*upload"):
+    with pytest.raises(UnsupportedImage, match=r"JPEG, PNG.*DICOM or NIfTI.*upload"):
         decode(data)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PPM"])
+@pytest.mark.parametrize("kind", ["GIF", "PPM", "ICO"])
 def test_formats_that_are_not_on_the_list_are_refused(kind):
     with pytest.raises(UnsupportedImage):
         decode(encoded(Image.fromarray(picture()), kind))
@@ -106,7 +175,7 @@ def test_an_empty_file_is_refused():
         decode(b"")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "TIFF"])
 def test_an_image_that_was_cut_off_is_refused(kind):
     data = encoded(Image.fromarray(picture(200, 200)).convert("RGB"), kind)
     with pytest.raises(InvalidImage, match=r"damaged or cut off|no image"):
@@ -144,6 +213,12 @@ def test_too_many_pixels_are_refused_before_decoding():
         decode(encode_png(picture()), max_pixels=2_000)
 
 
+@pytest.mark.parametrize("size", [(32, 1_200_000), (9_000, 40)])
+def test_a_strip_that_would_be_padded_to_a_huge_square_is_refused_by_its_header(size):
+    with pytest.raises(ImageTooLarge, match=r"no side may have more than 8,944"):
+        decode(encoded(Image.new("L", size), "PNG"))
+
+
 @pytest.mark.parametrize("side", [10_000, 60_000])
 def test_a_decompression_bomb_is_refused_by_its_header(side):
     def chunk(kind, body):
@@ -153,3 +228,34 @@ def test_a_decompression_bomb_is_refused_by_its_header(side):
     bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     with pytest.raises(ImageTooLarge, match="pixels"):
         decode(bomb)
+
+
+def test_small_pngs_and_jpegs_of_one_pass_are_plain():
+    pixels = picture(64, 64)
+    assert is_plain(encode_png(pixels))
+    for colour in (Image.fromarray(pixels), Image.fromarray(pixels).convert("RGB"), Image.new("CMYK", (64, 64))):
+        assert is_plain(encoded(colour, "JPEG"))
+
+
+def test_what_may_cost_more_than_its_size_says_is_not_plain():
+    small, wide = Image.fromarray(picture(64, 64)), Image.new("L", (3000, 1500))
+    assert not is_plain(encoded(small, "JPEG", progressive=True))
+    assert not is_plain(encoded(wide, "PNG"))
+    assert not is_plain(encoded(wide, "JPEG"))
+    assert not is_plain(encode_png(picture(64, 64)) + bytes(2_000_000))
+    for kind in ("TIFF", "WEBP", "BMP"):
+        assert not is_plain(encoded(small, kind))
+    scans = encoded(small.convert("RGB"), "JPEG")
+    passes = scans.replace(b"\xff\xda\x00\x0c\x03", b"\xff\xda\x00\x0c\x01")  # one colour a pass
+    assert passes != scans
+    assert not is_plain(passes)
+    assert not any(is_plain(data) for data in (b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\xff\xd8" * 50))
+
+
+def test_what_only_begins_like_a_png_is_not_plain():
+    from imaging.files import axial, dicom, nifti
+
+    for other in (dicom(picture(64, 64)), nifti(axial(picture(64, 64)))):
+        start = encode_png(picture(64, 64))[:100]
+        assert is_plain(start + bytes(100))
+        assert not is_plain(start + other[100:])

@@ -22,6 +22,7 @@ def services(tmp_path: Path, postgres_url: str, mlflow_uri: str) -> Services:
             notify_url="smtp://127.0.0.1:9",
             refresh_seconds=0.2,
             max_upload_mb=1,
+            decode_seconds=10,  # a busy machine is no reason to refuse an image
         )
     )
 
@@ -74,6 +75,7 @@ def api(tmp_path_factory, postgres_server, mlflow_uri, standard) -> Iterator[Api
         mlflow_tracking_uri=mlflow_uri,
         refresh_seconds=0.2,
         max_upload_mb=1,
+        decode_seconds=10,
     )
     with serving(Services(settings)) as running:
         yield running

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import onnx
+import psycopg2
 import uvicorn
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -167,8 +168,8 @@ class Api:
     def predict(self, pixels: np.ndarray) -> httpx.Response:
         return self.upload(encoded(pixels))
 
-    def upload(self, data: bytes) -> httpx.Response:
-        return self.client.post("/v1/predictions", files={"file": ("scan.png", data)})
+    def upload(self, data: bytes, name: str = "scan.png", **query: int) -> httpx.Response:
+        return self.client.post("/v1/predictions", files={"file": (name, data)}, params=query)
 
     def feedback(
         self, prediction_id: str, verdict: str, label: str | None = None, reader: str = "ann"
@@ -187,6 +188,20 @@ class Api:
 
     def stored(self) -> list[str]:
         return self.services.store.list("InferenceLogs/")
+
+    def rows(self) -> list[str]:
+        """Every row of every table of the database, as text."""
+        with contextlib.closing(psycopg2.connect(self.services.settings.database_url)) as connection:
+            cursor = connection.cursor()
+            cursor.execute(
+                "SELECT quote_ident(table_schema) || '.' || quote_ident(table_name) FROM information_schema.tables "
+                "WHERE table_schema NOT IN ('pg_catalog', 'information_schema') AND table_type = 'BASE TABLE'"
+            )
+            rows = []
+            for (table,) in cursor.fetchall():
+                cursor.execute(f"SELECT t::text FROM {table} t")
+                rows += [text for (text,) in cursor.fetchall()]
+            return rows
 
 
 @contextlib.contextmanager

@@ -134,6 +134,21 @@ class Settings(BaseSettings):
     )
     housekeeping_schedule: str = Field("17 * * * *", description="Cron schedule of housekeeping")
     max_upload_mb: Annotated[float, Field(gt=0, le=500)] = Field(20.0, description="Largest accepted upload, megabytes")
+    max_megapixels: Annotated[float, Field(gt=0, le=150)] = Field(
+        40.0, description="Largest image that is decoded, million pixels"
+    )
+    max_frames: Annotated[int, Field(ge=1)] = Field(2000, description="Most frames, slices or pages of a file")
+    max_unpacked_mb: Annotated[float, Field(gt=0)] = Field(
+        300.0, description="Largest volume, or unpacked .nii.gz, megabytes"
+    )
+    max_dicom_depth: Annotated[int, Field(ge=1, le=100)] = Field(
+        16, description="Deepest nesting of sequences in a DICOM file"
+    )
+    decode_seconds: Annotated[float, Field(gt=0, le=10)] = Field(1.5, description="Longest decoding of one upload")
+    decode_memory_mb: Annotated[float, Field(ge=100)] = Field(1000.0, description="Memory for decoding one upload, MB")
+    decode_workers: Annotated[int, Field(ge=1, le=16)] = Field(
+        2, description="Uploads decoded at a time outside the API's own process"
+    )
 
     @field_validator("home")
     @classmethod

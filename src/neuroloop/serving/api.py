@@ -26,6 +26,7 @@ from neuroloop.core.schemas import (
     Promotion,
     Verdict,
 )
+from neuroloop.imaging.decode import FORMATS
 from neuroloop.serving import access, batch, headers, inference, intake, keyring, problems, rollback
 from neuroloop.serving.access import caller_of
 from neuroloop.serving.champion import Champion
@@ -65,6 +66,10 @@ StatedConsent = Annotated[
     ),
 ]
 ShownImages = Annotated[bool, Query(description="Whether the answer holds the image and the heat map")]
+Frame = Annotated[
+    int | None,
+    Query(ge=1, le=2**31 - 1, description="Frame, slice or page to read, from 1; the middle one where none is named"),
+]
 
 _DESCRIPTION = f"""
 Classifies slices of brain MRI into glioma, meningioma, no tumour and pituitary tumour, explains, records every answer
@@ -88,10 +93,12 @@ _UPLOAD = {
             "schema": {
                 "type": "object",
                 "required": ["file"],
-                "properties": {"file": {"type": "string", "format": "binary", "description": "JPEG or PNG"}},
+                "properties": {"file": {"type": "string", "format": "binary", "description": ", ".join(FORMATS)}},
             }
         },
         "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "application/dicom": {"schema": {"type": "string", "format": "binary"}},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
     },
 }
 
@@ -180,8 +187,10 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         champion.start()
+        service.decoder.warm()
         yield
         await asyncio.to_thread(champion.stop)
+        await asyncio.to_thread(service.decoder.close)
         for threads in (predicting, asking, probing):
             threads.close()
 
@@ -221,13 +230,17 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         response_model=inference.Answer,
     )
     async def predict(
-        request: Request, key: IdempotencyKey = "", consent: StatedConsent = None, images: ShownImages = True
+        request: Request,
+        frame: Frame = None,
+        key: IdempotencyKey = "",
+        consent: StatedConsent = None,
+        images: ShownImages = True,
     ) -> Any:
         """Classify one slice. 422 where the gate does not take it for a brain MRI; the problem says why."""
         agreed = intake.consent(consent, services.settings)
         data = await intake.read_image(request)
         owner = caller_of(request).name
-        ask = partial(service.predict, data, owner=owner, consent=agreed, request=key, images=images)
+        ask = partial(service.predict, data, frame=frame, owner=owner, consent=agreed, request=key, images=images)
         answer = await predicting.run(ask)
         request.state.prediction, request.state.version = answer.id, answer.model_version
         if isinstance(answer, inference.Answer):

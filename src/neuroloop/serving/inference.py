@@ -42,13 +42,14 @@ from neuroloop.core.schemas import (
 )
 from neuroloop.data.corrections import unused
 from neuroloop.imaging.canonical import Box, canonicalize, head_box, place
-from neuroloop.imaging.decode import decode, encode_png
+from neuroloop.imaging.decode import Decoded, encode_png, objection
 from neuroloop.model.bundle import Bundle
 from neuroloop.model.card import Card, as_markdown
 from neuroloop.model.explanation import heat_map
 from neuroloop.records import erasure
 from neuroloop.serving import feedback as verdicts
 from neuroloop.serving.champion import Champion, Served
+from neuroloop.serving.decoding import Decoder
 from neuroloop.serving.metrics import Metrics
 
 SHOWN_SIDE = 512  # pixels of the longer side of the images in an answer
@@ -83,6 +84,8 @@ class Answer(Record):
     image: str | None = Field(
         description=f"The upload as the platform read it, at most {SHOWN_SIDE} px a side; null with `images=false`"
     )
+    frames: int = Field(description="How many frames, slices or pages the upload has")
+    frame: int = Field(description="Which of them this is, from 1")
     notice: str = RESEARCH_NOTICE
 
 
@@ -92,6 +95,8 @@ class Rejection(Record):
     id: str
     gate: GateResult
     model_version: str
+    frames: int = Field(description="How many frames, slices or pages the upload has")
+    frame: int = Field(description="Which of them this is, from 1")
 
 
 class RecordedPrediction(Prediction):
@@ -144,31 +149,41 @@ class InferenceService:
 
     def __init__(self, services: Services, champion: Champion, metrics: Metrics) -> None:
         self._services, self._champion, self._metrics = services, champion, metrics
+        self.decoder = Decoder.of(services.settings)
 
     def predict(
-        self, data: bytes, *, owner: str = "", consent: Consent = "unstated", request: str = "", images: bool = True
+        self,
+        data: bytes,
+        *,
+        frame: int | None = None,
+        owner: str = "",
+        consent: Consent = "unstated",
+        request: str = "",
+        images: bool = True,
     ) -> Answer | Rejection:
-        """Classify the bytes of an uploaded image; stored and recorded before it returns.
+        """Classify the bytes of an uploaded image, or the one of its frames that is named, counted from 1.
 
-        What is stored is a PNG made of the decoded pixels, so metadata, names in it included, ends here. `request` is
-        the client's idempotency key: however often and wherever it comes, also at once and after a crash, there is one
-        prediction and one answer to it. Raises `InvalidImage` (nothing is stored), `KeyReused`, `Erased` and
-        `Unavailable` (no model, store or database; what was done is not answered, and a retry ends it).
+        Stored and recorded before it returns. What is stored is a PNG made of the decoded pixels, so metadata, names in
+        it included, ends here. `request` is the client's idempotency key: however often and wherever it comes, also at
+        once and after a crash, there is one prediction and one answer to it. Raises `InvalidImage` (nothing is stored),
+        `KeyReused`, `Erased` and `Unavailable` (no model, store or database; what was done is not answered, and a retry
+        ends it).
         """
-        pixels = decode(data, max_bytes=self._services.settings.max_upload_bytes)
+        read = self.decoder.read(data, frame)
+        pixels = read.pixels
         started = time.perf_counter()
         served = self._champion.require()
         claim, sha256 = None, hashlib.sha256(data).hexdigest()
         if request:
             # Hashed, for a client may put a name into its key; with the owner, whose keys are nobody else's business.
             request = hashlib.sha256(f"{owner}\0{request}".encode()).hexdigest()
-            claim = self._services.log.claim(request, str(uuid.uuid4()), f"{sha256} {consent}")
+            claim = self._services.log.claim(request, str(uuid.uuid4()), f"{sha256} {read.frame} {consent}")
             if claim.answered:
-                return self._again(claim, images)
+                return self._again(claim, read, images)
         bundle = served.bundle
         canonical = canonicalize(pixels, bundle.image_size)
         outputs = bundle.predict(canonical[None])
-        gate = bundle.gate.judge(outputs.features[0], canonical)
+        gate = _declared(bundle.gate.judge(outputs.features[0], canonical), objection(read.modality, read.body_part))
         prediction_id = claim.prediction_id if claim else str(uuid.uuid4())
         index = int(outputs.probabilities[0].argmax())
         label = LABELS[index] if gate.accepted else None
@@ -207,12 +222,11 @@ class InferenceService:
         except AlreadyExists:
             if claim is None:
                 raise
-            return self._again(claim, images, mine=key)
+            return self._again(claim, read, images, mine=key)
         if label is None:
-            return Rejection(id=prediction_id, gate=gate, model_version=prediction.model_version)
-        if not images:
-            return _answer(prediction)
-        return _answer(prediction, pixels, bundle.heat(outputs.cam[0], index) if explained else None)
+            return _rejection(prediction, read)
+        heat = bundle.heat(outputs.cam[0], index) if explained and images else None
+        return _answer(prediction, read, heat, images=images)
 
     def erase(self, prediction_id: str, *, reason: ErasureReason, by: str) -> Erasure:
         """Erase a prediction, see `records.erasure`. Raises `NotFound`, `Unavailable`."""
@@ -326,10 +340,11 @@ class InferenceService:
             raise NotFound(f"there is no prediction {prediction_id!r}")  # the log's own words
         return row
 
-    def _again(self, claim: Claim, images: bool, *, mine: str = "") -> Answer | Rejection:
+    def _again(self, claim: Claim, read: Decoded, images: bool, *, mine: str = "") -> Answer | Rejection:
         """The recorded answer to a request that came before, or at once on another thread or server.
 
-        `mine` is the key of an object that this request has stored: it goes unless it is the recorded one.
+        `read` is what was uploaded, then as now. `mine` is the key of an object that this request has stored: it goes
+        unless it is the recorded one.
         """
         log, store = self._services.log, self._services.store
         try:
@@ -343,12 +358,10 @@ class InferenceService:
         if mine and mine != prediction.object_key:  # the model changed in between, and with it the class
             store.delete(mine)
         if prediction.label is None:
-            return Rejection(id=prediction.id, gate=prediction.gate, model_version=prediction.model_version)
-        if not images:
-            return _answer(prediction)
+            return _rejection(prediction, read)
         if mine:  # what the other request left to draw the heat map from
             claim = log.claimed(claim.prediction_id)
-        return _answer(prediction, decode(store.get(prediction.object_key)), _heat(claim.explanation, prediction.label))
+        return _answer(prediction, read, _heat(claim.explanation, prediction.label) if images else None, images=images)
 
     def _record(self, prediction: Prediction, request: str, explanation: dict[str, object] | None) -> None:
         """Write the row of a stored object; where it certainly has none, the object goes too.
@@ -386,17 +399,32 @@ class InferenceService:
         return len(unused(store.list(keys.CORRECTIONS), (store.get(key) for key in store.list(keys.BATCHES))))
 
 
-def _answer(
-    prediction: Prediction, pixels: NDArray[np.uint8] | None = None, heat: NDArray[np.float32] | None = None
-) -> Answer:
+def _declared(gate: GateResult, objection: str) -> GateResult:
+    """The gate's judgement, or a rejection where the image's own header objects: that is certain, so its score is 0."""
+    return gate.model_copy(update={"accepted": False, "score": 0.0, "reason": objection}) if objection else gate
+
+
+def _rejection(prediction: Prediction, read: Decoded) -> Rejection:
+    return Rejection(
+        id=prediction.id,
+        gate=prediction.gate,
+        model_version=prediction.model_version,
+        frames=read.frames,
+        frame=read.frame,
+    )
+
+
+def _answer(prediction: Prediction, read: Decoded, heat: NDArray[np.float32] | None, *, images: bool = True) -> Answer:
     """The answer, its images reduced to `SHOWN_SIDE`; the heat map is placed in that size, which is what is seen."""
-    image, heatmap = (None, None) if pixels is None else _shown(pixels, heat)
+    image, heatmap = _shown(read.pixels, heat) if images else (None, None)
     return Answer(
         **prediction.model_dump(include=set(Answer.model_fields) & set(Prediction.model_fields) - {"gate"}),
         gate=prediction.gate,
         tumour=prediction.label != NO_TUMOUR,
         heatmap=heatmap,
         image=image,
+        frames=read.frames,
+        frame=read.frame,
     )
 
 

@@ -20,6 +20,8 @@ ENVELOPE_BYTES = 64_000
 UPLOAD_SECONDS = 60.0
 """Within which a body must have arrived; 20 MB then need 2.7 Mbit/s."""
 
+_BINARY = (b"application/dicom", b"application/gzip", b"application/x-gzip", b"application/octet-stream")
+
 
 class BodyLimit:
     """ASGI middleware that refuses a body beyond `limit(path)` bytes with 413: by its announced length where there is
@@ -58,15 +60,15 @@ def consent(stated: Consent | None, settings: Settings) -> Consent:
 
 
 async def read_image(request: Request) -> bytes:
-    """The bytes of the uploaded image: the form's field `file`, or the body itself where its type is `image/...`.
+    """The bytes of the uploaded image: the form's field `file`, or the body itself where its type says an image.
 
-    Kept in memory throughout, an upload never touches the server's disk, and its file name is not looked at. Raises
-    `HTTPException` with status 400, 408 or 415.
+    Which kind of image it is, is for the bytes to say. Kept in memory throughout, an upload never touches the server's
+    disk, and its file name is not looked at. Raises `HTTPException` with status 400, 408 or 415.
     """
     content_type = request.headers.get("content-type", "")
     kind = parse_options_header(content_type)[0]
     form = kind == b"multipart/form-data"
-    if not form and not kind.startswith(b"image/") and kind != b"application/octet-stream":
+    if not form and not kind.startswith(b"image/") and kind not in _BINARY:
         raise HTTPException(415, "The request is neither a form nor an image, going by its Content-Type")
     try:
         body = await asyncio.wait_for(request.body(), UPLOAD_SECONDS)

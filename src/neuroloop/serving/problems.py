@@ -62,10 +62,11 @@ _STATUS_FIXES = {
     401: "send a valid key as `Authorization: Bearer nl_...`; an operator makes one with `neuroloop keys create`",
     403: "ask an operator for a key of that role",
     429: "wait as long as Retry-After says, then go on more slowly",
+    400: "send multipart/form-data with a field named file, under a short name, or the image itself",
     404: "see /docs for the paths there are",
     405: "see /docs for the methods of this path",
     408: "send the file again, over a faster connection",
-    413: "upload a single slice as JPEG or PNG",
+    413: "upload a single slice, such as a JPEG or PNG",
     415: "send multipart/form-data with a field named file, or the image itself as image/png or image/jpeg",
 }
 
@@ -108,6 +109,8 @@ def refusal(rejection: Rejection) -> JSONResponse:
         id=rejection.id,
         gate=rejection.gate.model_dump(mode="json"),
         model_version=rejection.model_version,
+        frames=rejection.frames,
+        frame=rejection.frame,
     )
 
 

@@ -1,0 +1,256 @@
+"""DICOM, by pydicom with GDCM, Pillow and OpenJPEG for compressed pixels."""
+
+import io
+import logging
+import struct
+import warnings
+import zlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neuroloop.core.errors import InvalidImage, UnsupportedImage
+from neuroloop.imaging.decode import declared
+from neuroloop.imaging.decode.bounds import Limits, check_size, choose, damaged, inflate
+from neuroloop.imaging.decode.greys import eight_bits, luma, scaled, square
+
+if TYPE_CHECKING:  # half a second that only those pay who read DICOM
+    from pydicom import Dataset
+
+READ = (
+    *("Modality", "BodyPartExamined", "BurnedInAnnotation"),
+    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelSpacing", "PixelAspectRatio"),
+    *("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence"),
+    *("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
+    *(
+        f"{colour}PaletteColorLookupTable{part}"
+        for colour in ("Red", "Green", "Blue")
+        for part in ("Descriptor", "Data")
+    ),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+    *("PixelData", "FloatPixelData", "DoubleFloatPixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
+)
+"""The tags that are read, and no others: none names a person, a place or a time. None but the pixels is kept."""
+
+_PREAMBLE, _MAGIC = 128, b"DICM"
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_EXPLICIT = b"1.2.840.10008.1.2.1\0"
+_BIG_ENDIAN = b"1.2.840.10008.1.2.2"
+_LONG = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"})
+_SHORT = frozenset(
+    b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()
+)  # of the value representations, those whose length has two bytes
+_UNDEFINED = 0xFFFFFFFF
+_PIXELS, _ITEM, _ITEM_END, _SEQUENCE_END = 0x7FE00010, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
+
+
+class Frame(NamedTuple):
+    """One frame of a DICOM file, and what its header says of it."""
+
+    pixels: NDArray[np.uint8]
+    frames: int
+    frame: int
+    modality: str
+    body_part: str
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether the bytes have DICOM's mark behind a preamble."""
+    return data.startswith(_MAGIC, _PREAMBLE)
+
+
+def read(data: bytes, frame: int | None, limits: Limits) -> Frame:
+    """One frame as grey pixels: rescaled, in its own window (the first), upright as stored, pixels made square.
+
+    Without a window the values are spread as `eight_bits` does. MONOCHROME1 is inverted, colour becomes luma. Raises
+    `InvalidImage` for a header or pixels that contradict themselves, for a file without an image, and for one that
+    says that it has text burned into its pixels.
+    """
+    import pydicom
+
+    data = _inflated(data, limits)
+    if _depth(data, limits.depth) > limits.depth:
+        raise damaged(f"its sequences are nested deeper than {limits.depth} levels")
+    with warnings.catch_warnings():  # warnings, and the lines that are logged with them, quote values
+        warnings.simplefilter("ignore")
+        logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+        try:
+            header = pydicom.dcmread(io.BytesIO(data), specific_tags=list(READ))
+            return _frame(header, frame, limits)
+        except (InvalidImage, MemoryError):
+            raise
+        except NotImplementedError:
+            raise UnsupportedImage(
+                "The DICOM file is compressed in a way that is not read",
+                why="no decoder for its transfer syntax is installed",
+                fix="export it uncompressed, or as JPEG or PNG",
+            ) from None
+        except Exception:  # pydicom and the decoders raise a dozen types for a bad file, RecursionError among them
+            raise damaged("its DICOM header or its pixel data end early or contradict themselves") from None
+
+
+def _frame(header: "Dataset", frame: int | None, limits: Limits) -> Frame:
+    from pydicom.pixels import apply_color_lut, pixel_array
+
+    if not any(name in header for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        raise InvalidImage(
+            "The DICOM file holds no image", why="it has no pixel data", fix="upload an image of the series itself"
+        )
+    if str(header.get("BurnedInAnnotation", "")).strip().upper() == "YES":
+        raise InvalidImage(
+            "The image may show who the patient is",
+            why="its DICOM header says that text is burned into the pixels (Burned In Annotation: YES)",
+            fix="remove the text from the pixels, or export the image without it",
+        )
+    rows, columns = int(header.Rows), int(header.Columns)
+    check_size(columns, rows, limits)
+    frames = int(header.get("NumberOfFrames") or 1)
+    chosen = choose(frame, frames, limits)
+    values = pixel_array(header, index=chosen - 1)
+    photometric = str(header.PhotometricInterpretation)
+    settings = _settings(header, chosen - 1)
+    if photometric == "PALETTE COLOR":
+        values = apply_color_lut(values, header)
+    pixels = luma(values) if values.ndim == 3 else _window(_rescale(values, settings), settings)
+    if photometric == "MONOCHROME1":
+        pixels = 255 - pixels
+    return Frame(
+        square(pixels, *_spacing(settings), limits),
+        frames,
+        chosen,
+        declared.modality(header.get("Modality")),
+        declared.body_part(header.get("BodyPartExamined")),
+    )
+
+
+def _settings(header: "Dataset", index: int) -> "Dataset":
+    """The header with what the functional groups say of this frame: in enhanced objects it stands there."""
+    from pydicom import Dataset
+
+    settings = Dataset()
+    settings.file_meta = header.file_meta  # says in which order the bytes of a table stand
+    settings.update({element.tag: element for element in header if element.tag < _PIXELS and element.VR != "SQ"})
+    for name in ("ModalityLUTSequence", "VOILUTSequence"):
+        if header.get(name):
+            settings[name] = header[name]
+    shared = header.get("SharedFunctionalGroupsSequence") or []
+    of_frames = header.get("PerFrameFunctionalGroupsSequence") or []
+    for group in (*shared[:1], *of_frames[index : index + 1]):
+        for name in ("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence"):
+            for item in (group.get(name) or [])[:1]:
+                settings.update(item)
+    return settings
+
+
+def _rescale(values: NDArray[Any], settings: "Dataset") -> NDArray[Any]:
+    """The values in their own unit; as they are where that changes nothing."""
+    from pydicom.pixels import apply_modality_lut
+
+    if settings.get("ModalityLUTSequence"):
+        return apply_modality_lut(values, settings)
+    slope, intercept = (
+        _number(settings.get(name), other) for name, other in (("RescaleSlope", 1), ("RescaleIntercept", 0))
+    )
+    return values if (slope, intercept) == (1, 0) or slope == 0 else values * slope + intercept
+
+
+def _window(values: NDArray[Any], settings: "Dataset") -> NDArray[np.uint8]:
+    """The values as greys, in the window or through the table that the header names first."""
+    from pydicom.pixels import apply_voi, apply_windowing
+
+    try:
+        if settings.get("VOILUTSequence"):
+            return eight_bits(apply_voi(values, settings))
+        if settings.get("WindowWidth") is not None and settings.get("WindowCenter") is not None:
+            ends = apply_windowing(np.array([-1e30, 1e30]), settings)  # what black and white become
+            return scaled(apply_windowing(values, settings), float(ends[0]), float(ends[1]))
+    except (ValueError, TypeError, IndexError, AttributeError, KeyError):
+        pass  # a window that makes no sense is no reason to refuse sound pixels
+    return eight_bits(values)
+
+
+def _spacing(settings: "Dataset") -> tuple[float, float]:
+    """Distance of rows, and of columns, in any one unit."""
+    for name in ("PixelSpacing", "PixelAspectRatio"):
+        pair = settings.get(name)
+        if pair is not None and len(pair) == 2:
+            return _number(pair[0], 1), _number(pair[1], 1)
+    return 1.0, 1.0
+
+
+def _number(value: object, other: float) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return other
+    return number if np.isfinite(number) else other
+
+
+def _inflated(data: bytes, limits: Limits) -> bytes:
+    """The file with its data set unpacked, where it is deflated: pydicom would unpack without bound."""
+    start, syntax = _meta(data)
+    if syntax != _DEFLATED:
+        return data
+    unpacked, _ = inflate(data[start:], -zlib.MAX_WBITS, limits)
+    return data[:start].replace(_DEFLATED, _EXPLICIT.ljust(len(_DEFLATED), b"\0"), 1) + unpacked
+
+
+def _meta(data: bytes) -> tuple[int, bytes]:
+    """Where the data set begins, and the transfer syntax that the elements before it name."""
+    place, syntax = _PREAMBLE + len(_MAGIC), b""
+    while place + 8 <= len(data) and data[place : place + 2] == b"\x02\0":
+        vr = data[place + 4 : place + 6]
+        at, length = (
+            (place + 12, int.from_bytes(data[place + 8 : place + 12], "little"))
+            if vr in _LONG
+            else (place + 8, int.from_bytes(data[place + 6 : place + 8], "little"))
+        )
+        if data[place + 2 : place + 4] == b"\x10\0":
+            syntax = data[at : at + length].rstrip(b"\0 ")
+        place = at + length
+    return place, syntax
+
+
+def _depth(data: bytes, enough: int) -> int:
+    """How deep sequences are nested, counted up to one more than `enough`.
+
+    Walks over the elements without recursion, which is what pydicom does not. Every element may be of explicit or
+    implicit representation, as pydicom allows; what is neither ends the walk, and pydicom then refuses it.
+    """
+    place, syntax = _meta(data)
+    order = ">" if syntax == _BIG_ENDIAN else "<"
+    head, long = struct.Struct(f"{order}HH2sH"), struct.Struct(f"{order}L")
+    open_until: list[float] = []  # where each open sequence ends; infinity where a mark will say so
+    deepest, end = 0, len(data)
+    while place + 8 <= end and deepest <= enough:
+        while open_until and place >= open_until[-1]:
+            open_until.pop()
+        group, element, vr, length = head.unpack_from(data, place)
+        tag = group << 16 | element
+        place += 8
+        if tag in (_ITEM, _ITEM_END):
+            continue  # an item's elements follow
+        if tag == _SEQUENCE_END:
+            if open_until:
+                open_until.pop()
+            continue
+        if vr in _LONG:
+            if place + 4 > end:
+                break
+            (length,) = long.unpack_from(data, place)
+            place += 4
+        elif vr not in _SHORT:
+            vr = b""
+            (length,) = long.unpack_from(data, place - 4)
+        if tag == _PIXELS and not open_until:
+            break  # nothing that is read stands behind the pixels
+        if vr == b"SQ" or (length == _UNDEFINED and tag != _PIXELS):
+            open_until.append(float("inf") if length == _UNDEFINED else place + length)
+            deepest = max(deepest, len(open_until))
+        elif length == _UNDEFINED:
+            break
+        else:
+            place += length
+    return deepest

@@ -1,0 +1,72 @@
+"""From values of any depth to 8-bit greys, and back to PNG."""
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from neuroloop.imaging.decode.bounds import Limits, check_size
+
+_CLIPPED = 0.1  # per cent of deep values that may end at white: a hot pixel or a vessel must not darken all the rest
+_SAMPLE = 1_000_000  # values that percentiles are taken of
+_MOST_STRETCHED = 8.0  # pixels longer than this have a broken spacing, not a shape
+
+
+def eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Whole or real numbers as uint8 of the same shape.
+
+    Whole numbers of 0..255 stay as they are. Others are spread linearly: from 0, or the lowest value below it, to the
+    99.9th percentile; real numbers from the 0.1st. What is not finite becomes the lowest.
+    """
+    real = values.dtype.kind == "f"
+    if not real and values.min(initial=0) >= 0 and values.max(initial=0) <= 255:
+        return values.astype(np.uint8)
+    finite = values[np.isfinite(values)] if real else values.ravel()
+    sample = finite[:: max(1, finite.size // _SAMPLE)].astype(np.float64)
+    if sample.size == 0:
+        return np.zeros(values.shape, np.uint8)
+    lowest = float(finite.min())
+    low = float(np.percentile(sample, _CLIPPED)) if real else min(0.0, lowest)
+    high = float(np.percentile(sample, 100 - _CLIPPED))
+    if high <= low:  # nearly all of it has one value
+        low, high = lowest, float(finite.max())
+    return scaled(values, low, high)
+
+
+def scaled(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
+    """`values` with `low` as 0 and `high` as 255, clipped; all 0 where there is nothing between the two."""
+    if not high > low:
+        return np.zeros(values.shape, np.uint8)
+    spread = np.subtract(values, low, dtype=np.float32 if values.dtype.itemsize <= 4 else np.float64)
+    spread *= 255.0 / (high - low)
+    return np.rint(np.clip(np.nan_to_num(spread, copy=False, nan=0.0), 0, 255)).astype(np.uint8)
+
+
+def luma(colour: NDArray[Any]) -> NDArray[np.uint8]:
+    """RGB of 8 or 16 bits, (H, W, 3), as grey (ITU-R 601)."""
+    if colour.dtype != np.uint8:
+        colour = scaled(colour, 0, float(np.iinfo(colour.dtype).max))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(colour)).convert("L"))
+
+
+def square(pixels: NDArray[np.uint8], row_spacing: float, column_spacing: float, limits: Limits) -> NDArray[np.uint8]:
+    """`pixels` resampled so that each is as high as wide, by the distance of rows and of columns in any one unit.
+
+    They stay as they are where the two differ by less than 2 %, or by so much that they cannot be meant.
+    """
+    ratio = row_spacing / column_spacing if row_spacing > 0 and column_spacing > 0 else 1.0
+    if not 1 / _MOST_STRETCHED < ratio < _MOST_STRETCHED or abs(ratio - 1) < 0.02:
+        return pixels
+    height, width = pixels.shape
+    size = (width, round(height * ratio)) if ratio > 1 else (round(width / ratio), height)
+    check_size(*size, limits)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+
+
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """The PNG of uint8 pixels, grey (H, W) or colour (H, W, 3); equal pixels give equal bytes, without metadata."""
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(out, "PNG", compress_level=6)
+    return out.getvalue()

@@ -1,0 +1,152 @@
+"""Pictures of everyday formats, by Pillow."""
+
+import io
+import logging
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageChops
+
+from neuroloop.core.errors import ImageTooLarge, InvalidImage, UnsupportedImage
+from neuroloop.imaging.decode.bounds import Limits, check_size, choose, damaged
+from neuroloop.imaging.decode.foreign import jpeg_end
+from neuroloop.imaging.decode.greys import eight_bits
+
+logging.getLogger("PIL").setLevel(logging.INFO)  # below, it quotes the metadata of what it reads
+
+_SIGNATURES = (  # kind, where its signature stands, the signature
+    ("JPEG", 0, b"\xff\xd8\xff"),
+    ("PNG", 0, b"\x89PNG\r\n\x1a\n"),
+    ("TIFF", 0, b"II*\0"),
+    ("TIFF", 0, b"MM\0*"),
+    ("TIFF", 0, b"II+\0"),
+    ("TIFF", 0, b"MM\0+"),
+    ("WEBP", 8, b"WEBP"),
+    ("BMP", 0, b"BM"),
+)
+FORMATS = tuple(dict.fromkeys(kind for kind, _, _ in _SIGNATURES))
+"""Formats that Pillow may try. Others (PostScript, fonts, vector formats, ...) only widen the attack surface."""
+
+PLAIN_BYTES, PLAIN_PIXELS = 2_000_000, 2_000_000
+"""Up to these, a plain picture (see `is_plain`) costs at most some 0.1 s and 50 MB, whatever its bytes are."""
+
+_ORIENTATION_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 0x0112, 0x0106, 0
+_UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.T,
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels.T, 2),
+    8: np.rot90,
+}
+
+
+def kind_of(data: bytes) -> str:
+    """The one of `FORMATS` that the bytes begin like; empty where they begin like none."""
+    return next((kind for kind, at, signature in _SIGNATURES if data.startswith(signature, at)), "")
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether this is a small PNG or JPEG that costs little to decode, whatever stands in it.
+
+    The work of both grows with bytes and pixels only, which are bounded here, if a JPEG codes all its colours in one
+    pass: each pass goes over all pixels anew, and a few bytes are enough to make one. Size and passes are taken from
+    the header, which the decoder follows as well.
+    """
+    if len(data) > PLAIN_BYTES:
+        return False
+    kind = kind_of(data)
+    if kind == "PNG":
+        return data[12:16] == b"IHDR" and _area(data[16:24], 4) <= PLAIN_PIXELS
+    if kind != "JPEG":
+        return False
+    place, colours = 2, 0
+    while place + 10 <= len(data) and data[place] == 0xFF:
+        code = data[place + 1]
+        if code in (0xC0, 0xC1):  # sequential; every other kind of frame is not plain
+            if colours or _area(data[place + 5 : place + 9], 2) > PLAIN_PIXELS:
+                return False
+            colours = data[place + 9]
+        elif code == 0xDA:
+            return colours > 0 and data[place + 4] == colours
+        elif not (code in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= code <= 0xEF):
+            return False
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return False
+
+
+def read(data: bytes, kind: str, frame: int | None, limits: Limits) -> tuple[NDArray[np.uint8], int, int]:
+    """Grey pixels, uint8 (H, W), of one frame; how many frames there are; which one it is.
+
+    Only the pages of a TIFF are frames; of a moving picture the first is read.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=[kind]) as image:
+            frames = _pages(image, limits) if kind == "TIFF" else 1
+            chosen = choose(frame, frames, limits)
+            if frames > 1:
+                image.seek(chosen - 1)
+            check_size(image.width, image.height, limits)
+            return _upright(_grey(image), _orientation(image)), frames, chosen
+    except InvalidImage:
+        raise
+    except Image.UnidentifiedImageError:
+        raise UnsupportedImage(
+            "The file is no image that can be read",
+            why=f"it begins as {kind}, but what follows is none, or of a rare variant",
+            fix="export the slice again as JPEG or PNG",
+        ) from None
+    except Image.DecompressionBombError:
+        raise ImageTooLarge(
+            "The image has too many pixels", why=f"at most {limits.pixels:,} are read", fix="upload a smaller image"
+        ) from None
+    except MemoryError:
+        raise
+    except Exception:  # damaged files make Pillow raise OSError, SyntaxError, ValueError, struct.error, ...
+        early = kind == "JPEG" and jpeg_end(data) == len(data) and not data.endswith(b"\xff\xd9")
+        why = "its data end early" if early else "its data end early or contradict themselves"
+        raise damaged(f"it begins as {kind}, but {why}") from None
+
+
+def _area(sides: bytes, size: int) -> int:
+    """Pixels of an image whose two sides stand here, `size` bytes each."""
+    return int.from_bytes(sides[:size], "big") * int.from_bytes(sides[size:], "big")
+
+
+def _pages(image: Image.Image, limits: Limits) -> int:
+    """How many pages a TIFF has; one more than the limit where it has more than that."""
+    for page in range(1, limits.frames + 1):
+        try:
+            image.seek(page)
+        except EOFError:
+            image.seek(0)
+            return page
+    return limits.frames + 1
+
+
+def _grey(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode[0] in "IF":
+        pixels = eight_bits(np.asarray(image))
+        return 255 - pixels if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO else pixels
+    if image.mode == "LAB":
+        return np.array(image.getchannel(0), dtype=np.uint8)
+    if not image.has_transparency_data:
+        return np.array(image.convert("L"), dtype=np.uint8)
+    if not image.mode.endswith("A"):
+        image = image.convert("RGBA")
+    return np.array(ImageChops.multiply(image.convert("L"), image.getchannel("A")), dtype=np.uint8)
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF has it; that of a TIFF is applied by Pillow, which then drops it."""
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # broken metadata beside sound pixels is no reason to refuse the image
+        return 1
+
+
+def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    turn = _UPRIGHT.get(orientation)
+    return np.ascontiguousarray(turn(pixels)) if turn else pixels

@@ -1,0 +1,249 @@
+"""DICOM: its pixels as a viewer shows them, what its header declares, and its traps."""
+
+import re
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydicom import uid
+from pydicom.dataset import Dataset
+
+from imaging.files import compressed, dicom, header, picture, saved
+from neuroloop.core.errors import ImageTooLarge, InvalidImage
+from neuroloop.imaging.decode import Limits, decode, objection, read
+
+
+def smooth(height: int = 96, width: int = 120) -> np.ndarray:
+    """Greys of 12 bits, uint16 (height, width)."""
+    y, x = np.mgrid[0:height, 0:width]
+    return ((np.sin(x / 15) + np.cos(y / 9) + 2) * 1000).astype(np.uint16)
+
+
+DEEP = smooth()
+GREY = (DEEP >> 4).astype(np.uint8)
+AS_PNG = decode(picture(DEEP, "PNG"))
+
+
+def apart(one: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(one.astype(int) - other).max())
+
+
+def test_eight_bits_come_back_pixel_by_pixel():
+    found = read(dicom(GREY))
+    assert (found.kind, found.frames, found.frame, found.modality, found.body_part) == ("DICOM", 1, 1, "MR", "")
+    assert np.array_equal(found.pixels, GREY)
+
+
+@pytest.mark.parametrize(
+    "syntax",
+    [
+        *("ImplicitVRLittleEndian", "DeflatedExplicitVRLittleEndian", "RLELossless", "JPEGLossless"),
+        *("JPEGLosslessSV1", "JPEGLSLossless", "JPEG2000Lossless"),
+    ],
+)
+def test_twelve_bits_are_the_same_in_every_transfer_syntax_and_as_png(syntax: str):
+    assert np.array_equal(decode(compressed(DEEP, syntax, BitsStored=12, HighBit=11)), AS_PNG)
+
+
+def test_lossy_jpeg_is_nearly_the_same():
+    assert apart(decode(compressed(GREY, "JPEGBaseline8Bit")), GREY) <= 6
+
+
+def test_big_endian_is_read():
+    dataset = header(DEEP)
+    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRBigEndian
+    dataset.PixelData = DEEP.byteswap().tobytes()
+    assert np.array_equal(decode(saved(dataset)), AS_PNG)
+
+
+def test_monochrome1_is_shown_with_its_bright_parts_bright():
+    assert np.array_equal(decode(dicom(255 - GREY, PhotometricInterpretation="MONOCHROME1")), GREY)
+
+
+def test_colour_becomes_luma_and_palettes_show_their_colours():
+    red = np.zeros((40, 40, 3), np.uint8)
+    red[..., 0] = 255
+    assert decode(dicom(red))[0, 0] == 76
+    ramp = (np.arange(256, dtype=np.uint16) * 257)[::-1].tobytes()
+    table = {}
+    for colour in ("Red", "Green", "Blue"):
+        table[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        table[f"{colour}PaletteColorLookupTableData"] = ramp
+    assert apart(decode(dicom(GREY, PhotometricInterpretation="PALETTE COLOR", **table)), 255 - GREY) <= 1
+
+
+def test_the_window_decides_what_is_black_and_what_is_white():
+    pixels = decode(dicom(DEEP, WindowCenter=2000.5, WindowWidth=1001))
+    expected = np.clip((DEEP.astype(float) - 1500) / 1000 * 255, 0, 255)
+    assert np.abs(pixels - expected).max() <= 1
+
+
+def test_of_several_windows_the_first_is_used_and_a_senseless_one_is_not():
+    one = decode(dicom(DEEP, WindowCenter=2000, WindowWidth=1000))
+    assert np.array_equal(decode(dicom(DEEP, WindowCenter=[2000, 9], WindowWidth=[1000, 9])), one)
+    assert np.array_equal(decode(dicom(DEEP, WindowCenter=2000, WindowWidth=0)), AS_PNG)
+
+
+def test_the_window_applies_to_rescaled_values():
+    rescaled = dicom(DEEP, RescaleSlope=0.5, RescaleIntercept=-200, WindowCenter=800, WindowWidth=1000)
+    assert apart(decode(rescaled), decode(dicom(DEEP, WindowCenter=2000, WindowWidth=2000))) <= 1
+
+
+def test_a_table_of_greys_is_applied():
+    table = Dataset()
+    table.LUTDescriptor = [4096, 0, 12]
+    table.LUTData = (4095 - np.arange(4096)).astype(np.uint16).tobytes()
+    table["LUTData"].VR = "OW"
+    pixels = decode(dicom(DEEP, BitsStored=12, HighBit=11, VOILUTSequence=[table]))
+    assert apart(pixels, decode(picture(4095 - DEEP, "PNG"))) == 0
+
+
+def test_signed_values_keep_their_order():
+    pixels = decode(dicom(DEEP.astype(np.int16) - 1000))
+    assert apart(pixels, AS_PNG) <= 4
+
+
+def test_the_middle_or_the_chosen_frame_is_read():
+    frames = np.stack([np.full((40, 50), 10 * n, np.uint8) for n in range(1, 8)])
+    data = dicom(frames)
+    middle = read(data)
+    assert (middle.frames, middle.frame, middle.pixels[0, 0]) == (7, 4, 40)
+    assert [int(read(data, frame=n).pixels[0, 0]) for n in (1, 2, 7)] == [10, 20, 70]
+    with pytest.raises(InvalidImage, match="frames 1 to 7"):
+        read(data, frame=8)
+    with pytest.raises(ImageTooLarge, match="at most 6"):
+        read(data, limits=Limits(frames=6))
+
+
+def test_frames_have_the_window_that_their_own_groups_name():
+    groups = []
+    for centre in (1000, 2000):
+        window, group = Dataset(), Dataset()
+        window.WindowCenter, window.WindowWidth = centre, 1000
+        group.FrameVOILUTSequence = [window]
+        groups.append(group)
+    data = dicom(np.stack([DEEP, DEEP]), PerFrameFunctionalGroupsSequence=groups)
+    for frame, centre in ((1, 1000), (2, 2000)):
+        expected = decode(dicom(DEEP, WindowCenter=centre, WindowWidth=1000))
+        assert np.array_equal(read(data, frame=frame).pixels, expected)
+
+
+def test_pixels_that_are_higher_than_wide_are_made_square():
+    found = read(dicom(GREY, PixelSpacing=[2.0, 1.0])).pixels
+    assert found.shape == (192, 120)
+    assert apart(found, np.asarray(Image.fromarray(GREY).resize((120, 192), Image.Resampling.BILINEAR))) == 0
+    assert read(dicom(GREY, PixelSpacing=[1.0, 1000.0])).pixels.shape == GREY.shape
+
+
+@pytest.mark.parametrize(
+    ("said", "modality", "part", "why"),
+    [
+        ({"Modality": "MR"}, "MR", "", ""),
+        ({"Modality": ""}, "", "", ""),
+        ({"Modality": "CT"}, "CT", "", "modality CT, not MR"),
+        ({"Modality": "US"}, "US", "", "modality US, not MR"),
+        ({"Modality": "SMITH"}, "another modality", "", "another modality than MR"),
+        ({"BodyPartExamined": "BRAIN"}, "MR", "", ""),
+        ({"BodyPartExamined": "HEAD"}, "MR", "", ""),
+        ({"BodyPartExamined": "JOHN SMITH"}, "MR", "", ""),
+        ({"BodyPartExamined": "KNEE"}, "MR", "KNEE", r"another part of the body \(KNEE\)"),
+        ({"BodyPartExamined": "c-spine"}, "MR", "CSPINE", "CSPINE"),
+    ],
+)
+def test_modality_and_body_part_are_evidence_in_words_of_the_standard_only(said, modality, part, why):
+    found = read(dicom(GREY, **said))
+    assert (found.modality, found.body_part) == (modality, part)
+    reason = objection(found.modality, found.body_part)
+    assert bool(reason) == bool(why)
+    assert "SMITH" not in reason
+    assert re.search(why, reason)
+
+
+def test_a_file_without_an_image_is_refused():
+    dataset = header(GREY)
+    del dataset.PixelData
+    with pytest.raises(InvalidImage, match="holds no image"):
+        decode(saved(dataset))
+
+
+def test_text_that_is_burned_into_the_pixels_is_refused():
+    with pytest.raises(InvalidImage, match="who the patient is"):
+        decode(dicom(GREY, BurnedInAnnotation="YES"))
+    assert decode(dicom(GREY, BurnedInAnnotation="NO")).shape == GREY.shape
+
+
+def nested(levels: int, *, defined: bool = False) -> bytes:
+    """A DICOM file with sequences in sequences, written by hand: pydicom's own writer recurses."""
+    file = dicom(GREY)
+    start = 132 + 12 + struct.unpack_from("<L", file, 140)[0]
+    sequence = struct.pack("<HH2sHL", 0x0008, 0x1140, b"SQ", 0, 0xFFFFFFFF)
+    item = struct.pack("<HHL", 0xFFFE, 0xE000, 0xFFFFFFFF)
+    ends = struct.pack("<HHL", 0xFFFE, 0xE00D, 0) + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    body = (sequence + item) * levels + ends * levels
+    if defined:
+        body = b""
+        for _ in range(levels):
+            body = struct.pack("<HHL", 0xFFFE, 0xE000, len(body)) + body
+            body = struct.pack("<HH2sHL", 0x0008, 0x1140, b"SQ", 0, len(body)) + body
+    first = file.index(struct.pack("<HH", 0x0008, 0x0060))  # Modality; tags ascend
+    assert first > start
+    return file[:first] + file[first : first + 10] + body + file[first + 10 :]
+
+
+@pytest.mark.parametrize("defined", [True, False])
+def test_sequences_may_be_nested_so_deep_and_no_deeper(defined: bool):
+    assert decode(nested(16, defined=defined)).shape == GREY.shape
+    for levels in (17, 200, 20_000 if defined else 200_000):
+        with pytest.raises(InvalidImage, match="deeper than 16"):
+            decode(nested(levels, defined=defined))
+
+
+def test_a_deflated_bomb_is_refused_while_it_unpacks():
+    dataset = header(np.zeros((3000, 3000), np.uint8))
+    dataset.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
+    data = saved(dataset)
+    assert len(data) < 100_000
+    with pytest.raises(ImageTooLarge, match="1,000,000 bytes"):
+        read(data, limits=Limits(unpacked=1_000_000))
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"Rows": 60_000, "Columns": 60_000},
+        {"Rows": 0},
+        {"Rows": 10},
+        {"NumberOfFrames": 10_000_000},
+        {"NumberOfFrames": -3},
+        {"NumberOfFrames": 2},
+        {"BitsAllocated": 7},
+        {"SamplesPerPixel": 200},
+        {"PhotometricInterpretation": "NONSENSE"},
+        {"PixelData": b""},
+    ],
+    ids=str,
+)
+def test_a_header_that_contradicts_its_pixels_is_refused(tags):
+    with pytest.raises(InvalidImage):
+        decode(dicom(GREY, **tags))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.5, 0.9, 0.999])
+def test_a_file_that_was_cut_off_is_refused(share: float):
+    data = compressed(DEEP, "JPEG2000Lossless") if share < 0.5 else dicom(DEEP)
+    with pytest.raises(InvalidImage):
+        decode(data[: int(len(data) * share)])
+
+
+def test_errors_repeat_nothing_of_the_file():
+    with pytest.raises(InvalidImage) as error:
+        decode(dicom(GREY, PhotometricInterpretation="SMITH JOHN", PatientName="SMITH^JOHN", Rows=97))
+    assert "SMITH" not in str(error.value)
+
+
+def test_a_preamble_that_is_a_program_is_refused_and_one_of_a_tiff_is_not():
+    data = dicom(GREY)
+    with pytest.raises(InvalidImage, match="more than an image"):
+        decode(b"MZ\x90\x00" + data[4:])
+    assert np.array_equal(decode(b"II*\0" + data[4:]), GREY)

@@ -24,8 +24,14 @@ def test_many_clients_each_get_their_own_answers_maps_rows_and_objects(services,
         asked = clients.join()
     assert clients.faults == []
     assert len(asked) == 200
-    found = account(services, asked, Bundle.load(standard[1]))
+    bundle = Bundle.load(standard[1])
+    found = account(services, asked, bundle)
     assert nothing_wrong(found), found
+    # It would have noticed: an image that is gone, an answer twice, and two that went to one another's clients.
+    services.store.delete(services.log.prediction(asked[0].answer["id"]).object_key)
+    asked[1].answer, asked[2].answer, asked[3].answer = asked[2].answer, asked[1].answer, asked[4].answer
+    found = account(services, asked, bundle)
+    assert (found["objects"], found["answers"], found["maps"], found["doubled"]) == (4, 3, 3, 1), found
 
 
 def test_a_server_killed_at_random_moments_loses_and_doubles_nothing(services, champion, standard, tmp_path):

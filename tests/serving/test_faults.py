@@ -91,7 +91,7 @@ def test_a_database_that_falls_silent_is_503_in_time_and_recovers_without_a_rest
 
 def test_a_database_that_is_down_at_the_start_is_waited_for(services, champion, relay, postgres_server):
     relay.close()
-    with serving(through(services, relay, postgres_server.port)) as api:
+    with serving(through(services, relay, postgres_server.port), model=False) as api:
         refused_in_time(api, "database")
         relay.open()
         recovers(api)
@@ -100,7 +100,7 @@ def test_a_database_that_is_down_at_the_start_is_waited_for(services, champion, 
 
 def test_a_database_that_hangs_at_the_start_is_waited_for(services, champion, relay, postgres_server):
     relay.stall()
-    with serving(through(services, relay, postgres_server.port)) as api:
+    with serving(through(services, relay, postgres_server.port), model=False) as api:
         refused_in_time(api, "database")
         relay.flow()
         recovers(api)

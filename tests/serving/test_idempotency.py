@@ -8,6 +8,7 @@ import pytest
 
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
+from neuroloop.serving.access import FRONTEND
 from neuroloop.serving.champion import Champion
 from neuroloop.serving.inference import InferenceService
 from neuroloop.serving.metrics import Metrics
@@ -85,8 +86,8 @@ def test_requests_without_a_key_are_never_taken_for_one_another(api: Api):
 def test_after_a_crash_between_object_and_row_the_retry_ends_what_was_begun(services: Services, champion, key: str):
     data = encoded(head("glioma"))
     begun = str(uuid.uuid4())
-    request = hashlib.sha256(key.encode()).hexdigest()
-    fingerprint = f"{hashlib.sha256(data).hexdigest()} unstated"
+    request = hashlib.sha256(f"{FRONTEND}\0{key}".encode()).hexdigest()
+    fingerprint = f"{hashlib.sha256(data).hexdigest()} 1 unstated"
     services.log.claim(request, begun, fingerprint)
     services.store.put(keys.prediction("glioma", begun), b"as far as the killed server came")
     with serving(services) as api:

@@ -92,6 +92,7 @@ def test_a_database_that_falls_silent_is_503_in_time_and_recovers_without_a_rest
 def test_a_database_that_is_down_at_the_start_is_waited_for(services, champion, relay, postgres_server):
     relay.close()
     with serving(through(services, relay, postgres_server.port), model=False) as api:
+        wait(lambda: api.client.get("/health/ready").json()["checks"]["model"] == "ok")
         refused_in_time(api, "database")
         relay.open()
         recovers(api)
@@ -101,6 +102,7 @@ def test_a_database_that_is_down_at_the_start_is_waited_for(services, champion, 
 def test_a_database_that_hangs_at_the_start_is_waited_for(services, champion, relay, postgres_server):
     relay.stall()
     with serving(through(services, relay, postgres_server.port), model=False) as api:
+        wait(lambda: api.client.get("/health/ready").json()["checks"]["model"] == "ok")
         refused_in_time(api, "database")
         relay.flow()
         recovers(api)

@@ -31,12 +31,12 @@ def _defaults(**training: float) -> Mapping[str, float]:
 # Fine-tuning: all weights at once, at a thirtieth of the rate of a training from scratch and with the trainer's
 # warm-up, so that the random head's first gradients do not undo the trunk. Small batches, because the maps of these
 # trunks at 304 px take much memory. Not measured here on ImageNet weights: a start, for a search to improve on.
-_FINE_TUNING = _defaults(learning_rate=1e-4, batch=16, epochs=10, weight_decay=0.01, small_start=0.0)
+_FINE_TUNING = _defaults(learning_rate=1e-4, batch=16, epochs=10, weight_decay=0.01)
 
 # Without normalisation layers these learn slowly: what counts is the number of steps, and what makes the images harder
 # costs more than it brings (real scans at 64 px, validation macro-F1: 0.64 after 10 epochs, 0.83 after 30; with batches
 # of 64, mixup and erasing 0.50 after 15).
-_PLAIN = _defaults(learning_rate=1e-3, batch=16, weight_decay=0.01, mixup=0.0, erasing=0.0, small_start=0.0, epochs=40)
+_PLAIN = _defaults(learning_rate=1e-3, batch=16, weight_decay=0.01, mixup=0.0, erasing=0.0, epochs=40)
 
 ARCHITECTURES: Mapping[ArchitectureName, Architecture] = {
     "compact": Architecture("compact residual network, the one to use on a CPU", 128, 32, 903_968),

@@ -76,7 +76,12 @@ FACTS: dict[str, Any] = {
             },
             "randomised_correlation": 0.02,
         },
-        "gate": {"accepted_brains": 0.993, "accepted_widened": 0.95, "rejected": {"noise": 1.0, "round_bodies": 0.95}},
+        "gate": {
+            "accepted_brains": 0.993,
+            "accepted_widened": 0.95,
+            "rejected": {"noise": 1.0, "round_bodies": 0.95},
+            "rejected_unseen": {"noise": 0.97},
+        },
     },
     "trained": {"epochs": 60, "best_epoch": 55, "settings": {"learning_rate": 0.003, "batch": 64}},
     "augmentation": {"rotation": 15.0, "flip": True},

@@ -201,6 +201,7 @@ def test_the_bundle_of_the_compact_network_with_all_its_files_takes_at_most_10_m
         threshold_origin="this test",
         accepted_brains=1.0,
         accepted_widened=1.0,
+        accepted_rendered=1.0,
         rejected_unseen={},
         rejected={},
     )

@@ -85,6 +85,7 @@ def texture_gate(*, roughest: float = 0.12) -> Gate:
         threshold_origin="chosen for this test",
         accepted_brains=1.0,
         accepted_widened=1.0,
+        accepted_rendered=1.0,
         rejected_unseen={},
         rejected={},
     )

@@ -199,6 +199,7 @@ SCANNERS: dict[str, Scanner] = {
 }
 """The simulated scanners by name. "B" is one that a model trained on "A" has not met."""
 
+_ANATOMY = ("csf", "gm", "wm", "fat", "marrow", "muscle", "gland")  # the signals of healthy tissue
 _SELLA = np.array([0.0, 4.0, -31.0])  # mm, MNI: right, anterior, superior
 
 
@@ -225,6 +226,33 @@ def scan(label: str, index: int, *, seed: int = 0, scanner: str = "A", size: int
     _incidental(image, view, tissue, contrast, generator)
     mask = paint(image, tissue, contrast)
     return SimulatedScan(_acquire(image, machine, view.spacing, generator), label, mask, view.plane, name, scanner)
+
+
+def varied_head(generator: np.random.Generator, *, size: int = 160) -> NDArray[np.uint8]:
+    """A slice through a head as any scanner might show it, uint8 (size, size): what an input gate must not refuse.
+
+    Any plane and position, with a lesion or without; mostly in a contrast that no sequence has, for what is common to
+    all contrasts is the anatomy; a third skull-stripped, a fifth of the rest fat-saturated.
+    """
+    machine = list(SCANNERS.values())[generator.integers(len(SCANNERS))]
+    contrasts = [contrast for _, contrast in machine.contrasts.values()]
+    contrast = contrasts[generator.integers(len(contrasts))]
+    if generator.random() < 0.7:
+        signals = {name: float(generator.uniform(0.05, 1)) for name in _ANATOMY}
+        contrast = replace(contrast, texture=float(generator.uniform(-0.5, 0.5)), **signals)
+    stripped = generator.random() < 0.35
+    if stripped or generator.random() < 0.2:
+        contrast = replace(contrast, fat=0.1 * contrast.fat)
+    label = LABELS[generator.integers(len(LABELS))]
+    view = _view(generator, size, sellar=label == "pituitary" or generator.random() < 0.3)
+    bends, paint = _GROW[label](view, generator)
+    tissue = _sample(view.points + bends, view.folds)
+    image = _render(tissue, contrast, generator)
+    _incidental(image, view, tissue, contrast, generator)
+    paint(image, tissue, contrast)
+    if stripped:
+        image *= _inside(tissue.hull - generator.uniform(-1, 2), 1.5)
+    return _acquire(image, machine, view.spacing, generator)
 
 
 # --- the template ---------------------------------------------------------------------------------
@@ -307,7 +335,7 @@ def _spline(size: int, cells: int) -> Floats:
     return weights * 1.44  # keeps the variance of the knots
 
 
-def _smooth(generator: np.random.Generator, size: int, cells: int) -> Floats:
+def smooth_field(generator: np.random.Generator, size: int, cells: int) -> Floats:
     """A smooth random field (size, size) of about unit variance, with about `cells` bumps along a side."""
     weights = _spline(size, cells)
     field: Floats = weights @ generator.standard_normal((cells + 3, cells + 3)) @ weights.T
@@ -345,8 +373,8 @@ def _view(generator: np.random.Generator, size: int, *, sellar: bool) -> _View:
     points = pivot + (u + from_pivot[0])[..., None] * axes[0] + (v + from_pivot[1])[..., None] * axes[1]
     folds = np.empty_like(points)
     for axis in range(3):
-        points[..., axis] += 2.8 * _smooth(generator, size, 2)
-        folds[..., axis] = 1.6 * _smooth(generator, size, 6) + 0.9 * _smooth(generator, size, 16)
+        points[..., axis] += 2.8 * smooth_field(generator, size, 2)
+        folds[..., axis] = 1.6 * smooth_field(generator, size, 6) + 0.9 * smooth_field(generator, size, 16)
     return _View(plane, points, folds, u, v, axes, field / size)
 
 
@@ -423,8 +451,8 @@ def _render(tissue: _Tissue, contrast: Contrast, generator: np.random.Generator)
     knots = np.cumsum([0.0, fluid, 0.6, table, 0.8, marrow, 0.8, table, 0.8])
     layers = [contrast.csf, contrast.csf, 0.05, 0.05, contrast.marrow, contrast.marrow, 0.05, 0.05, contrast.fat]
     shell = np.interp(tissue.hull, knots, layers)
-    soft = contrast.muscle * (1 + 0.22 * _smooth(generator, size, 16) + 0.15 * _smooth(generator, size, 40))
-    soft = soft + (contrast.fat - soft) * np.clip(_smooth(generator, size, 12) - 0.9, 0, 1)
+    soft = contrast.muscle * (1 + 0.22 * smooth_field(generator, size, 16) + 0.15 * smooth_field(generator, size, 40))
+    soft = soft + (contrast.fat - soft) * np.clip(smooth_field(generator, size, 12) - 0.9, 0, 1)
     beyond = np.where(head > -scalp, contrast.fat, soft)
     over = (tissue.hull < knots[-1] + scalp) & (points[..., 2] > -20)
     outside = np.where(tissue.hull < knots[-1], shell, np.where(over, contrast.fat, beyond))
@@ -433,7 +461,7 @@ def _render(tissue: _Tissue, contrast: Contrast, generator: np.random.Generator)
 
     rest = np.clip(1 - tissue.gm - tissue.wm, 0, 1)
     image = tissue.gm * contrast.gm + tissue.wm * contrast.wm + rest * outside
-    image += contrast.texture * tissue.detail + 0.012 * _smooth(generator, size, 60) * (1 - rest)
+    image += contrast.texture * tissue.detail + 0.012 * smooth_field(generator, size, 60) * (1 - rest)
     gland = _ellipsoid(points, _SELLA + np.array([0, 0, -4]), tuple(generator.uniform((5, 3.5, 2.5), (8, 5.5, 4.5))))
     bed = _ellipsoid(points, _SELLA + np.array([0, 1, -6]), (11, 8, 6))
     _blend(image, _inside(bed, 2.0) * (1 - tissue.wm), 0.10)
@@ -540,13 +568,15 @@ def _glioma(view: _View, generator: np.random.Generator) -> tuple[Floats, Paint]
     radius, rim = generator.uniform((10, 3.0), (25, 6.0))
     spread, strength, solid = generator.uniform((5, 0.1, 0), (16, 0.35, 1))
     size = view.u.shape[0]
-    rough = 0.12 * radius * _smooth(generator, size, 26)
+    rough = 0.12 * radius * smooth_field(generator, size, 26)
     wave = generator.normal(0, 0.10, (5, 2)) / np.arange(1, 6)[:, None]
     mass = _outline(view, centre, radius, wave) + rough
     core = _outline(view, centre, radius - rim, wave + generator.normal(0, 0.03, (5, 2))) + 1.4 * rough
-    halo = _outline(view, centre, radius + spread, generator.normal(0, 0.12, (5, 2))) + 3 * _smooth(generator, size, 10)
+    halo = _outline(view, centre, radius + spread, generator.normal(0, 0.12, (5, 2))) + 3 * smooth_field(
+        generator, size, 10
+    )
     faint = generator.uniform(0.75, 1.0)
-    mottle = 0.10 * _smooth(generator, size, 34)
+    mottle = 0.10 * smooth_field(generator, size, 34)
 
     def paint(image: Floats, tissue: _Tissue, contrast: Contrast) -> NDArray[np.bool_]:
         brain = _inside(tissue.hull + 1, 2.0)
@@ -577,7 +607,7 @@ def _meningioma(view: _View, generator: np.random.Generator) -> tuple[Floats, Pa
     mass = _outline(view, centre, radius, wave)
     faint, tail, swelling = generator.uniform((0.75, 0, 0), (1.0, 1, 1))
     halo = _outline(view, centre, radius + generator.uniform(3, 10), generator.normal(0, 0.1, (4, 2)))
-    mottle = 0.025 * _smooth(generator, view.u.shape[0], 24)
+    mottle = 0.025 * smooth_field(generator, view.u.shape[0], 24)
 
     def paint(image: Floats, tissue: _Tissue, contrast: Contrast) -> NDArray[np.bool_]:
         within = _inside(tissue.hull - 1.5, 1.0)
@@ -606,11 +636,11 @@ def _pituitary(view: _View, generator: np.random.Generator) -> tuple[Floats, Pai
     lower = _ellipsoid(view.points, centre, (wide, deep, high))
     upper = _ellipsoid(view.points, centre + np.array([0, 0, 0.9 * high]), (0.75 * wide, 0.75 * deep, 0.7 * high))
     mass = np.minimum(lower, upper) if rise > 0.5 else lower
-    mass = mass + 0.06 * wide * _smooth(generator, view.u.shape[0], 18)
+    mass = mass + 0.06 * wide * smooth_field(generator, view.u.shape[0], 18)
     faint, cyst, strength = generator.uniform((0.7, 0, 0.1), (1.0, 1, 0.3))
     hollow = centre + np.array([generator.normal(0, 2), 0, 0.3 * high])
     pocket = _ellipsoid(view.points, hollow, (0.4 * wide, 0.5 * deep, 0.35 * high))
-    mottle = 0.04 * _smooth(generator, view.u.shape[0], 30)
+    mottle = 0.04 * smooth_field(generator, view.u.shape[0], 30)
     flat = (centre - view.points[0, 0]) @ np.linalg.pinv(view.axes)
 
     def paint(image: Floats, tissue: _Tissue, contrast: Contrast) -> NDArray[np.bool_]:
@@ -648,17 +678,16 @@ _GROW: dict[str, Callable[[_View, np.random.Generator], tuple[Floats, Paint]]] =
 
 def _jitter(contrast: Contrast, generator: np.random.Generator) -> Contrast:
     """The same contrast as set on another day: each anatomical signal within some 8 %."""
-    names = ("csf", "gm", "wm", "fat", "marrow", "muscle", "gland")
-    factors = generator.normal(1, 0.05, len(names)).clip(0.88, 1.12)
+    factors = generator.normal(1, 0.05, len(_ANATOMY)).clip(0.88, 1.12)
     return replace(
-        contrast, **{name: getattr(contrast, name) * float(f) for name, f in zip(names, factors, strict=True)}
+        contrast, **{name: getattr(contrast, name) * float(f) for name, f in zip(_ANATOMY, factors, strict=True)}
     )
 
 
 def _acquire(image: Floats, machine: Scanner, spacing: float, generator: np.random.Generator) -> NDArray[np.uint8]:
     size = image.shape[0]
     image = np.clip(image, 0, 1.2) ** generator.uniform(*machine.gamma)
-    image = image * np.exp(generator.uniform(*machine.bias) * _smooth(generator, size, 2))
+    image = image * np.exp(generator.uniform(*machine.bias) * smooth_field(generator, size, 2))
     image = ndimage.gaussian_filter(image, generator.uniform(*machine.blur) / spacing)
     spread = generator.uniform(*machine.noise)
     real, imaginary = generator.standard_normal((2, size, size)) * spread

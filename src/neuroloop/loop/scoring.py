@@ -12,7 +12,7 @@ from neuroloop.model import evaluation, explanation, stress
 from neuroloop.model.bundle import Bundle, OnnxModel
 
 Result = dict[str, Any]
-_GATE = ("accepted_brains", "accepted_widened", "rejected")
+_GATE = ("accepted_brains", "accepted_widened", "accepted_rendered", "rejected", "rejected_unseen")
 
 
 def scores_of(

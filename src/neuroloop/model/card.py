@@ -298,15 +298,21 @@ def _gate(card: Card) -> str:
     gate = card.gate
     if "accepted_brains" not in gate:
         return ""
-    rows = [["brains of the validation part, refused", _percent(1 - gate["accepted_brains"])]]
-    if "accepted_widened" in gate:
-        rows.append(["the same in unfamiliar contrasts, refused", _percent(1 - gate["accepted_widened"])])
-    rows += [[f"{_words(kind)}, let through", _percent(1 - share)] for kind, share in gate.get("rejected", {}).items()]
+    brains = {
+        "accepted_brains": "brains of the validation part, refused",
+        "accepted_widened": "the same in unfamiliar contrasts, refused",
+        "accepted_rendered": "simulated heads in any contrast and plane, refused",
+    }
+    rows = [[words, _percent(1 - gate[name]), ""] for name, words in brains.items() if name in gate]
+    unseen = gate.get("rejected_unseen", {})
+    learned = gate.get("rejected", {})
+    for kind in {**learned, **unseen}:
+        shares = (_percent(1 - found[kind]) if kind in found else "" for found in (learned, unseen))
+        rows.append([f"{_words(kind)}, let through", *shares])
     return (
         "## Input gate: how often it errs\n\n"
-        + _table(["images", "share"], rows)
-        + "\n\nThe validation brains set the "
-        "gate's threshold. The other kinds are made-up images of kinds it was fitted on; unlike ones may pass."
+        + _table(["images", "share", "of a gate that has not learned this kind"], rows)
+        + "\n\nThe brains set the gate's threshold. The other kinds are made-up images; unlike ones may pass."
     )
 
 

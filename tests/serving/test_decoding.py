@@ -154,7 +154,7 @@ def test_without_a_free_place_the_image_is_turned_away_for_now():
 
 
 def test_the_worker_knows_no_secret_and_its_forks_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("NEUROLOOP_DATABASE_URL", "postgresql://user:hunter2@host/name")
+    monkeypatch.setenv("NEUROLOOP_DATABASE_URL", "postgresql://user:hunter2@host/name")  # pragma: allowlist secret
     one = decoder()
     process = worker(one)
     assert b"hunter2" not in Path(f"/proc/{process}/environ").read_bytes()

@@ -55,6 +55,15 @@ def test_losses_up_to_the_tolerance_are_within_it():
     assert promoted, failed(checks)
 
 
+@pytest.mark.parametrize(
+    ("images", "lost", "promoted"), [(42, 2, True), (42, 3, False), (245, 4, True), (245, 5, False)]
+)
+def test_of_a_small_test_part_two_images_of_a_class_may_be_lost_by_chance(images, lost, promoted):
+    candidate = scores(feedback=0.3, pituitary=0.9 - lost / images)
+    counts = dict.fromkeys(LABELS, images)
+    assert decide(candidate, scores(feedback=0.2), RULES, retraining=True, images=counts)[0] is promoted
+
+
 def test_a_rebuild_must_be_better_than_the_champion_on_the_same_test():
     assert decide(scores(macro_f1=0.91), scores(macro_f1=0.9), RULES, retraining=False)[0]
     assert failed(decide(scores(macro_f1=0.9), scores(macro_f1=0.9), RULES, retraining=False)[1]) == ["macro_f1"]

@@ -243,6 +243,7 @@ def evaluate_model(
         if corrections is not None:
             result["feedback"] = scoring.scores_on(candidate, corrections(candidate.image_size))
     champion = services.registry.by_alias("champion") if split.name == "grouped" else None
+    result["test_images"] = dict(zip(LABELS, np.bincount(test.labels, minlength=len(LABELS)).tolist(), strict=True))
     result["champion"] = result["outdated"] = None
     if champion is not None:
         try:
@@ -396,6 +397,7 @@ def promote_model(services: Services, run_id: str, experiment: str = BUILD) -> R
         champion,
         evaluated["baselines"],
         retraining=experiment == RETRAINING,
+        images=evaluated["test_images"],
         outdated=(evaluated["outdated"] or {}).get("reason", ""),
     )
     row = Promotion(

@@ -61,11 +61,7 @@ async def read_files(request: Request) -> list[bytes]:
     """The bytes of every field `file` of the form. Raises `HTTPException` with status 400, 408 or 415."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise HTTPException(415, "The request is no form, going by its Content-Type")
-    try:
-        body = await asyncio.wait_for(request.body(), intake.UPLOAD_SECONDS)
-    except TimeoutError:
-        message = f"The body had not arrived after {intake.UPLOAD_SECONDS:.0f} s"
-        raise HTTPException(408, message, {"Connection": "close"}) from None
+    body = await intake.body_of(request)
 
     async def once() -> AsyncGenerator[bytes, None]:
         yield body

@@ -70,12 +70,17 @@ async def read_image(request: Request) -> bytes:
     form = kind == b"multipart/form-data"
     if not form and not kind.startswith(b"image/") and kind not in _BINARY:
         raise HTTPException(415, "The request is neither a form nor an image, going by its Content-Type")
+    body = await body_of(request)
+    return await _field(request.headers, body) if form else body
+
+
+async def body_of(request: Request) -> bytes:
+    """The whole body, waited for `UPLOAD_SECONDS` at most; then it is an `HTTPException` with status 408."""
     try:
-        body = await asyncio.wait_for(request.body(), UPLOAD_SECONDS)
+        return await asyncio.wait_for(request.body(), UPLOAD_SECONDS)
     except TimeoutError:
         message = f"The body had not arrived after {UPLOAD_SECONDS:.0f} s"
         raise HTTPException(408, message, {"Connection": "close"}) from None
-    return await _field(request.headers, body) if form else body
 
 
 class InMemory(MultiPartParser):

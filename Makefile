@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-faults lock browser
+.PHONY: help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults lock browser
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -45,7 +45,7 @@ format: .venv/dev ## let ruff mend what it can
 story: .venv/dev ## play the whole loop on a stack of its own and print what happened as JSON
 	@$(BIN)/python tests/e2e/story.py
 
-bench: bench-data bench-training bench-inference bench-explanation bench-faults ## measure all of it, as ratios in one run each; JSON in bench/results
+bench: bench-data bench-training bench-inference bench-explanation bench-gate bench-faults ## measure all of it, as ratios in one run each; JSON in bench/results
 
 bench-data: .venv/dev ## the audit: what it finds, and its time and memory against the number of images
 	@$(BIN)/python bench/data.py
@@ -58,6 +58,9 @@ bench-inference: .venv/dev ## one image, from bytes to heat map
 
 bench-explanation: .venv/dev ## do heat maps point at the lesions of simulated scans; trains for some minutes
 	@$(BIN)/python bench/explanation.py
+
+bench-gate: .venv/dev ## how often the input gate errs, kind by kind; trains for some minutes
+	@$(BIN)/python bench/gate.py
 
 bench-faults: .venv/dev ## 2,000 known answers, the API killed 100 times, PostgreSQL 50 times; some 20 minutes
 	@$(BIN)/python bench/serving_faults.py

@@ -126,12 +126,18 @@ class Opening(Record):
 
 
 class GateResult(Record):
-    """Whether an image is taken for a brain MRI: `score` in [0, 1], accepted at or above `threshold`."""
+    """Whether an image is taken for a brain MRI: `score` in [0, 1], accepted at or above `threshold`.
+
+    `novelty` is another question: a brain MRI unlike those of the training is accepted, but left to a reader.
+    """
 
     accepted: bool
     score: float = Field(ge=0, le=1)
     threshold: float = Field(ge=0, le=1)
     reason: str = Field(description="In words; empty when accepted")
+    novelty: float = Field(
+        default=0.0, ge=0, description="How unlike the training images; 1 is the limit. 0 in records of before it was"
+    )
 
 
 class Prediction(Record):

@@ -104,16 +104,18 @@ def fit(
     epochs: int | None,
     minutes: float,
     warm_start: bytes | None = None,
+    gate_network: bytes | None = None,
     architecture: ArchitectureName = "compact",
     hyperparameters: Mapping[str, Any] = {},
     experiment: str = BUILD,
 ) -> Result:
     """Train on the run's shards and leave `bundle.zip`; `warm_start` are weights to begin from.
 
-    They are a start, not noise to be burnt away: the learning rate is then a third of a fresh training's.
+    The weights are a start, not noise to be burnt away: the learning rate is then a third of a fresh training's.
+    `gate_network` is an input gate's network to keep instead of training one.
     """
     # TensorFlow: only where a model is trained
-    from neuroloop.model import calibration, canary, devices, explanation, export, gate, network, training
+    from neuroloop.model import calibration, canary, devices, explanation, export, gate_training, network, training
     from neuroloop.model.bundle import OnnxModel, write
     from neuroloop.model.hyperparameters import configure
 
@@ -173,11 +175,14 @@ def fit(
         validation.images, validation.labels, calibrated.probabilities(exported.run(validation.images).logits)
     )
     log.info("fitting the input gate")
-    fitted = gate.fit_gate(
+    learned = held_out["train"]
+    fitted = gate_training.fit_gate(
         lambda images: exported.run(images).features,
-        held_out["train"].images,
+        learned.images[np.unique(learned.groups, return_index=True)[1]],  # one of each group of twins
         validation.images,
         np.random.default_rng(seed),
+        steps=gate_training.steps_for(minutes),
+        onnx=gate_network,
     )
     with tempfile.TemporaryDirectory() as folder:
         write(

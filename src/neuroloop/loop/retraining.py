@@ -64,6 +64,7 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         version, size = bundle.manifest.data_version, bundle.image_size
         statistics_json, weights = bundle.statistics, bundle.weights
         architecture, chosen = bundle.manifest.architecture, bundle.manifest.hyperparameters
+        gate_network = bundle.fitted_gate.onnx  # what a brain looks like has not changed
     found = feedback.allowed(services.log, feedback.used(services.store))
     kept, left_out = _trainable(services, version, found)
     preparation.write_held_out(services, run_id, version, size)
@@ -92,6 +93,7 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         epochs=epochs,
         minutes=minutes,
         warm_start=weights,
+        gate_network=gate_network,
         architecture=architecture,
         hyperparameters=chosen,
         experiment=RETRAINING,

@@ -183,7 +183,8 @@ class InferenceService:
         bundle = served.bundle
         canonical = canonicalize(pixels, bundle.image_size)
         outputs = bundle.predict(canonical[None])
-        gate = _declared(bundle.gate.judge(outputs.features[0], canonical), objection(read.modality, read.body_part))
+        judged = bundle.gate.judge(canonical, float(outputs.novelty[0]))
+        gate = _declared(judged, objection(read.modality, read.body_part))
         prediction_id = claim.prediction_id if claim else str(uuid.uuid4())
         index = int(outputs.probabilities[0].argmax())
         label = LABELS[index] if gate.accepted else None
@@ -210,7 +211,7 @@ class InferenceService:
                 "height": pixels.shape[0],
                 "prediction_sets": sets if label else {},
                 "refer": refer,
-                "refer_reason": _refer_reason(max(probabilities), limit) if refer else "",
+                "refer_reason": _refer_reason(max(probabilities), limit, gate.novelty) if refer else "",
                 "consent": consent,
                 "owner": owner,
             }
@@ -475,7 +476,12 @@ def _open_classes(found: NDArray[np.bool_], probabilities: list[float]) -> list[
     return [LABELS[index] for index in order if found[index]]
 
 
-def _refer_reason(largest: float, limit: float) -> str:
+def _refer_reason(largest: float, limit: float, novelty: float) -> str:
+    if novelty > 1:
+        return (
+            f"The scan is unlike those that the model has learned from (novelty {novelty:.2f}, limit 1): another "
+            "scanner, sequence or state. How often the model errs on such scans has not been measured."
+        )
     return (
         f"The largest probability, {100 * largest:.1f} %, is below {100 * limit:.1f} %: where the model was this "
         "uncertain, it was wrong too often in calibration."

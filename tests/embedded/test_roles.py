@@ -3,6 +3,9 @@
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pytest
+
+from neuroloop.core.errors import InvalidSetting
 from neuroloop.core.settings import Settings
 from neuroloop.embedded.roles import ROLES, environment
 
@@ -47,3 +50,24 @@ def test_mlflow_may_be_called_by_its_own_names_and_from_this_machine_only():
 
 def test_the_api_starts_without_waiting_for_a_database_that_may_be_down():
     assert ROLES["api"].needs == ()
+
+
+def artifacts(**settings: str) -> str:
+    argv = ROLES["mlflow"].argv(Settings(home=Path("/state"), **settings))
+    return argv[argv.index("--artifacts-destination") + 1]
+
+
+def test_mlflow_keeps_its_files_in_the_object_store_or_where_a_setting_says(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    assert artifacts() == "file:///state/store/mlflow"
+    assert artifacts(store_url="gs://bucket/prefix") == "gs://bucket/prefix/mlflow"
+    assert artifacts(store_url="s3://bucket") == "s3://bucket/mlflow"
+    assert artifacts(store_url="az://box/prefix") == "wasbs://box@account.blob.core.windows.net/prefix/mlflow"
+    assert artifacts(store_url="s3://bucket", mlflow_artifacts_url="s3://models/") == "s3://models"
+    assert artifacts(mlflow_artifacts_url="az://models") == "wasbs://models@account.blob.core.windows.net"
+
+
+def test_mlflow_in_an_azure_container_asks_for_the_account(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(InvalidSetting, match="AZURE_STORAGE_ACCOUNT_NAME is not set"):
+        artifacts(store_url="az://container")

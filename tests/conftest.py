@@ -21,7 +21,7 @@ import pytest
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.core.keys import MAIL
 from neuroloop.core.schemas import Mail
-from servers.clouds import AzureServer, S3Server, azure, s3
+from servers.clouds import AzureServer, Identities, S3Server, azure, identities, s3
 from servers.gcs_server import GcsServer
 
 # --- processes and ports ------------------------------------------------------------------------
@@ -96,6 +96,13 @@ def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return s3_server.new_bucket()
+
+
+@pytest.fixture(scope="session")
+def s3_identities(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Identities]:
+    """Another Amazon S3, which enforces the policies of deploy/identities."""
+    with identities(tmp_path_factory.mktemp("s3-identities"), free()) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

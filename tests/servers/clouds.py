@@ -23,6 +23,10 @@ from urllib.parse import urlencode
 
 import pytest
 
+from neuroloop.bootstrap import open_store
+from neuroloop.core.ports import ObjectStore
+from neuroloop.core.rights import Identity
+
 ROOT = Path(__file__).parents[2]
 EMULATORS = ROOT / ".cache" / "emulators"
 PYTHON = EMULATORS / "python" / "bin" / "python"
@@ -76,11 +80,11 @@ class S3Server:
 
     def enforce(self) -> None:
         """From now on every request needs a valid signature and a policy that allows it."""
-        self._ask("/moto-api/reset-auth", b"0", method="POST")
+        self._ask("/moto-api/reset-auth", b"0", method="POST", headers={"Content-Type": "text/plain"})
 
-    def relax(self) -> None:
-        """From now on no request needs either."""
-        self._ask("/moto-api/reset-auth", b"inf", method="POST")
+    def listings(self, environment: dict[str, str]) -> list[str]:
+        """The prefixes that the holder of these variables has listed so far."""
+        return [prefix for key, prefix in json.loads(self._ask("/listings")) if key == environment["AWS_ACCESS_KEY_ID"]]
 
     def _iam(self, **form: str) -> bytes:
         scope = "Credential=root/20260101/us-east-1/iam/aws4_request"
@@ -119,6 +123,52 @@ class AzureServer:
         name = f"container-{secrets.token_hex(6)}"
         BlobServiceClient.from_connection_string(self.connection).create_container(name)
         return name
+
+
+@dataclass
+class Identities:
+    """A bucket whose policies, those of deploy/identities, are enforced."""
+
+    server: S3Server
+    bucket: str
+    environments: dict[str, dict[str, str]]
+    """By identity, and `owner`, who may do everything."""
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}"
+
+    @contextlib.contextmanager
+    def acting(self, name: str) -> Iterator[ObjectStore]:
+        """Until the block ends, this process comes to the store as this identity; a store that does so for good."""
+        before = {key: os.environ.get(key) for key in self.environments[name]}
+        os.environ.update(self.environments[name])
+        try:
+            store = open_store(self.url)
+            store.exists("probe/opened")  # connects, with the variables of now
+            yield store
+        finally:
+            for key, value in before.items():
+                os.environ.pop(key, None)
+                if value is not None:
+                    os.environ[key] = value
+
+
+@contextlib.contextmanager
+def identities(folder: Path, port: int) -> Iterator[Identities]:
+    """An S3 of its own that enforces the policies. What moto cannot: conditions, so those of listings are left out."""
+    with s3(folder, port) as server:
+        bucket = server.new_bucket()
+        everything = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
+        environments = {"owner": server.new_user("owner", everything)}
+        for identity in Identity:
+            text = (ROOT / "deploy" / "identities" / "aws" / f"{identity}.json").read_text()
+            policy = json.loads(text.replace("${bucket}", bucket))
+            for statement in policy["Statement"]:
+                statement.pop("Condition", None)
+            environments[identity] = server.new_user(identity, policy)
+        server.enforce()
+        yield Identities(server, bucket, environments)
 
 
 @contextlib.contextmanager

@@ -5,12 +5,14 @@ Run by the Python of `make emulators`, which has moto; this project's own has no
 moto looks whether a key is free and writes it later, so of several concurrent create-once writes two could win; S3
 decides in one step. Here, too: requests are answered one at a time. `POST /faults` takes a JSON list of
 `[method, status, whether the request takes effect]`, each of which spoils one answer to a request for an object.
+`GET /listings` tells who has listed what so far, as `[access key, prefix]`: moto does not heed a policy's `s3:prefix`.
 """
 
 import json
 import sys
 import threading
 from collections import deque
+from urllib.parse import parse_qs
 
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
@@ -23,6 +25,7 @@ class OneAtATime:
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._lock = threading.Lock()
         self._faults: deque[list] = deque()
+        self._listings: list[list[str]] = []
 
     def __call__(self, environ, start_response):
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
@@ -32,6 +35,12 @@ class OneAtATime:
                     length = int(environ["CONTENT_LENGTH"])
                     self._faults.extend(json.loads(environ["wsgi.input"].read(length)))
                 return _answer(start_response, 200, json.dumps(list(self._faults)).encode())
+            if path == "/listings":
+                return _answer(start_response, 200, json.dumps(self._listings).encode())
+            query = parse_qs(environ["QUERY_STRING"], keep_blank_values=True)
+            if method in ("GET", "HEAD") and path.strip("/").count("/") == 0 and path != "/":
+                key = environ.get("HTTP_AUTHORIZATION", "").partition("Credential=")[2].partition("/")[0]
+                self._listings.append([key, query.get("prefix", [""])[0]])
             if path.count("/") > 1 and self._faults and self._faults[0][0] == method:
                 _, status, effective = self._faults.popleft()
                 if effective:

@@ -212,15 +212,15 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """The same in `folder` on `port`."""
+def mlflow_server(folder: Path, port: int, artifacts: str = "") -> Iterator[str]:
+    """The same in `folder` on `port`, the artifacts there or elsewhere."""
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
                 *("--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
-                *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")),
+                *("--serve-artifacts", "--artifacts-destination", artifacts or str(folder / "artifacts")),
             ],
             env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
             cwd=folder,

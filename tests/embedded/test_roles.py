@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from adapters.test_data_versions import with_the_extra_aws
+from conftest import mlflow_server
+from neuroloop.adapters.mlflow_registry import MlflowRegistry
+from neuroloop.bootstrap import open_store
 from neuroloop.core.errors import InvalidSetting
 from neuroloop.core.settings import Settings
 from neuroloop.embedded.roles import ROLES, environment
@@ -71,3 +75,19 @@ def test_mlflow_in_an_azure_container_asks_for_the_account(monkeypatch: pytest.M
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     with pytest.raises(InvalidSetting, match="AZURE_STORAGE_ACCOUNT_NAME is not set"):
         artifacts(store_url="az://container")
+
+
+@pytest.mark.parametrize("cloud", ["s3", "azure"])
+def test_what_mlflow_keeps_lies_in_the_clouds_store(cloud: str, request, monkeypatch, tmp_path: Path, free_port):
+    if cloud == "s3":
+        url = f"s3://{request.getfixturevalue('s3_bucket')}/below"
+        with_the_extra_aws(monkeypatch)
+    else:
+        url = f"az://{request.getfixturevalue('azure_container')}/below"
+    with mlflow_server(tmp_path, free_port(), artifacts(store_url=url)) as uri:
+        registry = MlflowRegistry(uri)
+        run = registry.open_run("run-1", experiment="clouds")
+        registry.log_bytes(run, "data/corrections.json", b"[]")
+        (key,) = open_store(url).list("mlflow/")
+        assert key.endswith("artifacts/data/corrections.json")
+        assert open_store(url).get(key) == b"[]"

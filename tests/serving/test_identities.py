@@ -30,7 +30,9 @@ def test_scans_are_taken_corrected_and_retrained_on_with_no_more_rights_than_nee
         assert api.client.get(f"/v1/predictions/{ids[0]}/image").content
         assert api.client.get("/v1/monitoring").status_code == 200
         assert api.client.get("/v1/mails").status_code == 200
-        assert api.client.delete(f"/v1/predictions/{ids[4]}", params={"reason": "mistake"}).status_code == 200
+        assert (
+            api.client.delete(f"/v1/predictions/{ids[4]}", params={"reason": "mistake", "by": "ann"}).status_code == 200
+        )
     with s3_identities.acting("owner") as owner:
         wanted = sorted([keys.correction("meningioma", ids[0]), *(keys.correction("pituitary", i) for i in ids[1:4])])
         assert sorted(key for key in owner.list(keys.CORRECTIONS) if key.endswith(".png")) == wanted

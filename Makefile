@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults lock browser
+.PHONY: help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults lock browser emulators
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -22,10 +22,10 @@ status: .venv/run ## each part and its state
 logs: .venv/run ## the latest log lines of every part
 	@$(BIN)/python -m neuroloop.cli logs
 
-test: .venv/dev browser ## all tests: unit, browser, and the story of the whole loop
+test: .venv/dev browser emulators ## all tests: unit, browser, and the story of the whole loop
 	@$(BIN)/python -m pytest
 
-unit: .venv/dev ## the quick tests only
+unit: .venv/dev emulators ## the quick tests only
 	@$(BIN)/python -m pytest -m "not e2e"
 
 lint: .venv/dev ## ruff, mypy, import-linter, a search for secrets; warnings are errors
@@ -75,6 +75,23 @@ browser:
 	  as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	  echo "installing chromium for the browser tests"; \
 	  $$as_root apt-get -qq update && DEBIAN_FRONTEND=noninteractive $$as_root apt-get -qq install -y --no-install-recommends chromium >/dev/null; }
+
+# S3 (moto) and Azure Blob (Azurite) for the tests of the stores, and what speaks to AWS in the extra `aws`: in an
+# environment of their own, since they want an older python-dateutil. Without npm there is no Azurite, and tests skip.
+emulators: .cache/emulators/python/done .cache/emulators/node_modules
+
+.cache/emulators/python/done: pyproject.toml | .venv/bin/uv
+	@echo "installing moto and the extra aws into .cache/emulators"
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python .cache/emulators/python
+	@grep -v '^python-dateutil=' requirements.txt >.cache/emulators/constraints.txt
+	@$(BIN)/uv pip install --quiet --python .cache/emulators/python -c .cache/emulators/constraints.txt 'moto[server]>=5.1' 'boto3>=1.40' 'dvc-s3>=3'
+	@touch $@
+
+.cache/emulators/node_modules:
+	@if command -v npm >/dev/null; then \
+	  echo "installing azurite into .cache/emulators"; \
+	  mkdir -p .cache/emulators && npm install --silent --no-audit --no-fund --prefix .cache/emulators azurite@3; \
+	else echo "npm is not here: the tests against Azure Blob will skip"; fi
 
 .venv/bin/uv:
 	@command -v $(PYTHON) >/dev/null || { echo "NeuroLoop needs Python 3.11 ($(PYTHON) is not on the PATH); set PYTHON=/path/to/python3.11"; exit 1; }

@@ -20,7 +20,7 @@ from neuroloop.core.settings import Settings
 from neuroloop.loop.failures import mail_failure
 
 DEFAULT = Settings.load()
-SOURCES = "`phantom://` (simulated scans), a folder, `gs://bucket/prefix` or `kaggle://owner/dataset`"
+SOURCES = "`phantom://` (simulated scans), a folder, `gs://`, `s3://`, `az://bucket/prefix`, `kaggle://owner/dataset`"
 STEPS = (
     *("check_source", "download_data", "audit_data", "capture_statistics", "augment_input_data"),
     *("transform_testing_data", "building_model", "evaluate_model", "register_model", "promote_model", "send_email"),

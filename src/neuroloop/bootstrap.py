@@ -79,19 +79,25 @@ class Services:
 
 
 def open_store(url: str) -> ObjectStore:
-    """`file:///folder` or `gs://bucket[/prefix]`."""
+    """`file:///folder`, or `gs://bucket`, `s3://bucket` or `az://container`, each with or without a `/prefix`."""
     parts = urlsplit(url)
-    if parts.scheme == "gs":
-        from neuroloop.adapters.gcs import GcsStore
+    match parts.scheme:
+        case "gs":
+            from neuroloop.adapters.gcs import GcsStore
 
-        return GcsStore(parts.netloc, parts.path.strip("/"))
+            return GcsStore(parts.netloc, parts.path)
+        case "s3" | "az":
+            from neuroloop.adapters import cloud
+
+            vendor = cloud.S3 if parts.scheme == "s3" else cloud.AZURE
+            return cloud.CloudStore(vendor, parts.netloc, parts.path)
     from neuroloop.adapters.folder import FolderStore
 
     return FolderStore(parts.path)
 
 
 def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataSource:
-    """`phantom://`, a folder, `gs://bucket/prefix` or `kaggle://owner/dataset`; `licence` is that of real images."""
+    """`phantom://`, a folder, a bucket (as `open_store`) or `kaggle://owner/dataset`; `licence`: of real images."""
     from neuroloop.adapters.folder import FolderStore
     from neuroloop.data import source
 
@@ -99,7 +105,7 @@ def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataS
     match parts.scheme:
         case "phantom":
             return source.PhantomSource(images=images, seed=seed)
-        case "gs":
+        case "gs" | "s3" | "az":
             return source.ObjectSource(url, open_store(url), licence)
         case "kaggle":
             from neuroloop.adapters.kaggle import download
@@ -114,7 +120,7 @@ def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataS
             raise InvalidSource(
                 f"{url!r} cannot be read as a data source",
                 why=f"the scheme {other}:// is unknown",
-                fix="use phantom://, a folder, gs://bucket/prefix or kaggle://owner/dataset",
+                fix="use phantom://, a folder, gs://, s3:// or az://bucket/prefix, or kaggle://owner/dataset",
             )
 
 

@@ -108,7 +108,7 @@ def mail_sink() -> None:
 
 @app.command()
 def build(
-    data_url: Annotated[str, typer.Option(help="phantom://, a folder, gs://... or kaggle://...")] = "",
+    data_url: Annotated[str, typer.Option(help="phantom://, a folder, gs://, s3://, az:// or kaggle://...")] = "",
     minutes: Annotated[float | None, typer.Option(help="Training budget.")] = None,
     epochs: Annotated[int | None, typer.Option(help="An exact number of epochs.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the canonical image, pixels.")] = None,
@@ -145,7 +145,7 @@ def build(
 
 @app.command()
 def search(
-    data_url: Annotated[str, typer.Option(help="phantom://, a folder, gs://... or kaggle://...")] = "",
+    data_url: Annotated[str, typer.Option(help="phantom://, a folder, gs://, s3://, az:// or kaggle://...")] = "",
     trials: Annotated[int, typer.Option(help="At most this many settings are tried.")] = 20,
     minutes: Annotated[float, typer.Option(help="And none after this time.")] = 60.0,
     epochs: Annotated[int | None, typer.Option(help="Of a trial.")] = None,

@@ -1,16 +1,20 @@
-"""The contract of `ports.DataVersions`, by real DVC on a folder and on a Google Cloud Storage."""
+"""The contract of `ports.DataVersions`, by real DVC on a folder and on three clouds' stores."""
 
 import hashlib
+import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from neuroloop.adapters.cloud import AZURE, S3, CloudStore
 from neuroloop.adapters.dvc import DvcVersions
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.adapters.gcs import GcsStore
 from neuroloop.core import keys
 from neuroloop.core.errors import InvalidSource, NotFound, Unavailable
+from servers.clouds import AWS_PACKAGES
 
 FILES = {
     "Training/glioma/Tr-gl (1).jpg": b"first scan",
@@ -19,13 +23,25 @@ FILES = {
 }
 
 
-@pytest.fixture(params=["folder", "gcs"])
-def remote(request: pytest.FixtureRequest, tmp_path: Path):
+@pytest.fixture(params=["folder", "gcs", "s3", "azure"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """(object store, its DVC remote as `bootstrap` opens it)"""
     if request.param == "folder":
         return FolderStore(str(tmp_path / "store")), DvcVersions(f"file://{tmp_path}/store/{keys.DVC_REMOTE}")
-    bucket = request.getfixturevalue("gcs_bucket")
-    return GcsStore(bucket), DvcVersions(f"gs://{bucket}/{keys.DVC_REMOTE}")
+    if request.param == "gcs":
+        bucket = request.getfixturevalue("gcs_bucket")
+        return GcsStore(bucket), DvcVersions(f"gs://{bucket}/{keys.DVC_REMOTE}")
+    if request.param == "s3":
+        bucket = request.getfixturevalue("s3_bucket")
+        with_the_extra_aws(monkeypatch)
+        return CloudStore(S3, bucket, "below"), DvcVersions(f"s3://{bucket}/below/{keys.DVC_REMOTE}")
+    container = request.getfixturevalue("azure_container")
+    return CloudStore(AZURE, container, "below"), DvcVersions(f"az://{container}/below/{keys.DVC_REMOTE}")
+
+
+def with_the_extra_aws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let DVC, which runs as a command, find what the extra `aws` would have installed."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(AWS_PACKAGES), os.environ.get("PYTHONPATH", "")]))
 
 
 def fill(workspace: Path, files: dict[str, bytes]) -> Path:
@@ -93,3 +109,10 @@ def test_a_missing_bucket_is_unavailable(gcs_bucket: str, tmp_path: Path):
         DvcVersions("gs://no-such-bucket/data/dvc").commit(fill(tmp_path, FILES))
     with pytest.raises(NotFound):
         GcsStore(gcs_bucket).get(keys.image(hashlib.md5(b"first scan").hexdigest()))
+
+
+def test_without_the_extra_aws_the_error_names_it(s3_bucket: str, tmp_path: Path):
+    if importlib.util.find_spec("dvc_s3"):
+        pytest.skip("the extra aws is installed here")
+    with pytest.raises(Unavailable, match=r"neuroloop\[aws\]"):
+        DvcVersions(f"s3://{s3_bucket}/data/dvc").commit(fill(tmp_path, FILES))

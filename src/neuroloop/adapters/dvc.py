@@ -19,15 +19,15 @@ _VERSION = re.compile(r"md5: ([0-9a-f]{32})\.dir\b")
 
 
 class DvcVersions:
-    """`ports.DataVersions` by DVC. `remote_url` is `file:///folder` or `gs://bucket/prefix`.
+    """`ports.DataVersions` by DVC. `remote_url` is `file:///folder`, or `gs://`, `s3://` or `az://bucket/prefix`.
 
-    The remote has DVC's own layout, `files/md5/ab/cdef...`, which `keys.image` names too. For `gs://`,
-    `STORAGE_EMULATOR_HOST` is honoured.
+    The remote has DVC's own layout, `files/md5/ab/cdef...`, which `keys.image` names too. `STORAGE_EMULATOR_HOST` and
+    the vendors' own variables are honoured; `s3://` takes the extra `aws` of this package.
     """
 
     def __init__(self, remote_url: str) -> None:
         parts = urlsplit(remote_url)
-        self._remote = remote_url if parts.scheme == "gs" else parts.path
+        self._remote = {"file": parts.path, "az": f"azure://{parts.netloc}{parts.path}"}.get(parts.scheme, remote_url)
 
     def commit(self, workspace: Path) -> tuple[str, bytes]:
         """Version `workspace/data` and push it; (version, bytes of `data.dvc`). The same files give the same version.
@@ -73,6 +73,9 @@ class DvcVersions:
         emulator = os.environ.get("STORAGE_EMULATOR_HOST")
         if self._remote.startswith("gs://") and emulator:
             settings += [f'endpointurl = "{emulator}"', "allow_anonymous_login = true"]
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if self._remote.startswith("s3://") and endpoint:
+            settings.append(f'endpointurl = "{endpoint}"')
         # What git tracks of a repository's settings stays as it is; these win, and git ignores them.
         (hidden / "config").touch()
         (hidden / "config.local").write_text("\n".join(settings) + "\n")
@@ -103,10 +106,11 @@ class DvcVersions:
         if done.returncode:
             lines = [line.strip() for line in (done.stdout + done.stderr).splitlines()]
             last = [line for line in lines if line and "Having any troubles" not in line][-6:]
+            why = " ".join(last) or f"it ended with status {done.returncode}"
+            missing = "requires 'dvc-s3'" in why
+            extra = "install the extra aws: uv pip install 'neuroloop[aws]' (docs/stores.md)"
             raise Unavailable(
-                what,
-                why=" ".join(last) or f"it ended with status {done.returncode}",
-                fix=f"check that the remote {self._remote} can be reached",
+                what, why=why, fix=extra if missing else f"check that the remote {self._remote} can be reached"
             )
 
 

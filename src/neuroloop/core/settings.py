@@ -35,14 +35,18 @@ class Settings(BaseSettings):
 
     home: Path = Field(Path(".neuroloop"), description="Folder that holds all local state")
 
-    store_url: str = Field("", description="Object store: file:///folder or gs://bucket; empty: $NEUROLOOP_HOME/store")
+    store_url: str = Field(
+        "",
+        description="Object store: file:///folder, gs://, s3:// or az://bucket[/prefix]; empty: $NEUROLOOP_HOME/store",
+    )
     database_url: str = Field("", description="Prediction log and ledger: postgresql://user:password@host:port/name")
     mlflow_tracking_uri: str = Field("http://127.0.0.1:5000", description="MLflow tracking server and registry")
     notify_url: str = Field("smtp://127.0.0.1:1025", description="Mail: smtp://[user:password@]host:port or smtps://")
     notify_from: str = Field("neuroloop@localhost", description="Sender of the platform's mails")
     notify_to: str = Field("operator@localhost", description="Receiver of the platform's mails, comma-separated")
     data_url: str = Field(
-        "phantom://", description="Training source: phantom://, a folder, gs://bucket/prefix or kaggle://owner/dataset"
+        "phantom://",
+        description="Training source: phantom://, a folder, gs://, s3:// or az://bucket/prefix, kaggle://owner/dataset",
     )
     data_licence: str = Field(
         "", description="Licence of those images: CC0-1.0, or by origin: CC0-1.0, figshare=CC-BY-4.0; empty: unknown"
@@ -51,6 +55,9 @@ class Settings(BaseSettings):
     airflow_url: str = Field("http://127.0.0.1:8080", description="Airflow, as a browser reaches it")
     airflow_internal_url: str = Field(
         "", description="Airflow's API server, as its other parts reach it; empty: NEUROLOOP_AIRFLOW_URL"
+    )
+    mlflow_artifacts_url: str = Field(
+        "", description="Where MLflow keeps its files, such as s3://models; empty: mlflow/ in the object store"
     )
     mlflow_url: str = Field("", description="MLflow, as a browser reaches it; empty: NEUROLOOP_MLFLOW_TRACKING_URI")
 
@@ -158,7 +165,12 @@ class Settings(BaseSettings):
     @field_validator("store_url")
     @classmethod
     def _store(cls, value: str) -> str:
-        return _scheme(value, ("file", "gs"), "file:///srv/neuroloop or gs://my-bucket")
+        return _scheme(value, ("file", "gs", "s3", "az"), "file:///srv/neuroloop or gs://my-bucket")
+
+    @field_validator("mlflow_artifacts_url")
+    @classmethod
+    def _artifacts(cls, value: str) -> str:
+        return _scheme(value, ("file", "gs", "s3", "az"), "gs://my-models or s3://my-models").rstrip("/")
 
     @field_validator("database_url", "airflow_database_url", "mlflow_database_url")
     @classmethod
@@ -212,6 +224,11 @@ class Settings(BaseSettings):
     def store(self) -> str:
         """The object store's URL, with its default."""
         return self.store_url or f"file://{self.home}/store"
+
+    @property
+    def mlflow_artifacts(self) -> str:
+        """Where MLflow keeps its files, with its default."""
+        return self.mlflow_artifacts_url or f"{self.store}/mlflow"
 
     @property
     def audit_stops(self) -> frozenset[str]:

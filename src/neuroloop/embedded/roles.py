@@ -70,10 +70,25 @@ def _mlflow_argv(settings: Settings) -> list[str]:
         *_python("mlflow", "server", "--workers", "1"),
         *("--host", settings.bind, "--port", str(settings.mlflow_port)),
         *("--backend-store-uri", _driver(settings.mlflow_database_url)),
-        *("--artifacts-destination", f"{settings.store}/mlflow", "--serve-artifacts"),
+        *("--artifacts-destination", _mlflow_artifacts(settings), "--serve-artifacts"),
         *("--allowed-hosts", ",".join(_mlflow_hosts(settings))),
         *(("--app-name", "basic-auth") if settings.mlflow_password else ()),
     ]
+
+
+def _mlflow_artifacts(settings: Settings) -> str:
+    """Where MLflow keeps its files, in its own words: it names a container with its account."""
+    parts = urlsplit(settings.mlflow_artifacts)
+    if parts.scheme != "az":
+        return settings.mlflow_artifacts
+    account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
+    if not account:
+        raise InvalidSetting(
+            "AZURE_STORAGE_ACCOUNT_NAME is not set",
+            why=f"MLflow keeps its files in {settings.mlflow_artifacts}, and the account is not known",
+            fix="set it to the name of the storage account",
+        )
+    return f"wasbs://{parts.netloc}@{account}.blob.core.windows.net{parts.path}"
 
 
 def _mlflow_hosts(settings: Settings) -> list[str]:

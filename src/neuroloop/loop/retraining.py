@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from neuroloop.bootstrap import Services
-from neuroloop.core.errors import NotFound
+from neuroloop.core.errors import Forbidden, NotFound
 from neuroloop.core.schemas import LABELS
 from neuroloop.data import dataset
 from neuroloop.data.audit import thumbnail, twins
@@ -24,15 +24,25 @@ from neuroloop.records import erasure, orphans
 
 def check_source_flag(services: Services, run_id: str) -> Result:
     """Count the unused corrections; `go` when there are strictly more than the threshold, or this run has its batch."""
-    erasure.finish_all(services.log, services.store)
-    orphans.settle_corrections(services.log, services.store)  # what a killed server left must not count
     threshold = services.settings.feedback_threshold
+    unsettled = _settled(services)
     waiting = len(feedback.waiting(services.store))
     mine = any(batch.run_id == run_id for batch in feedback.batches(services.store))
     verb = "more than" if waiting > threshold else "not more than"
-    reason = f"{waiting} corrections wait, {verb} {threshold}."
-    result = {"waiting": waiting, "threshold": threshold, "go": mine or waiting > threshold, "reason": reason}
+    reason = unsettled or f"{waiting} corrections wait, {verb} {threshold}."
+    go = mine or (not unsettled and waiting > threshold)
+    result = {"waiting": waiting, "threshold": threshold, "go": go, "reason": reason}
     return handoff.keep(services, run_id, "check_source_flag", result)
+
+
+def _settled(services: Services) -> str:
+    """See that what a killed server left does not count; if this identity may not, why corrections cannot be used."""
+    erasure.finish_all(services.log, services.store)
+    try:
+        orphans.settle_corrections(services.log, services.store)
+    except Forbidden as error:
+        return f"Housekeeping, which may, has to put the corrections in order first: {error}"
+    return ""
 
 
 def flag_false(services: Services, run_id: str, *, by_hand: bool) -> Result:

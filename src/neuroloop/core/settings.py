@@ -118,6 +118,9 @@ class Settings(BaseSettings):
     retrain_minutes: Annotated[float, Field(gt=0, le=24 * 60)] = Field(
         10.0, description="Training budget of a retraining"
     )
+    training_pod: str = Field(
+        "", description="On Kubernetes: pod template file of the tasks that train; empty: the one of all tasks"
+    )
     simulated_images: Annotated[int, Field(ge=80, le=100_000)] = Field(1200, description="Scans that phantom:// makes")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of simulation, split, augmentation and training")
 
@@ -225,6 +228,11 @@ class Settings(BaseSettings):
             if fnmatchcase(address.lower(), pattern.lower()):
                 return Role(role)
         return None
+
+    def executor_config(self, task: str) -> dict[str, str]:
+        """What Airflow's executor is told of a task: on Kubernetes, which pod template it starts from."""
+        trains = task in ("building_model", "retrain_model")
+        return {"pod_template_file": self.training_pod} if trains and self.training_pod else {}
 
     @property
     def airflow_internal(self) -> str:

@@ -10,6 +10,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ $# -gt 1 ]; then
   exec "$@"
 fi
+[ "${1:-}" != serve ] || set -- api # what Amazon SageMaker calls it
 python="$here/.venv/bin/python"
 [ -x "$python" ] || python=$(command -v python3)
 exec "$python" -m neuroloop.cli role "${1:?usage: entrypoint.sh ROLE, or a command of several words}"

@@ -102,13 +102,13 @@ def test_each_dag_explains_itself_retries_mails_failures_and_runs_once_at_a_time
         assert schema["help"] or schema.get("description_md"), name
 
 
-def test_only_the_tasks_that_train_start_from_the_training_pod_where_one_is_set(parsed, tmp_path):
+def test_tasks_that_train_or_erase_start_from_pods_of_their_own_where_there_are_templates(parsed, tmp_path):
     assert [found["executor"] for found in parsed.values() if isinstance(found, dict)] == [{}, {}, {}]
-    named = parse(str(tmp_path), NEUROLOOP_TRAINING_POD="/pods/training.yaml")
+    named = parse(str(tmp_path), NEUROLOOP_POD_TEMPLATES="/pods")
     pod = {"pod_template_file": "/pods/training.yaml"}
     assert named["data_and_model_build"]["executor"] == {"building_model": pod}
     assert named["model_retraining"]["executor"] == {"retrain_model": pod}
-    assert named["housekeeping"]["executor"] == {}
+    assert named["housekeeping"]["executor"] == {"tidy": {"pod_template_file": "/pods/housekeeping.yaml"}}
 
 
 def test_housekeeping_is_one_task_every_hour_unless_set_otherwise(parsed):

@@ -26,7 +26,11 @@ CLOUDS = ("gke", "eks", "aks")
 ENVIRONMENTS = (*CLOUDS, "local")
 SETTINGS = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
 VALUES = yaml.safe_load((KUBERNETES / "airflow-values.yaml").read_text())
-TRAINING_POD = yaml.safe_load((KUBERNETES / "base" / "training-pod.yaml").read_text())
+TRAINING_POD = yaml.safe_load((KUBERNETES / "base" / "training.yaml").read_text())
+TASK_PODS = {
+    "training": TRAINING_POD,
+    "housekeeping": yaml.safe_load((KUBERNETES / "base" / "housekeeping.yaml").read_text()),
+}
 FOREIGN = {"ServiceMonitor": "monitoring.coreos.com/v1", "BackendConfig": "cloud.google.com/v1"}
 """Kinds that operators of others bring; no schema of them is at hand."""
 QUANTITY = re.compile(r"[1-9][0-9]*(Ki|Mi|Gi|Ti)")
@@ -53,9 +57,9 @@ def of_kind(name: str, *kinds: str) -> list[dict[str, Any]]:
 
 
 def workloads(name: str) -> dict[str, dict[str, Any]]:
-    """Everything that starts pods, by name, and the pod of Airflow's training tasks."""
+    """Everything that starts pods, by name, and the pods of Airflow's tasks that have one of their own."""
     found = {each["metadata"]["name"]: each for each in of_kind(name, "Deployment", "StatefulSet", "Job")}
-    return found | {"training": {"kind": "Pod", "spec": {"template": TRAINING_POD}}}
+    return found | {who: {"kind": "Pod", "spec": {"template": each}} for who, each in TASK_PODS.items()}
 
 
 def pod(workload: dict[str, Any]) -> dict[str, Any]:
@@ -126,8 +130,9 @@ def test_every_manifest_keeps_the_schema_of_its_kind_strictly(name: str):
 
 
 def test_a_pod_that_trains_keeps_the_schema_too_and_the_one_with_a_gpu_differs_in_the_gpu_only():
-    kubernetes_validate.validate(TRAINING_POD, "1.34", strict=True)
-    with_gpu = yaml.safe_load((KUBERNETES / "components" / "gpu" / "training-pod.yaml").read_text())
+    for each in TASK_PODS.values():
+        kubernetes_validate.validate(each, "1.34", strict=True)
+    with_gpu = yaml.safe_load((KUBERNETES / "components" / "gpu" / "training.yaml").read_text())
     assert with_gpu["spec"]["containers"][0]["resources"]["limits"].pop("nvidia.com/gpu") == "1"
     assert with_gpu == TRAINING_POD
     assert [each["key"] for each in TRAINING_POD["spec"]["tolerations"]] == ["nvidia.com/gpu"]
@@ -218,14 +223,14 @@ def test_no_pod_gets_a_token_of_the_cluster_or_variables_that_look_like_settings
 @each_environment
 def test_every_image_has_a_version(name: str):
     for who, container in containers(name):
-        if who != "training/base":  # KubernetesExecutor puts in the chart's image
+        if not who.endswith("/base"):  # KubernetesExecutor puts in the chart's image
             _, _, tag = container["image"].rpartition("/")[2].partition(":")
             assert re.match(r"\d", tag), (who, container["image"])
 
 
 @pytest.mark.parametrize("name", CLOUDS)
 def test_the_images_of_a_cloud_come_from_its_registry_all_in_one_version(name: str):
-    ours = {each["image"] for who, each in containers(name) if who != "training/base"}
+    ours = {each["image"] for who, each in containers(name) if not who.endswith("/base")}
     airflow = yaml.safe_load((KUBERNETES / "overlays" / name / "airflow-values.yaml").read_text())
     ours.add(f"{airflow['defaultAirflowRepository']}:{airflow['defaultAirflowTag']}")
     registries, names = zip(*(image.rsplit("/", 1) for image in ours), strict=True)
@@ -295,7 +300,7 @@ def test_a_container_listens_where_its_role_does_and_its_service_sends_there(nam
 
 @each_environment
 def test_every_secret_that_is_named_is_one_that_make_secrets_makes(name: str, secrets):
-    text = json.dumps([*built(name), TRAINING_POD, VALUES])
+    text = json.dumps([*built(name), TASK_PODS, VALUES])
     named = set(re.findall(r'"(?:secretRef|secretKeyRef)": \{[^}]*?"name": "([a-z-]+)"', text))
     named |= set(re.findall(r'"secretName": "([a-z-]+)"', text)) - {"frontend-tls", "api-tls", "airflow-tls"}
     named |= {VALUES[key] for key in ("fernetKeySecretName", "apiSecretKeySecretName", "jwtSecretName")}
@@ -324,6 +329,7 @@ def test_each_part_gets_the_secrets_that_it_needs_and_no_others():
         "mlflow/mlflow": {"mlflow-database", "mlflow-login"},
         "migrate/migrate": {"database"},
         "training/base": {"database", "mlflow-login", "notify", "kaggle"},
+        "housekeeping/base": {"database", "mlflow-login", "notify"},
     }
 
 
@@ -413,9 +419,9 @@ def test_who_reaches_the_store_has_an_identity_of_its_own_and_nobody_else_has_on
         each["metadata"]["name"]: each["metadata"].get("annotations", {}) for each in of_kind(name, "ServiceAccount")
     }
     tied = {who: next(iter(annotations.values())) for who, annotations in accounts.items() if annotations}
-    assert set(tied) == {"api", "mlflow", "trainer"}
+    assert set(tied) == {"api", "mlflow", "trainer", "housekeeper"}
     if name != "aks":  # whose ids are made by Azure
-        assert len(set(tied.values())) == 3
+        assert len(set(tied.values())) == 4
     for who, found in workloads(name).items():
         reaches = "neuroloop.io/reaches-store" in labels(found)
         assert reaches == (pod(found)["serviceAccountName"] in tied), who
@@ -476,11 +482,12 @@ def test_every_part_of_airflow_has_limits_in_units():
             assert QUANTITY.fullmatch(VALUES[part]["resources"][which]["memory"]), part
 
 
-def test_the_training_pod_lies_where_the_setting_says_and_runs_as_the_other_tasks_do():
-    path = Path(config("gke", "airflow-settings")["NEUROLOOP_TRAINING_POD"])
-    mount = VALUES["scheduler"]["extraVolumeMounts"][0]
-    assert str(path.parent) == mount["mountPath"]
-    assert yaml.safe_load(config("gke", "airflow-pod-templates")[path.name]) == TRAINING_POD
+def test_the_pod_templates_lie_where_the_setting_says_and_run_as_the_other_tasks_do():
+    settings = Settings(pod_templates=config("gke", "airflow-settings")["NEUROLOOP_POD_TEMPLATES"])
+    for task, template in (("building_model", "training"), ("retrain_model", "training"), ("tidy", "housekeeping")):
+        path = Path(settings.executor_config(task)["pod_template_file"])
+        assert str(path.parent) == VALUES["scheduler"]["extraVolumeMounts"][0]["mountPath"]
+        assert yaml.safe_load(config("gke", "airflow-pod-templates")[path.name]) == TASK_PODS[template]
     assert VALUES["scheduler"]["extraVolumes"][0]["configMap"]["name"] == "airflow-pod-templates"
     spec = TRAINING_POD["spec"]
     assert spec["serviceAccountName"] == VALUES["workers"]["serviceAccount"]["name"]
@@ -488,7 +495,7 @@ def test_the_training_pod_lies_where_the_setting_says_and_runs_as_the_other_task
     assert home == VALUES["airflowHome"]
     assert spec["securityContext"] == VALUES["securityContexts"]["pod"]
     assert VALUES["workers"]["labels"].items() <= labels({"spec": {"template": TRAINING_POD}}).items()
-    assert "NEUROLOOP_TRAINING_POD" not in config("local", "airflow-settings")
+    assert "NEUROLOOP_POD_TEMPLATES" not in config("local", "airflow-settings")
 
 
 @each_environment

@@ -91,6 +91,10 @@ class Settings(BaseSettings):
         120, description="Requests a minute to the API from one address without a valid key, until they get 429"
     )
 
+    sagemaker: bool = Field(
+        False, description="POST /invocations takes no key: only in Amazon SageMaker, where nothing else reaches it"
+    )
+
     audit_stop_on: str = Field(
         "",
         description="A build stops on these findings of the audit, comma-separated: label_conflicts, tiny, ...",
@@ -118,8 +122,8 @@ class Settings(BaseSettings):
     retrain_minutes: Annotated[float, Field(gt=0, le=24 * 60)] = Field(
         10.0, description="Training budget of a retraining"
     )
-    training_pod: str = Field(
-        "", description="On Kubernetes: pod template file of the tasks that train; empty: the one of all tasks"
+    pod_templates: str = Field(
+        "", description="On Kubernetes: folder of training.yaml and housekeeping.yaml; empty: all tasks' pods are alike"
     )
     simulated_images: Annotated[int, Field(ge=80, le=100_000)] = Field(1200, description="Scans that phantom:// makes")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of simulation, split, augmentation and training")
@@ -231,8 +235,8 @@ class Settings(BaseSettings):
 
     def executor_config(self, task: str) -> dict[str, str]:
         """What Airflow's executor is told of a task: on Kubernetes, which pod template it starts from."""
-        trains = task in ("building_model", "retrain_model")
-        return {"pod_template_file": self.training_pod} if trains and self.training_pod else {}
+        template = {"building_model": "training", "retrain_model": "training", "tidy": "housekeeping"}.get(task)
+        return {"pod_template_file": f"{self.pod_templates}/{template}.yaml"} if template and self.pod_templates else {}
 
     @property
     def airflow_internal(self) -> str:

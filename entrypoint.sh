@@ -7,6 +7,8 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [ ! -d "$here/.venv/bin" ] || PATH="$here/.venv/bin:$PATH"
+# A container's user may be a number without a name; yoyo, which migrates the database, asks for one and breaks off.
+export USER="${USER:-neuroloop}"
 if [ $# -gt 1 ]; then
   exec "$@"
 fi

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -92,7 +93,7 @@ def test_the_api_loads_the_champion_and_becomes_ready(role, tmp_path: Path, post
 def test_the_frontend_serves_its_page_while_the_api_is_away(role):
     settings = {
         "NEUROLOOP_UI_API_KEY": new_key(),
-        "NEUROLOOP_UI_PASSWORD": "secret",
+        "NEUROLOOP_UI_PASSWORD": secrets.token_urlsafe(12),
         "NEUROLOOP_API_URL": "http://127.0.0.1:9",
     }
     with role("ui", "NEUROLOOP_UI_PORT", "/_stcore/health", **settings) as address:
@@ -100,7 +101,7 @@ def test_the_frontend_serves_its_page_while_the_api_is_away(role):
 
 
 def test_mlflow_makes_its_tables_and_answers(role, postgres_url: str):
-    settings = {"NEUROLOOP_MLFLOW_DATABASE_URL": postgres_url, "NEUROLOOP_MLFLOW_PASSWORD": "a-long-password"}
+    settings = {"NEUROLOOP_MLFLOW_DATABASE_URL": postgres_url, "NEUROLOOP_MLFLOW_PASSWORD": secrets.token_urlsafe(12)}
     serving = role("mlflow", "NEUROLOOP_MLFLOW_PORT", "/health", **settings)
     with serving as address, pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{address}/api/2.0/mlflow/experiments/search?max_results=1", timeout=30)

@@ -449,7 +449,9 @@ def test_the_chart_is_told_the_version_of_airflow_that_the_image_holds():
 def test_airflow_in_the_chart_gets_what_the_roles_give_it_elsewhere():
     given = {each["name"]: each["value"] for each in VALUES["env"]}
     elsewhere = environment(Settings.load(config("gke", "airflow-settings") | {"NEUROLOOP_STORE_URL": ""}))
-    outside = {name: value for name, value in elsewhere.items() if not name.startswith(("AIRFLOW", PREFIX))}
+    outside = {
+        name: value for name, value in elsewhere.items() if not name.startswith(("AIRFLOW", PREFIX, "STREAMLIT"))
+    }
     assert given == outside
     core = VALUES["config"]["core"]
     assert core["execution_api_server_url"] == elsewhere["AIRFLOW__CORE__EXECUTION_API_SERVER_URL"]

@@ -82,7 +82,7 @@ def pins(folder: Path) -> tuple[str, dict[str, dict[str, str]]]:
 
 def rights() -> dict[str, dict[str, list[str]]]:
     """The table of modules/rights."""
-    table: dict[str, dict[str, list[str]]] = named(MODULES[-1], "output")["rights"]["value"]
+    table: dict[str, dict[str, list[str]]] = blocks(MODULES[-1])["locals"][0]["rights"]
     return table
 
 

@@ -1,7 +1,7 @@
 # Who may do what in the object store, as in neuroloop.core.rights; the modules of the clouds turn it into policies.
-output "rights" {
-  description = "Identity -> prefix of the store -> list, read, write, delete. Its keys are the names of the service accounts in Kubernetes."
-  value = {
+locals {
+  # Identity -> prefix -> rights. The identities are the service accounts in Kubernetes.
+  rights = {
     api = {
       "InferenceLogs/ImageLogs/"                 = ["read", "write", "delete"]
       "InferenceLogs/ImageLogsForInvalidImages/" = ["read", "write", "delete"]
@@ -25,4 +25,9 @@ output "rights" {
       "InferenceLogs/ImageLogsWithFeedback/"     = ["list", "read", "write", "delete"]
     }
   }
+}
+
+output "rights" {
+  description = "Identity -> prefix of the store -> list, read, write, delete. All may list where nothing lies, to see that the store is there."
+  value       = { for identity, rights in local.rights : identity => merge(rights, { "probe/" = ["list"] }) }
 }

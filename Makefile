@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults lock browser emulators
+.PHONY: help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults lock browser emulators validate images push registry-login bump publish-bump
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -68,6 +68,40 @@ bench-faults: .venv/dev ## 2,000 known answers, the API killed 100 times, Postgr
 lock: .venv/dev ## pin the newest versions that fit pyproject.toml
 	@$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 pyproject.toml -o requirements.txt --upgrade
 	@$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --extra dev -c requirements.txt pyproject.toml -o requirements-dev.txt
+
+validate: .venv/dev ## manifests, Terraform and workflows, as far as this machine has the tools
+	@$(BIN)/python -m pytest tests/deploy
+
+# --- Images and deployments. TAG=1.2.3 or v1.2.3; REGISTRY=host/path, empty: this machine's own images.
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/neuroloop/__init__.py)
+REGISTRY ?=
+ENVIRONMENT ?=
+TAG ?= $(VERSION)
+override TAG := $(TAG:v%=%)
+# image:target of deploy/Dockerfile
+IMAGES := airflow:airflow api:api frontend:ui mlflow:mlflow
+BUILD = docker buildx build --file deploy/Dockerfile --target "$${image\#*:}" \
+	--label "org.opencontainers.image.version=$(TAG)" --label "org.opencontainers.image.revision=$$(git rev-parse HEAD)" \
+	--tag "$(REGISTRY:%=%/)neuroloop-$${image%:*}:$(TAG)"
+
+images: ## build the four images here, in the version of the sources or TAG=...
+	@for image in $(IMAGES); do $(BUILD) --load .; done
+
+registry-login: ## log docker in to REGISTRY as REGISTRY_USER, with REGISTRY_PASSWORD from the environment
+	@docker login --username "$$REGISTRY_USER" --password-stdin "$$(cut -d / -f 1 <<< "$(REGISTRY)")" <<< "$$REGISTRY_PASSWORD"
+
+push: ## build and push the images to REGISTRY with provenance and SBOM
+	@[ -n "$(REGISTRY)" ] || { echo "name the registry: make push REGISTRY=host/path TAG=1.2.3"; exit 1; }
+	@for image in $(IMAGES); do $(BUILD) --provenance=mode=max --sbom=true --push .; done
+
+bump: ## move an environment's overlay to other images: ENVIRONMENT=gke TAG=1.2.3
+	@python3 deploy/bump "$(ENVIRONMENT)" "$(TAG)"
+
+publish-bump: bump ## commit and push that; Argo CD follows
+	@git add deploy/kubernetes/overlays
+	@git diff --cached --quiet || git -c user.name=neuroloop-deploy -c user.email=deploy@example.org \
+	  commit --quiet --message "$(ENVIRONMENT) runs $(TAG)"
+	@git push --quiet origin HEAD:main
 
 # Chromium for the browser tests, where the machine has none.
 browser:

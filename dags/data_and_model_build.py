@@ -31,7 +31,7 @@ WITH_PARAMS = {"check_source", "download_data", "augment_input_data", "transform
 def step(name: str) -> Any:
     """The task that runs the pipeline step of that name."""
 
-    @task(task_id=name)
+    @task(task_id=name, executor_config=DEFAULT.executor_config(name))
     def run(**context: Any) -> dict[str, Any]:
         from neuroloop.loop import pipeline
 

@@ -59,6 +59,10 @@ class Services:
 
         return DvcVersions(f"{self.settings.store}/{DVC_REMOTE}")
 
+    def migrate(self) -> list[str]:
+        """Bring the database up to date now; the names of the steps that were missing."""
+        return self._database.migrate()
+
     @cached_property
     def _database(self) -> "PostgresLog":
         from neuroloop.adapters.postgres import PostgresLog

@@ -97,6 +97,21 @@ def role(name: str) -> None:
 
 
 @app.command()
+def migrate(
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the database's port.")] = 60.0,
+) -> None:
+    """Bring the schema of NEUROLOOP_DATABASE_URL up to date; else whichever process comes first does it."""
+    from neuroloop.bootstrap import services
+    from neuroloop.embedded.roles import log_database, wait_for
+
+    outside = services()
+    outside.settings.require("database_url")
+    wait_for(log_database(outside.settings), seconds=wait)
+    for name in outside.migrate() or ["nothing to do"]:
+        print(name)
+
+
+@app.command()
 def mail_sink() -> None:
     """Receive mails on loopback and keep them in the object store, for the Mail page."""
     from neuroloop.adapters.smtp import run_sink

@@ -52,8 +52,9 @@ def test_mlflow_may_be_called_by_its_own_names_and_from_this_machine_only():
         assert not any(fnmatch(bad, host) for host in hosts), bad
 
 
-def test_the_api_starts_without_waiting_for_a_database_that_may_be_down():
+def test_the_api_and_the_frontend_start_without_waiting_for_what_may_be_down():
     assert ROLES["api"].needs == ()
+    assert ROLES["ui"].needs == ()
 
 
 def artifacts(**settings: str) -> str:

@@ -382,19 +382,28 @@ class PostgresLog:
     def _connect(self, statement_seconds: float) -> Any:
         return psycopg2.connect(self._url, **_session(statement_seconds))
 
-    def _migrate(self) -> None:
+    def migrate(self) -> list[str]:
+        """Bring the schema up to date now; the names of the SQL files that were missing. Raises `Unavailable`."""
+        try:
+            return self._migrate()
+        except psycopg2.Error as error:
+            self._fail(error)
+
+    def _migrate(self) -> list[str]:
         """Apply the SQL files not applied yet, once per database however many processes start at once."""
         with self._migrating:
             if self._migrated:
-                return
+                return []
             import yoyo
 
             with contextlib.closing(self._connect(_MIGRATION_SECONDS)) as holder, holder.cursor() as cursor:
                 # yoyo's own lock is a row, which a killed process leaves behind; this one ends with the connection.
                 cursor.execute("SELECT pg_advisory_lock(%s)", (_MIGRATION_LOCK,))
                 with yoyo.get_backend(_with_session(self._url, _MIGRATION_SECONDS)) as backend:
-                    backend.apply_migrations(backend.to_apply(yoyo.read_migrations(str(_MIGRATIONS))))
+                    missing = backend.to_apply(yoyo.read_migrations(str(_MIGRATIONS)))
+                    backend.apply_migrations(missing)
             self._migrated = True
+            return [str(migration.id) for migration in missing]
 
     def _fail(self, error: psycopg2.Error, kind: type[Unavailable] = Unavailable) -> NoReturn:
         if isinstance(error, errors.DiskFull):

@@ -98,6 +98,10 @@ class Settings(BaseSettings):
         120, description="Requests a minute to the API from one address without a valid key, until they get 429"
     )
 
+    sagemaker: bool = Field(
+        False, description="POST /invocations takes no key: only in Amazon SageMaker, where nothing else reaches it"
+    )
+
     audit_stop_on: str = Field(
         "",
         description="A build stops on these findings of the audit, comma-separated: label_conflicts, tiny, ...",
@@ -124,6 +128,9 @@ class Settings(BaseSettings):
     )
     retrain_minutes: Annotated[float, Field(gt=0, le=24 * 60)] = Field(
         10.0, description="Training budget of a retraining"
+    )
+    pod_templates: str = Field(
+        "", description="On Kubernetes: folder of training.yaml and housekeeping.yaml; empty: all tasks' pods are alike"
     )
     simulated_images: Annotated[int, Field(ge=80, le=100_000)] = Field(1200, description="Scans that phantom:// makes")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of simulation, split, augmentation and training")
@@ -242,6 +249,11 @@ class Settings(BaseSettings):
             if fnmatchcase(address.lower(), pattern.lower()):
                 return Role(role)
         return None
+
+    def executor_config(self, task: str) -> dict[str, str]:
+        """What Airflow's executor is told of a task: on Kubernetes, which pod template it starts from."""
+        template = {"building_model": "training", "retrain_model": "training", "tidy": "housekeeping"}.get(task)
+        return {"pod_template_file": f"{self.pod_templates}/{template}.yaml"} if template and self.pod_templates else {}
 
     @property
     def airflow_internal(self) -> str:

@@ -48,6 +48,11 @@ def _mlflow_database(settings: Settings) -> str:
     return _tcp(settings.mlflow_database_url)
 
 
+def log_database(settings: Settings) -> str:
+    """Where the database of the prediction log listens, as `wait_for` takes it."""
+    return _tcp(settings.database_url)
+
+
 def _tcp(url: str) -> str:
     parts = urlsplit(url)
     return f"tcp://{parts.hostname}:{parts.port or 5432}"
@@ -59,10 +64,6 @@ def _mlflow(settings: Settings) -> str:
 
 def _airflow(settings: Settings) -> str:
     return f"{settings.airflow_internal}/api/v2/version"
-
-
-def _api(settings: Settings) -> str:
-    return f"{settings.api_url}/health/live"
 
 
 def _mlflow_argv(settings: Settings) -> list[str]:
@@ -128,7 +129,8 @@ ROLES: dict[str, Role] = {
     "triggerer": _airflow_role("triggerer", "--skip-serve-logs"),
     # Waits for nothing: without database or store it is live, not ready, and recovers by itself.
     "api": Role(_api_argv),
-    "ui": Role(_ui_argv, needs=(_api,)),
+    # Nor does the frontend: while the API is away, its pages say so.
+    "ui": Role(_ui_argv),
 }
 
 

@@ -34,9 +34,11 @@ RULES: dict[str, Role | None] = {
     "GET /health/ready": OPEN,
     "GET /docs": OPEN,
     "GET /openapi.json": OPEN,
+    "GET /ping": OPEN,
     "GET /v1/me": Role.UPLOADER,
     "POST /v1/predictions": Role.UPLOADER,
     "POST /v1/predictions:batch": Role.UPLOADER,
+    "POST /invocations": Role.UPLOADER,
     "GET /v1/predictions/{prediction_id}": Role.UPLOADER,
     "GET /v1/predictions/{prediction_id}/image": Role.UPLOADER,
     "GET /v1/model": Role.UPLOADER,
@@ -57,6 +59,9 @@ RULES: dict[str, Role | None] = {
 """`METHOD /path` -> the least role that may call it; `docs/access.md` says the same in words."""
 LOCAL = frozenset({"GET /metrics"})
 """Open to this machine too, where no proxy stands between."""
+
+MANAGED = frozenset({"POST /invocations"})
+"""Open to all where the setting `SAGEMAKER` says that only SageMaker, which asks IAM, reaches the port."""
 
 PERSON_HEADER, ROLE_HEADER = "X-NeuroLoop-Person", "X-NeuroLoop-Role"
 """A key that delegates names with these the person it acts for (percent-encoded UTF-8) and that person's role."""
@@ -213,11 +218,21 @@ class Access:
         return HTTPException(401, why, {"WWW-Authenticate": 'Bearer realm="neuroloop"'})
 
 
-class Guard:
-    """ASGI middleware that lets a request pass if the rule of its route does; `routes` are the application's."""
+SAGEMAKER = Caller(name="sagemaker", role=Role.UPLOADER, key_id="")
+"""Whose the predictions of `MANAGED` routes are."""
 
-    def __init__(self, app: ASGIApp, access: Access, routes: Callable[[], Sequence[BaseRoute]]) -> None:
+
+class Guard:
+    """ASGI middleware that lets a request pass if the rule of its route does; `routes` are the application's.
+
+    With `managed`, the routes of `MANAGED` take no key.
+    """
+
+    def __init__(
+        self, app: ASGIApp, access: Access, routes: Callable[[], Sequence[BaseRoute]], managed: bool = False
+    ) -> None:
         self._app, self._access, self._routes = app, access, routes
+        self._managed = MANAGED if managed else frozenset()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on with its caller in the state, or answer with a problem.
@@ -231,7 +246,9 @@ class Guard:
             request = Request(scope)
             rule = _rule(scope["method"], getattr(route, "path", ""))
             needed = RULES.get(rule, Role.ADMIN)
-            if needed is not OPEN and not (rule in LOCAL and is_local(request)):
+            if rule in self._managed:
+                request.state.caller = SAGEMAKER
+            elif needed is not OPEN and not (rule in LOCAL and is_local(request)):
                 try:
                     request.state.caller = await self._access.admit(request, needed)
                 except (HTTPException, NeuroLoopError) as error:

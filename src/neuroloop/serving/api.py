@@ -27,7 +27,7 @@ from neuroloop.core.schemas import (
     Verdict,
 )
 from neuroloop.imaging.decode import FORMATS
-from neuroloop.serving import access, batch, headers, inference, intake, keyring, problems, rollback
+from neuroloop.serving import access, batch, headers, inference, intake, keyring, problems, rollback, sagemaker
 from neuroloop.serving.access import caller_of
 from neuroloop.serving.champion import Champion
 from neuroloop.serving.metrics import Metrics
@@ -209,12 +209,13 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         per_minute=services.settings.rate_limit,
         strangers_per_minute=services.settings.rate_limit_strangers,
     )
-    app.add_middleware(access.Guard, access=door, routes=lambda: app.routes)
+    app.add_middleware(access.Guard, access=door, routes=lambda: app.routes, managed=services.settings.sagemaker)
     app.add_middleware(
         intake.BodyLimit,
         limit=lambda path: {
             "/v1/predictions": upload_limit,
             "/v1/predictions:batch": upload_limit * batch.BODY_UPLOADS,
+            "/invocations": upload_limit,
         }.get(path, intake.ENVELOPE_BYTES),
     )
     app.add_middleware(RequestLog, metrics=metrics)
@@ -440,6 +441,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         """Figures for Prometheus."""
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    sagemaker.install(app, services.settings, service, predict=predicting.run, probe=probing.run, upload=_UPLOAD)
     access.document(app)
     problems.document(app)
     return app

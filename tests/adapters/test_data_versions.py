@@ -4,6 +4,9 @@ import hashlib
 import importlib.util
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,31 @@ def fill(workspace: Path, files: dict[str, bytes]) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", ["add", "push"])
+def test_a_commit_waits_for_the_dvc_that_a_killed_process_has_left_at_work(command: str, tmp_path: Path):
+    url, workspace = f"file://{tmp_path}/store/{keys.DVC_REMOTE}", fill(tmp_path / "one", FILES)
+    program = "import sys, pathlib\nfrom neuroloop.adapters.dvc import DvcVersions\n"
+    program += "DvcVersions(sys.argv[1]).commit(pathlib.Path(sys.argv[2]))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.Popen([sys.executable, "-c", program, url, str(workspace)], env=environment)
+
+    def at_work() -> list[str]:
+        found = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+        return [child for child in found if command in Path(f"/proc/{child}/cmdline").read_text().split("\0")]
+
+    while not (left := at_work()):
+        assert killed.poll() is None
+        time.sleep(0.005)
+    killed.kill()
+    killed.wait()
+    assert Path(f"/proc/{left[0]}").exists()
+    version, _ = DvcVersions(url).commit(workspace)
+    store = FolderStore(str(tmp_path / "store"))
+    assert hashlib.md5(store.get(keys.image(f"{version}.dir"))).hexdigest() == version
+    for data in FILES.values():
+        assert store.get(keys.image(hashlib.md5(data).hexdigest())) == data
 
 
 def test_a_version_lies_in_the_store_where_the_keys_say_and_comes_back_whole(remote, tmp_path: Path):

@@ -282,6 +282,14 @@ def test_the_ledger_is_newest_first_and_keeps_the_first_row_of_a_run(log: Postgr
     assert log.promotions(limit=1) == [second]
 
 
+def test_the_ledger_since_a_run_holds_its_row_and_those_after_it(log: PostgresLog):
+    for minute, run in enumerate(("first", "second", "third")):
+        log.record_promotion(promotion(run, minute=minute))
+    assert [row.run_id for row in log.promotions_since("second")] == ["third", "second"]
+    assert [row.run_id for row in log.promotions_since("third")] == ["third"]
+    assert log.promotions_since("unknown") == []
+
+
 def test_a_promotion_with_an_undefined_metric_is_recorded(log: PostgresLog):
     log.record_promotion(promotion("nan", feedback_accuracy=math.nan))
     assert log.promotions()[0].metrics == {"feedback_accuracy": None}

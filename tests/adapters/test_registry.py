@@ -1,6 +1,7 @@
 """The contract of `ports.Registry`, on a real MLflow server."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -118,6 +119,14 @@ def test_parameters_metrics_tags_and_artifacts_arrive_on_the_run(registry: Mlflo
     assert [file.path for file in client(mlflow_uri).list_artifacts(run, "plots")] == ["plots/grid.png"]
 
 
+def test_the_next_step_follows_the_last_that_was_logged(registry: MlflowRegistry, run: str):
+    assert registry.next_step(run, "loss") == 0
+    for step in (0, 1, 2, 1):
+        registry.log_metrics(run, {"loss": 0.5}, step=step)
+    assert registry.next_step(run, "loss") == 3
+    assert registry.next_step(run, "accuracy") == 0
+
+
 def test_a_failed_run_is_marked_so(registry: MlflowRegistry, run: str, mlflow_uri: str):
     registry.close_run(run, failed=True)
     assert client(mlflow_uri).get_run(run).info.status == "FAILED"
@@ -132,6 +141,18 @@ def test_a_parameter_does_not_change_its_value(registry: MlflowRegistry, run: st
 def test_an_artifact_path_cannot_leave_the_run(registry: MlflowRegistry, run: str):
     with pytest.raises(NeuroLoopError):
         registry.log_bytes(run, "../other/grid.png", b"")
+
+
+def test_another_bundle_of_a_run_that_has_a_version_is_refused_and_the_version_stays(
+    registry: MlflowRegistry, run: str, bundle: Path, tmp_path: Path
+):
+    first = registry.register(run, bundle, tags={"data_version": "abc"})
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    (other / "bundle.json").write_text('{"labels": ["trained again"]}')
+    with pytest.raises(NeuroLoopError, match=f"another model already, as version {first.version}.*new run"):
+        registry.register(run, other, tags={"data_version": "def"})
+    (again,) = [each for each in registry.versions() if each.run_id == run]
+    assert again.tags["data_version"] == "abc"
 
 
 def test_a_run_registers_one_version_however_often_it_is_asked(registry: MlflowRegistry, run: str, bundle: Path):

@@ -5,10 +5,14 @@ repository without git: a folder with `data/`, its `data.dvc` and a `.dvc/` that
 that nothing of the user's own DVC is read or written.
 """
 
+import contextlib
+import fcntl
 import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -37,10 +41,10 @@ class DvcVersions:
         data = workspace / "data"
         if not data.is_dir() or not any(data.iterdir()):
             raise InvalidSource(f"there is nothing to version in {data}", why="the folder is missing or empty")
-        self._prepare(workspace)
-        self._dvc(workspace, "add", "data")
-        self._dvc(workspace, "push", "--remote", "store", "data.dvc")
-        data_dvc = (workspace / "data.dvc").read_bytes()
+        with self._prepared(workspace) as lock:
+            self._dvc(workspace, lock, "add", "data")
+            self._dvc(workspace, lock, "push", "--remote", "store", "data.dvc")
+            data_dvc = (workspace / "data.dvc").read_bytes()
         return _version(data_dvc), data_dvc
 
     def restore(self, data_dvc: bytes, workspace: Path) -> None:
@@ -50,14 +54,37 @@ class DvcVersions:
         """
         _version(data_dvc)
         workspace.mkdir(parents=True, exist_ok=True)
-        self._prepare(workspace)
-        (workspace / "data.dvc").write_bytes(data_dvc)
-        self._dvc(workspace, "pull", "--remote", "store", "--force", "data.dvc")
+        with self._prepared(workspace) as lock:
+            (workspace / "data.dvc").write_bytes(data_dvc)
+            self._dvc(workspace, lock, "pull", "--remote", "store", "--force", "data.dvc")
 
-    def _prepare(self, workspace: Path) -> None:
-        """Make `workspace` a DVC repository, with the settings of now: the emulator may have another port."""
+    @contextlib.contextmanager
+    def _prepared(self, workspace: Path) -> Iterator[int]:
+        """Make `workspace` a DVC repository, with the settings of now: the emulator may have another port.
+
+        Nobody else may use it until the end of the block. The lock is a descriptor that DVC inherits, so where a killed
+        process leaves its DVC at work, the next one waits for that instead of being refused by DVC's own lock.
+        """
         hidden = workspace / ".dvc"  # with its `config` this is all that `dvc init --no-scm` makes
         hidden.mkdir(exist_ok=True)
+        with (hidden / "neuroloop.lock").open("a") as lock:
+            deadline = time.monotonic() + _MINUTES * 60
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > deadline:
+                        raise Unavailable(
+                            f"{workspace} is in use",
+                            why=f"another process has held it for more than {_MINUTES} minutes",
+                            fix="look for a DVC that hangs there, and end it",
+                        ) from error
+                    time.sleep(0.1)
+            self._configure(hidden)
+            yield lock.fileno()
+
+    def _configure(self, hidden: Path) -> None:
         settings = [
             "[core]",
             "no_scm = true",
@@ -80,7 +107,7 @@ class DvcVersions:
         (hidden / "config").touch()
         (hidden / "config.local").write_text("\n".join(settings) + "\n")
 
-    def _dvc(self, workspace: Path, *args: str) -> None:
+    def _dvc(self, workspace: Path, lock: int, *args: str) -> None:
         settings = workspace.absolute() / ".dvc"
         environment = os.environ | {
             "DVC_NO_ANALYTICS": "1",
@@ -96,6 +123,7 @@ class DvcVersions:
                 cwd=workspace,
                 env=environment,
                 stdin=subprocess.DEVNULL,
+                pass_fds=(lock,),
                 capture_output=True,
                 text=True,
                 timeout=_MINUTES * 60,

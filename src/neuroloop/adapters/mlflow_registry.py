@@ -116,6 +116,11 @@ class MlflowRegistry:
             entities = [Metric(name, float(value), at, step or 0) for name, value in some]
             self._write(self._client.log_batch, run, metrics=entities)
 
+    def next_step(self, run: str, metric: str) -> int:
+        """The step after the last one at which this metric was logged; 0 where it never was."""
+        points = self._write(self._client.get_metric_history, run, metric)  # as patient as the writes it goes before
+        return max((int(point.step) + 1 for point in points), default=0)
+
     def log_bytes(self, run: str, path: str, data: bytes) -> None:
         """One artifact file at `path` below the run's artifacts."""
         above, _, name = keys.checked(path).rpartition("/")
@@ -148,11 +153,14 @@ class MlflowRegistry:
     def register(self, run: str, bundle: Path, *, tags: Mapping[str, str], description: str = "") -> ModelVersion:
         """Register the bundle folder (see `model.bundle`) as a new version; once per run, then the same one.
 
-        `description` is Markdown for people, cut at a heading to what the server takes. Raises
-        `InvalidBundle` where the folder has no readable `model.onnx`, `NotFound` for an unknown run.
+        `description` is Markdown for people, cut at a heading to what the server takes. Raises `InvalidBundle` where
+        the folder has no readable `model.onnx`, `NotFound` for an unknown run, and `NeuroLoopError` where the run's
+        version is another bundle.
         """
         existing = self._version_of(run)
-        if existing is None:
+        if existing is not None:
+            self._refuse_another(run, existing, bundle)
+        else:
             with tempfile.TemporaryDirectory() as folder:
                 _save_mlflow_model(bundle, Path(folder) / "model")
                 self._write(self._client.log_artifacts, run, str(bundle), "bundle")
@@ -273,6 +281,17 @@ class MlflowRegistry:
             if first != made:
                 self._client.delete_model_version(MODEL, made)
         return first
+
+    def _refuse_another(self, run: str, version: str, bundle: Path) -> None:
+        """A model trained again must not be described, and promoted, under the version that holds the first one."""
+        with tempfile.TemporaryDirectory() as folder, self._errors():
+            kept = Path(self._client.download_artifacts(run, "bundle/bundle.json", folder)).read_bytes()
+        if kept != (bundle / "bundle.json").read_bytes():
+            raise NeuroLoopError(
+                f"this run has registered another model already, as version {version}",
+                why="it was trained once more after its registration, and a run registers one version",
+                fix="trigger a new run",
+            )
 
     def _version_of(self, run: str) -> str | None:
         """The lowest version that came from `run`."""

@@ -284,6 +284,16 @@ class PostgresLog:
             cursor.execute("SELECT * FROM promotions ORDER BY created_at DESC, run_id LIMIT %s", (limit,))
             return [Promotion(**row) for row in cursor.fetchall()]
 
+    def promotions_since(self, run_id: str) -> list[Promotion]:
+        """The ledger from the row of this pipeline run on, newest first; empty where it has none."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                "SELECT * FROM promotions WHERE created_at >= (SELECT created_at FROM promotions WHERE run_id = %s)"
+                " ORDER BY created_at DESC, run_id",
+                (run_id,),
+            )
+            return [Promotion(**row) for row in cursor.fetchall()]
+
     def monitoring(self) -> Monitoring:
         """Live figures over all rows, from one snapshot of the database."""
         with self._transaction() as cursor:

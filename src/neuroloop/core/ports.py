@@ -107,6 +107,9 @@ class PredictionLog(Protocol):
     def record_promotion(self, promotion: Promotion) -> None:
         """Append a ledger row; a repeat of the same `run_id` changes nothing."""
 
+    def promotions_since(self, run_id: str) -> list[Promotion]:
+        """The ledger from the row of this pipeline run on, newest first; empty where it has none."""
+
     def promotions(self, limit: int = 100) -> list[Promotion]:
         """The ledger, newest first."""
 
@@ -151,6 +154,9 @@ class Registry(Protocol):
     def log_metrics(self, run: str, metrics: Mapping[str, float], *, step: int | None = None) -> None:
         """Metrics, at once (live); `step` counts epochs."""
 
+    def next_step(self, run: str, metric: str) -> int:
+        """The step after the last one at which this metric was logged; 0 where it never was."""
+
     def log_bytes(self, run: str, path: str, data: bytes) -> None:
         """One artifact file at `path` below the run's artifacts."""
 
@@ -194,8 +200,11 @@ class Registry(Protocol):
 class Notifier(Protocol):
     """Tells people what happened."""
 
-    def send(self, subject: str, body: str) -> None:
-        """Send one plain-text mail. Raises `Unavailable`."""
+    def send(self, subject: str, body: str, *, once: str = "") -> None:
+        """Send one plain-text mail. Raises `Unavailable`.
+
+        `once` names the occasion, in all the world: a repeat is marked as the same mail, so that receivers show one.
+        """
 
 
 class DataSource(Protocol):

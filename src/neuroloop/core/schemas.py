@@ -119,6 +119,7 @@ class Opening(Record):
     version: str = Field(description="data version")
     split: SplitName
     why: str
+    subject: str = Field(default="", description="sha256 of what was scored: scoring it once more is the same look")
     at: datetime = Field(default_factory=now)
 
 

@@ -50,7 +50,8 @@ def flag_false(services: Services, run_id: str, *, by_hand: bool) -> Result:
     found = handoff.kept(services, run_id, "check_source_flag")
     if by_hand:
         body = f"Run {run_id} of {RETRAINING} did not retrain: {found['reason']}"
-        services.notifier.send(f"NeuroLoop {RETRAINING}: not enough corrections yet", body)
+        once = handoff.occasion(services, run_id, "flag_false")
+        services.notifier.send(f"NeuroLoop {RETRAINING}: not enough corrections yet", body, once=once)
     return handoff.keep(services, run_id, "flag_false", {"waiting": found["waiting"], "reason": found["reason"]})
 
 
@@ -66,11 +67,9 @@ def flag_true(services: Services, run_id: str) -> Result:
 
 def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: int | None, seed: int) -> Result:
     """Train the champion further on its own training part plus the corrections that are not held out."""
-    champion = services.registry.by_alias("champion")
-    if champion is None:
-        raise NotFound("no champion to retrain", fix=f"run {handoff.BUILD} first")
+    start = handoff.settled(services, run_id, "start", lambda: _start(services))["version"]
     with tempfile.TemporaryDirectory() as folder:
-        bundle = Bundle.load(services.registry.download_bundle(champion.version, Path(folder)))
+        bundle = Bundle.load(services.registry.download_bundle(start, Path(folder)))
         version, size = bundle.manifest.data_version, bundle.image_size
         statistics_json, weights = bundle.statistics, bundle.weights
         architecture, chosen = bundle.manifest.architecture, bundle.manifest.hyperparameters
@@ -84,12 +83,13 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
     arrays = _joined(base, corrections_arrays(services, kept, size), times)
     preparation.write_shards(services, run_id, arrays, seed, simulated=split.simulated, experiment=RETRAINING)
     run = handoff.tracked(services, run_id, RETRAINING)
-    services.registry.set_tags(run, {"data_version": version, "warm_start_version": champion.version})
     counts = {**feedback.summary(found), "left_out": len(left_out)}
-    services.registry.log_params(
+    services.registry.log_params(run, {"data_version": version})
+    # Tags, not parameters, which never change: between two tries of this step, a correction may be erased.
+    services.registry.set_tags(
         run,
-        {"data_version": version, "corrections_repeats": times}
-        | {f"corrections_{name}": count for name, count in counts.items()},
+        {"data_version": version, "warm_start_version": start, "corrections_repeats": str(times)}
+        | {f"corrections_{name}": str(count) for name, count in counts.items()},
     )
     corrections = {"corrections": [each.model_dump() for each in found], "left_out": left_out}
     services.registry.log_bytes(run, "data/corrections.json", json.dumps(corrections, indent=1).encode())
@@ -108,7 +108,15 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         hyperparameters=chosen,
         experiment=RETRAINING,
     )
-    return handoff.keep(services, run_id, "retrain_model", {**result, "from_version": champion.version, **counts})
+    return handoff.keep(services, run_id, "retrain_model", {**result, "from_version": start, **counts})
+
+
+def _start(services: Services) -> Result:
+    """The version to train further."""
+    champion = services.registry.by_alias("champion")
+    if champion is None:
+        raise NotFound("no champion to retrain", fix=f"run {handoff.BUILD} first")
+    return {"version": champion.version}
 
 
 def evaluate_model(services: Services, run_id: str) -> Result:

@@ -174,15 +174,16 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """The same in `folder` on `port`."""
+def mlflow_server(folder: Path, port: int, *, database: str = "", artifacts: Path | None = None) -> Iterator[str]:
+    """The same in `folder` on `port`; with `database` on a PostgreSQL, with its artifacts in another folder."""
+    backend = database.replace("postgresql://", "postgresql+psycopg2://") or f"sqlite:///{folder}/mlflow.db"
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
-                *("--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
-                *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")),
+                *("--workers", "1", "--backend-store-uri", backend),
+                *("--serve-artifacts", "--artifacts-destination", str(artifacts or folder / "artifacts")),
             ],
             env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
             cwd=folder,

@@ -2,12 +2,16 @@
 
 from datetime import UTC, datetime, timedelta
 
+import httpx
 import numpy as np
 import pytest
 
+from neuroloop.bootstrap import Services
+from neuroloop.core.credentials import new_key
 from neuroloop.core.schemas import LABELS, LiveAnswer, PipelineEnd
 from neuroloop.serving.loop_metrics import FRESH_SECONDS, LoopMetrics, drift, last_ends
 from neuroloop.serving.metrics import Metrics
+from serving.running import serving
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -77,3 +81,15 @@ def test_a_database_that_is_away_costs_the_figures_and_is_told(services, postgre
     now[0] += FRESH_SECONDS + 1
     loop.refresh()
     assert b"neuroloop_loop_up 1.0" in metrics.exposition()
+
+
+def test_a_metrics_key_opens_the_metrics_and_nothing_else(services, champion):
+    key = new_key()
+    far = {"X-Forwarded-For": "203.0.113.9"}
+    settings = services.settings.model_copy(update={"metrics_key": key})
+    with serving(Services(settings)) as api:
+        for shown, status in ((key, 200), (new_key(), 401), ("", 401)):
+            headers = far | {"Authorization": f"Bearer {shown}"}
+            with httpx.Client(base_url=f"http://127.0.0.1:{api.port}", headers=headers) as scraper:
+                assert scraper.get("/metrics").status_code == status
+                assert scraper.get("/v1/model").status_code == 401

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from neuroloop.core.schemas import Check, PipelineEnd, Promotion
 from neuroloop.core.settings import Settings
 from neuroloop.embedded.roles import ROLES, environment
-from serving.running import Api, head, noise
+from serving.running import Api, head, noise, wait
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "monitoring"
@@ -66,9 +66,8 @@ def exposed(live_api: Api) -> dict[str, list[dict[str, str]]]:
     log.record_promotion(
         Promotion(run_id="r1", version="1", previous=None, promoted=True, checks=checks, metrics=scores)
     )
-    answer = live_api.client.get("/metrics")
-    assert answer.status_code == 200
-    return metrics_of(answer.text)
+    wait(lambda: "neuroloop_drift_psi{" in live_api.client.get("/metrics").text, 120)  # the first one loads SciPy
+    return metrics_of(live_api.client.get("/metrics").text)
 
 
 # --- Airflow ------------------------------------------------------------------------------------

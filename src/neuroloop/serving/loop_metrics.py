@@ -55,8 +55,10 @@ class LoopMetrics:
             if self._clock() - self._asked_at < FRESH_SECONDS:
                 return
             try:
-                self._show(self._services.log.loop_figures())
-                self._waiting.set(self._corrections_waiting())
+                # All is asked and worked out before any of it is shown: a scrape that does not wait gets no half.
+                figures, waiting = self._services.log.loop_figures(), self._corrections_waiting()
+                self._show(figures, drift(figures.first_answers, figures.latest_answers))
+                self._waiting.set(waiting)
                 self._threshold.set(self._services.settings.feedback_threshold)
                 self._up.set(1)
             except NeuroLoopError as error:
@@ -64,7 +66,7 @@ class LoopMetrics:
                 _LOG.warning("the loop's figures cannot be read: %s", error)
             self._asked_at = self._clock()
 
-    def _show(self, figures: LoopFigures) -> None:
+    def _show(self, figures: LoopFigures, shifts: dict[str, tuple[float, float]]) -> None:
         for gauge in (self._outcome, self._ended, self._macro_f1, self._accuracy, self._reviewed):
             gauge.clear()
         for end in figures.ends:
@@ -77,7 +79,7 @@ class LoopMetrics:
         for version in figures.accuracy:
             self._accuracy.labels(version.model_version).set(version.right / version.reviewed)
             self._reviewed.labels(version.model_version).set(version.reviewed)
-        for figure, (index, chance) in drift(figures.first_answers, figures.latest_answers).items():
+        for figure, (index, chance) in shifts.items():
             self._psi.labels(figure).set(index)
             self._chance.labels(figure).set(chance)
         self._erasures.set(figures.erasures_unfinished)

@@ -2,6 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from neuroloop.core.schemas import LABELS, Verdict
+
 _SCORES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -18,6 +20,13 @@ class Metrics:
         self.referrals = self._counter("referrals", "Recorded predictions that a reader should look at", "label")
         self.prediction_seconds = self._histogram("prediction_seconds", "From decoded request to stored object")
         self.feedback = self._counter("feedback", "Recorded verdicts", "verdict")
+        # A series that is not there yet is no 0 to Prometheus, and a share of it no share.
+        for label in (*LABELS, "rejected"):
+            self.predictions.labels(label)
+        for label in LABELS:
+            self.referrals.labels(label)
+        for verdict in Verdict:
+            self.feedback.labels(verdict.value)
         self.reloads = self._counter("model_reloads", "Models that were loaded and served")
         self.reload_failures = self._counter("model_reload_failures", "Attempts at a model that would not load")
         self.registry_unreachable = self._counter("registry_unreachable", "Polls that the registry did not answer")

@@ -212,14 +212,15 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path, port: int, artifacts: str = "") -> Iterator[str]:
-    """The same in `folder` on `port`, the artifacts there or elsewhere."""
+def mlflow_server(folder: Path, port: int, artifacts: str = "", *, database: str = "") -> Iterator[str]:
+    """The same in `folder` on `port`; the artifacts there or elsewhere, with `database` on a PostgreSQL."""
+    backend = database.replace("postgresql://", "postgresql+psycopg2://") or f"sqlite:///{folder}/mlflow.db"
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
-                *("--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
+                *("--workers", "1", "--backend-store-uri", backend),
                 *("--serve-artifacts", "--artifacts-destination", artifacts or str(folder / "artifacts")),
             ],
             env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},

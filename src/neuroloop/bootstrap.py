@@ -1,12 +1,22 @@
 """Composition root: settings become services, chosen by URL scheme. The only place that names adapters."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from neuroloop.core.ports import ApiKeys, DataSource, DataVersions, Notifier, ObjectStore, PredictionLog, Registry
+from neuroloop.core.ports import (
+    ApiKeys,
+    Database,
+    DataSource,
+    DataVersions,
+    Notifier,
+    ObjectStore,
+    PredictionLog,
+    Registry,
+)
 from neuroloop.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -69,6 +79,15 @@ class Services:
 
         self.settings.require("database_url")
         return PostgresLog(self.settings.database_url)
+
+    @cached_property
+    def databases(self) -> Mapping[str, Database]:
+        """What a backup holds: the prediction log, and MLflow's tracking and registry."""
+        from neuroloop.adapters.postgres_dump import PostgresDump
+
+        self.settings.require("database_url", "mlflow_database_url")
+        urls = {"neuroloop": self.settings.database_url, "mlflow": self.settings.mlflow_database_url}
+        return {name: PostgresDump(url) for name, url in urls.items()}
 
     def pretrained(self, architecture: str) -> Path | None:
         """The file of pretrained weights an architecture starts from, fetched if need be; None for random weights."""

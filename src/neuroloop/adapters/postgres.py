@@ -27,7 +27,18 @@ from neuroloop.core.errors import (
     Unavailable,
     Uncertain,
 )
-from neuroloop.core.schemas import Claim, Erasure, Feedback, GateResult, Monitoring, Prediction, Promotion, Verdict
+from neuroloop.core.schemas import (
+    Claim,
+    Erasure,
+    Feedback,
+    GateResult,
+    LoopFigures,
+    Monitoring,
+    PipelineEnd,
+    Prediction,
+    Promotion,
+    Verdict,
+)
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 0x6E6575726F  # "neuro": any number that nothing else in this database locks
@@ -80,6 +91,48 @@ SELECT json_build_object(
         FROM (SELECT verdict, count(*) AS n FROM feedback GROUP BY verdict) AS verdicts
     )
 )::text
+"""
+
+_ANSWER = """json_build_object('label', label, 'gate_score', gate_score, 'largest_probability',
+    (SELECT max(value::float8) FROM jsonb_each_text(probabilities)))"""
+
+_LOOP_FIGURES = f"""
+WITH answering AS (SELECT model_version FROM predictions ORDER BY created_at DESC LIMIT 1),
+firsts AS (
+    SELECT id, label, gate_score, probabilities FROM predictions
+    WHERE model_version = (SELECT model_version FROM answering) ORDER BY created_at LIMIT 1000
+),
+latest AS (
+    SELECT id, label, gate_score, probabilities FROM predictions
+    WHERE model_version = (SELECT model_version FROM answering) ORDER BY created_at DESC LIMIT 500
+),
+last_words AS (
+    SELECT DISTINCT ON (prediction_id) prediction_id, verdict FROM feedback
+    WHERE verdict <> 'not_sure' AND created_at > now() - interval '30 days'
+    ORDER BY prediction_id, created_at DESC
+)
+SELECT json_build_object(
+    'ends', (SELECT coalesce(json_agg(pipeline_ends ORDER BY dag, outcome), '[]') FROM pipeline_ends),
+    'accuracy', (
+        SELECT coalesce(json_agg(json_build_object(
+            'model_version', model_version, 'reviewed', n, 'right', agreed)), '[]')
+        FROM (
+            SELECT model_version, count(*) AS n, count(*) FILTER (WHERE verdict = 'agree') AS agreed
+            FROM last_words JOIN predictions ON id = prediction_id
+            WHERE label IS NOT NULL GROUP BY model_version
+        ) AS versions
+    ),
+    'first_answers', (SELECT coalesce(json_agg({_ANSWER}), '[]') FROM firsts),
+    'latest_answers', (
+        SELECT coalesce(json_agg({_ANSWER}), '[]') FROM latest WHERE id NOT IN (SELECT id FROM firsts)
+    ),
+    'ledger_macro_f1', (
+        SELECT coalesce(json_object_agg(key, (value ->> 'macro_f1')::float8), '{{}}')
+        FROM (SELECT metrics FROM promotions ORDER BY created_at DESC LIMIT 1) AS row, jsonb_each(metrics)
+        WHERE key IN ('candidate', 'champion') AND jsonb_typeof(value -> 'macro_f1') = 'number'
+    ),
+    'erasures_unfinished', (SELECT count(*) FROM erasures WHERE finished_at IS NULL)
+)::text AS figures
 """
 
 
@@ -300,6 +353,24 @@ class PostgresLog:
             cursor.execute(_MONITORING, {"points": _GATE_SCORES})
             figures = Monitoring.model_validate_json(cursor.fetchone()["json_build_object"])
         return figures.model_copy(update={"feedback": dict.fromkeys(map(str, Verdict), 0) | figures.feedback})
+
+    def record_end(self, end: PipelineEnd) -> None:
+        """Note how a run of a DAG ended, in place of the DAG's earlier run that ended so."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                "INSERT INTO pipeline_ends AS known (dag, outcome, run_id, task, ended_at)"
+                " VALUES (%(dag)s, %(outcome)s, %(run_id)s, %(task)s, %(ended_at)s)"
+                " ON CONFLICT (dag, outcome) DO UPDATE SET"
+                " run_id = excluded.run_id, task = excluded.task, ended_at = excluded.ended_at"
+                " WHERE known.ended_at < excluded.ended_at",
+                end.model_dump(),
+            )
+
+    def loop_figures(self) -> LoopFigures:
+        """How the loop stands, at a cost that does not grow with the number of predictions."""
+        with self._transaction() as cursor:
+            cursor.execute(_LOOP_FIGURES)
+            return LoopFigures.model_validate_json(cursor.fetchone()["figures"])
 
     def record_api_key(self, key: ApiKey) -> None:
         """Append one key. Raises `AlreadyExists` on a repeated id."""

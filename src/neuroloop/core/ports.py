@@ -1,6 +1,6 @@
 """What the use cases ask of the outside world. Adapters implement these; one contract suite per port."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,10 +8,13 @@ from typing import Any, Protocol
 from neuroloop.core.credentials import ApiKey
 from neuroloop.core.schemas import (
     Claim,
+    DatabaseDump,
     Erasure,
     Feedback,
+    LoopFigures,
     ModelVersion,
     Monitoring,
+    PipelineEnd,
     Prediction,
     Promotion,
     SourceFile,
@@ -116,8 +119,27 @@ class PredictionLog(Protocol):
     def monitoring(self) -> Monitoring:
         """Live figures over all rows."""
 
+    def record_end(self, end: PipelineEnd) -> None:
+        """Note how a run of a DAG ended, in place of the DAG's earlier run that ended so."""
+
+    def loop_figures(self) -> LoopFigures:
+        """How the loop stands, at a cost that does not grow with the number of predictions."""
+
     def check(self) -> None:
         """Raise `Unavailable` unless the database answers."""
+
+
+class Database(Protocol):
+    """A whole database, to back up and to restore."""
+
+    def empty(self) -> bool:
+        """Whether there is no table in it."""
+
+    def dump(self, write: Callable[[str, bytes], None]) -> DatabaseDump:
+        """Everything as of one moment: `write` gets the rows in named parts, the rest is returned."""
+
+    def load(self, dump: DatabaseDump, read: Callable[[str], bytes]) -> None:
+        """Make all of it again in an empty database, all or nothing; `read` gives the parts. Raises `AlreadyExists`."""
 
 
 class ApiKeys(Protocol):

@@ -159,6 +159,19 @@ def environment(settings: Settings) -> dict[str, str]:
         "LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
         "USAGE_DATA_COLLECTION__ENABLED": "False",
     }
+    if settings.log_format == "ecs":
+        # A line of JSON each, those of the tasks too: their run and step stand in it. Filebeat renames the fields.
+        airflow |= {"LOGGING__JSON_LOGS": "True", "LOGGING__TASK_LOGS_TO_STDOUT": "True"}
+    if settings.statsd_url:
+        statsd = urlsplit(settings.statsd_url)
+        airflow |= {
+            "METRICS__STATSD_ON": "True",
+            "METRICS__STATSD_HOST": str(statsd.hostname),
+            "METRICS__STATSD_PORT": str(statsd.port or 9125),
+            # Tags, which become labels, in place of names that have DAG and task in them.
+            "METRICS__STATSD_INFLUXDB_ENABLED": "True",
+            "METRICS__LEGACY_NAMES_ON": "False",
+        }
     return {
         "NEUROLOOP_HOME": str(settings.home),
         "AIRFLOW_HOME": str(home),
@@ -170,6 +183,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "DVC_NO_ANALYTICS": "1",
         "DO_NOT_TRACK": "1",
         "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false",
+        "STREAMLIT_LOGGER_HIDE_WELCOME_MESSAGE": str(settings.log_format == "ecs").lower(),
         # Small matrices, many threads: OpenBLAS would spin on every core and slow the simulation tenfold.
         "OPENBLAS_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",

@@ -18,7 +18,18 @@ import numpy as np
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import OutdatedBundle
-from neuroloop.core.schemas import LABELS, PARTS, RESEARCH_NOTICE, ArchitectureName, Part, Promotion, Snapshot, Split
+from neuroloop.core.schemas import (
+    LABELS,
+    PARTS,
+    RESEARCH_NOTICE,
+    ArchitectureName,
+    Outcome,
+    Part,
+    PipelineEnd,
+    Promotion,
+    Snapshot,
+    Split,
+)
 from neuroloop.data import dataset
 from neuroloop.data.dataset import Arrays
 from neuroloop.imaging.augment import AugmentParams
@@ -490,6 +501,8 @@ def send_email(services: Services, run_id: str, experiment: str = BUILD) -> Resu
         ]
     )
     services.notifier.send(subject, body, once=occasion(services, run_id, "send_email"))
+    outcome: Outcome = "promoted" if promoted["promoted"] else "not_promoted"
+    services.log.record_end(PipelineEnd(dag=experiment, outcome=outcome, run_id=run_id, task="send_email"))
     for number in range(SHARDS):
         services.store.delete(shard_key(run_id, number))
     return keep(services, run_id, "send_email", {"subject": subject})

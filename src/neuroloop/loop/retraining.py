@@ -9,7 +9,7 @@ import numpy as np
 
 from neuroloop.bootstrap import Services
 from neuroloop.core.errors import Forbidden, NotFound
-from neuroloop.core.schemas import LABELS
+from neuroloop.core.schemas import LABELS, PipelineEnd
 from neuroloop.data import dataset
 from neuroloop.data.audit import thumbnail, twins
 from neuroloop.data.dataset import Arrays
@@ -52,6 +52,7 @@ def flag_false(services: Services, run_id: str, *, by_hand: bool) -> Result:
         body = f"Run {run_id} of {RETRAINING} did not retrain: {found['reason']}"
         once = handoff.occasion(services, run_id, "flag_false")
         services.notifier.send(f"NeuroLoop {RETRAINING}: not enough corrections yet", body, once=once)
+    services.log.record_end(PipelineEnd(dag=RETRAINING, outcome="nothing_to_do", run_id=run_id, task="flag_false"))
     return handoff.keep(services, run_id, "flag_false", {"waiting": found["waiting"], "reason": found["reason"]})
 
 
@@ -60,6 +61,7 @@ def flag_true(services: Services, run_id: str) -> Result:
     batch = feedback.claim(services.store, run_id, services.settings.feedback_threshold)
     if batch is None:
         log.info("another run has taken the corrections: nothing is left to do")
+        services.log.record_end(PipelineEnd(dag=RETRAINING, outcome="nothing_to_do", run_id=run_id, task="flag_true"))
         return {}
     result = {"batch": batch.number, "corrections": len(batch.corrections)}
     return handoff.keep(services, run_id, "flag_true", result)

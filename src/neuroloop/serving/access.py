@@ -6,6 +6,7 @@ database nobody gets in.
 """
 
 import asyncio
+import hmac
 import logging
 import math
 import re
@@ -58,7 +59,7 @@ RULES: dict[str, Role | None] = {
 }
 """`METHOD /path` -> the least role that may call it; `docs/access.md` says the same in words."""
 LOCAL = frozenset({"GET /metrics"})
-"""Open to this machine too, where no proxy stands between."""
+"""Open to this machine too, where no proxy stands between, and to whoever has `METRICS_KEY`."""
 
 MANAGED = frozenset({"POST /invocations"})
 """Open to all where the setting `SAGEMAKER` says that only SageMaker, which asks IAM, reaches the port."""
@@ -121,7 +122,8 @@ class Access:
     """Tells callers by their keys.
 
     `first` is the key of the settings: recorded at its first use, so that a new database needs no other way in. A key
-    that follows it in the settings takes its place, and the one before is revoked.
+    that follows it in the settings takes its place, and the one before is revoked. `scraper` is a key that opens the
+    routes of `LOCAL` to a program on another machine, and nothing else; it stands in no database.
     """
 
     def __init__(
@@ -129,12 +131,14 @@ class Access:
         keys: Callable[[], ApiKeys],
         *,
         first: str = "",
+        scraper: str = "",
         per_minute: int = 6000,
         strangers_per_minute: int = 120,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._keys, self._clock = keys, clock
         self._first = recorded(first, name=FRONTEND, role=Role.ADMIN, delegates=True) if first else None
+        self._scraper = scraper
         self._known: dict[str, _Known] = {}
         self._asking: dict[str, asyncio.Task[ApiKey | None]] = {}
         self._callers, self._strangers = Rate(per_minute, clock), Rate(strangers_per_minute, clock)
@@ -149,6 +153,11 @@ class Access:
         if not caller.role.covers(needed):
             raise HTTPException(403, f"This takes the role {needed}; {caller.name} is {caller.role}")
         return caller
+
+    def scrapes(self, request: Request) -> bool:
+        """Whether the request shows the scraper's key."""
+        shown = request.headers.get("authorization", "").partition(" ")[2].strip()
+        return bool(self._scraper) and hmac.compare_digest(shown.encode(), self._scraper.encode())
 
     def forget(self, key_id: str) -> None:
         """Ask the database about this key at its next use."""
@@ -246,9 +255,10 @@ class Guard:
             request = Request(scope)
             rule = _rule(scope["method"], getattr(route, "path", ""))
             needed = RULES.get(rule, Role.ADMIN)
+            open_here = rule in LOCAL and (is_local(request) or self._access.scrapes(request))
             if rule in self._managed:
                 request.state.caller = SAGEMAKER
-            elif needed is not OPEN and not (rule in LOCAL and is_local(request)):
+            elif needed is not OPEN and not open_here:
                 try:
                     request.state.caller = await self._access.admit(request, needed)
                 except (HTTPException, NeuroLoopError) as error:

@@ -1,6 +1,8 @@
 """The inference API. `uvicorn neuroloop.serving.api:app --factory` serves it with the settings of the environment."""
 
 import asyncio
+import contextlib
+import contextvars
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from neuroloop import __version__, bootstrap
+from neuroloop.core import logs
 from neuroloop.core.credentials import Role
 from neuroloop.core.errors import NeuroLoopError, Unavailable
 from neuroloop.core.schemas import (
@@ -27,7 +30,18 @@ from neuroloop.core.schemas import (
     Verdict,
 )
 from neuroloop.imaging.decode import FORMATS
-from neuroloop.serving import access, batch, headers, inference, intake, keyring, problems, rollback, sagemaker
+from neuroloop.serving import (
+    access,
+    batch,
+    headers,
+    inference,
+    intake,
+    keyring,
+    loop_metrics,
+    problems,
+    rollback,
+    sagemaker,
+)
 from neuroloop.serving.access import caller_of
 from neuroloop.serving.champion import Champion
 from neuroloop.serving.metrics import Metrics
@@ -156,7 +170,8 @@ class _Threads:
 
     async def run(self, function: Callable[..., T], *args: Any, seconds: float = ANSWER_SECONDS) -> T:
         """`function(*args)`. Raises `Unavailable` after `seconds`."""
-        work = asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        context = contextvars.copy_context()  # so that lines logged there name the request
+        work = asyncio.get_running_loop().run_in_executor(self._pool, partial(context.run, function, *args))
         try:
             return await asyncio.wait_for(work, seconds)
         except TimeoutError:
@@ -179,6 +194,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     metrics = Metrics()
     champion = Champion(services, metrics)
     service = inference.InferenceService(services, champion, metrics)
+    loop = loop_metrics.LoopMetrics(services, metrics)
     # Apart from one another: slow predictions delay neither the other pages nor the probes.
     predicting = _Threads(PREDICTING_THREADS, "predict")
     asking = _Threads(8, "ask")
@@ -206,6 +222,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     door = access.Access(
         lambda: services.keys,
         first=first_key or services.settings.ui_api_key,
+        scraper=services.settings.metrics_key,
         per_minute=services.settings.rate_limit,
         strangers_per_minute=services.settings.rate_limit_strangers,
     )
@@ -264,9 +281,12 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
 
         async def ask(index: int, data: bytes) -> inference.Answer | inference.Rejection:
             one = f"{key} {index}" if key else ""
-            return await predicting.run(
+            said = await predicting.run(
                 partial(service.predict, data, owner=owner, consent=agreed, request=one, images=images)
             )
+            fields = {logs.PREDICTION: said.id, logs.MODEL: said.model_version}
+            _LOG.info("file %d of a batch is prediction %s, by version %s", index + 1, *fields.values(), extra=fields)
+            return said
 
         return await batch.answer(files, ask)
 
@@ -438,7 +458,9 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
 
     @app.get("/metrics", tags=["health"], response_class=Response)
     async def prometheus() -> Response:
-        """Figures for Prometheus."""
+        """Figures for Prometheus: of this server, and of the loop as the database has them."""
+        with contextlib.suppress(Unavailable):  # the figures of this server are worth having all the same
+            await asking.run(loop.refresh, seconds=CHECK_SECONDS)
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     sagemaker.install(app, services.settings, service, predict=predicting.run, probe=probing.run, upload=_UPLOAD)
@@ -449,9 +471,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
 
 def app() -> FastAPI:
     """The API of the current settings; the factory that uvicorn calls."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    for chatty in ("urllib3.connectionpool", "httpx"):  # each of their retries would be a line; the metric counts them
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     services = bootstrap.services()
+    logs.configure(services.settings.log_format, "api")
     services.settings.require("database_url")
     return create_app(services)

@@ -394,6 +394,7 @@ class InferenceService:
         if prediction.refer:
             self._metrics.referrals.labels(prediction.label).inc()
         self._metrics.prediction_seconds.observe(prediction.seconds)
+        self._metrics.gate_score.observe(prediction.gate.score)
 
     def _corrections_waiting(self) -> int:
         store = self._services.store

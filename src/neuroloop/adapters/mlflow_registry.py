@@ -312,9 +312,7 @@ class MlflowRegistry:
         metrics = {}
         for some in _batched(sorted(runs), 100):
             condition = f"attributes.run_id IN ({', '.join(repr(run) for run in some)})"
-            found = self._rest.post(
-                "runs/search", experiment_ids=experiments, filter=condition, max_results=len(some)
-            )
+            found = self._rest.post("runs/search", experiment_ids=experiments, filter=condition, max_results=len(some))
             for run in found.get("runs", []):
                 metrics[run["info"]["run_id"]] = _latest(run)
         return metrics

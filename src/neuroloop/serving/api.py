@@ -9,12 +9,12 @@ from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Header, Query, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from neuroloop import __version__, bootstrap
 from neuroloop.core.credentials import Role
-from neuroloop.core.errors import NeuroLoopError, Unavailable
+from neuroloop.core.errors import NeuroLoopError
 from neuroloop.core.schemas import (
     RESEARCH_NOTICE,
     Consent,
@@ -27,7 +27,7 @@ from neuroloop.core.schemas import (
     Verdict,
 )
 from neuroloop.imaging.decode import FORMATS
-from neuroloop.serving import access, batch, headers, inference, intake, keyring, problems, rollback
+from neuroloop.serving import access, admission, batch, headers, inference, intake, keyring, problems, rollback
 from neuroloop.serving.access import caller_of
 from neuroloop.serving.champion import Champion
 from neuroloop.serving.metrics import Metrics
@@ -160,11 +160,7 @@ class _Threads:
         try:
             return await asyncio.wait_for(work, seconds)
         except TimeoutError:
-            raise Unavailable(
-                "The answer took too long",
-                why=f"the store, the database or a free thread could not be had within {seconds:.0f} s",
-                fix="try again shortly",
-            ) from None
+            raise admission.too_slow(seconds) from None
 
     def close(self) -> None:
         """Drop what is queued; running work ends by its own time limits."""
@@ -180,7 +176,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     champion = Champion(services, metrics)
     service = inference.InferenceService(services, champion, metrics)
     # Apart from one another: slow predictions delay neither the other pages nor the probes.
-    predicting = _Threads(PREDICTING_THREADS, "predict")
+    predicting = admission.Places(PREDICTING_THREADS, "predict")
     asking = _Threads(8, "ask")
     probing = _Threads(4, "probe")
 
@@ -191,7 +187,8 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         yield
         await asyncio.to_thread(champion.stop)
         await asyncio.to_thread(service.decoder.close)
-        for threads in (predicting, asking, probing):
+        predicting.close()
+        for threads in (asking, probing):
             threads.close()
 
     app = FastAPI(
@@ -217,6 +214,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
             "/v1/predictions:batch": upload_limit * batch.BODY_UPLOADS,
         }.get(path, intake.ENVELOPE_BYTES),
     )
+    app.add_middleware(admission.Door, places=predicting, paths=frozenset(("/v1/predictions", "/v1/predictions:batch")))
     app.add_middleware(RequestLog, metrics=metrics)
     app.add_middleware(headers.SecurityHeaders)
     problems.install(app)
@@ -241,10 +239,11 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         data = await intake.read_image(request)
         owner = caller_of(request).name
         ask = partial(service.predict, data, frame=frame, owner=owner, consent=agreed, request=key, images=images)
-        answer = await predicting.run(ask)
+        answer = await predicting.run(ask, seconds=ANSWER_SECONDS)
         request.state.prediction, request.state.version = answer.id, answer.model_version
         if isinstance(answer, inference.Answer):
-            return JSONResponse(answer.model_dump(mode="json"), 201, {"Location": f"/v1/predictions/{answer.id}"})
+            where = {"Location": f"/v1/predictions/{answer.id}"}
+            return Response(answer.model_dump_json(), 201, where, media_type="application/json")
         return problems.refusal(answer)
 
     @app.post(
@@ -263,9 +262,8 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
 
         async def ask(index: int, data: bytes) -> inference.Answer | inference.Rejection:
             one = f"{key} {index}" if key else ""
-            return await predicting.run(
-                partial(service.predict, data, owner=owner, consent=agreed, request=one, images=images)
-            )
+            part = partial(service.predict, data, owner=owner, consent=agreed, request=one, images=images)
+            return await predicting.run(part, seconds=ANSWER_SECONDS, patient=True)
 
         return await batch.answer(files, ask)
 

@@ -347,6 +347,7 @@ def main() -> None:
             # Ours, started a few times.
             port, log = free(), folder / "ours.log"
             argv = [sys.executable, "-m", "uvicorn", "neuroloop.serving.api:app", "--factory", "--no-access-log"]
+            argv += ["--timeout-keep-alive", "60"]  # a client that rests longer would meet a closing connection
             environment = {
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 "NEUROLOOP_HOME": str(folder / "home"),

@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults lock browser emulators validate images push registry-login bump publish-bump
+.PHONY: help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults lock browser emulators validate images push registry-login bump publish-bump bench-serving
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -45,7 +45,7 @@ format: .venv/dev ## let ruff mend what it can
 story: .venv/dev ## play the whole loop on a stack of its own and print what happened as JSON
 	@$(BIN)/python tests/e2e/story.py
 
-bench: bench-data bench-training bench-inference bench-explanation bench-gate bench-faults ## measure all of it, as ratios in one run each; JSON in bench/results
+bench: bench-data bench-training bench-inference bench-explanation bench-gate bench-faults bench-serving ## measure all of it, as ratios in one run each; JSON in bench/results
 
 bench-data: .venv/dev ## the audit: what it finds, and its time and memory against the number of images
 	@$(BIN)/python bench/data.py
@@ -64,6 +64,9 @@ bench-gate: .venv/dev ## how often the input gate errs, kind by kind; trains for
 
 bench-faults: .venv/dev ## 2,000 known answers, the API killed 100 times, PostgreSQL 50 times; some 20 minutes
 	@$(BIN)/python bench/serving_faults.py
+
+bench-serving: .venv/dev ## the API under load on one core, against mlflow models serve and FastAPI + Keras; some 5 minutes
+	@$(BIN)/python bench/serving.py
 
 lock: .venv/dev ## pin the newest versions that fit pyproject.toml
 	@$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 pyproject.toml -o requirements.txt --upgrade

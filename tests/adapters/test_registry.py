@@ -1,9 +1,12 @@
 """The contract of `ports.Registry`, on a real MLflow server."""
 
+import http.server
 import json
+import math
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -267,12 +270,58 @@ def test_a_server_that_is_down_is_unavailable_within_seconds(free_port):
         assert time.monotonic() - start < 15
 
 
+def test_what_a_server_asks_of_the_registry_does_without_the_mlflow_package(
+    registry: MlflowRegistry, run: str, bundle: Path, mlflow_uri: str, tmp_path: Path
+):
+    version = registry.register(run, bundle, tags={}).version
+    code = (
+        "import sys; from pathlib import Path; from neuroloop.adapters.mlflow_registry import MlflowRegistry as R\n"
+        "uri, version, folder = sys.argv[1:]; r = R(uri)\n"
+        "r.set_alias('light', version); assert r.by_alias('light').version == version\n"
+        "r.versions(); r.check(); assert (r.download_bundle(version, Path(folder)) / 'bundle.json').is_file()\n"
+        "assert not {'mlflow', 'pandas', 'sklearn', 'sqlalchemy', 'tensorflow', 'keras'} & set(sys.modules)"
+    )
+    path = ":".join(entry for entry in sys.path if entry)
+    done = subprocess.run(
+        [sys.executable, "-c", code, mlflow_uri, version, str(tmp_path)],
+        env={"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_metric_that_is_no_number_comes_back_as_one_that_is_none(registry: MlflowRegistry, run: str, bundle: Path):
+    registry.log_metrics(run, {"macro_f1": float("nan"), "worst": float("inf"), "loss": 0.25})
+    metrics = registry.register(run, bundle, tags={}).metrics
+    assert math.isnan(metrics["macro_f1"])
+    assert metrics["loss"] == 0.25
+    assert metrics["worst"] > 1e300
+
+
+def test_an_answer_that_is_no_json_is_a_server_that_cannot_be_used(free_port):
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>a login page</html>")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(Unavailable, match="no JSON"):
+            MlflowRegistry(f"http://127.0.0.1:{server.server_port}").by_alias("champion")
+        server.shutdown()
+
+
 def test_the_registry_never_imports_tensorflow(mlflow_uri: str, tmp_path: Path):
     code = (
         "import sys; from neuroloop.adapters.mlflow_registry import MlflowRegistry as R\n"
-        "assert 'mlflow' not in sys.modules\n"
-        "r = R(sys.argv[1]); r.by_alias('champion'); r.versions(); r.check()\n"
-        "assert not {'tensorflow', 'keras'} & set(sys.modules)"
+        "r = R(sys.argv[1]); r.log_params(r.open_run('light', experiment='tests'), {'a': 1})\n"
+        "assert 'mlflow' in sys.modules and not {'tensorflow', 'keras'} & set(sys.modules)"
     )
     path = ":".join(entry for entry in sys.path if entry)
     done = subprocess.run(

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import select
 import socket
 import threading
 import time
@@ -44,6 +45,8 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 0x6E6575726F  # "neuro": any number that nothing else in this database locks
 _MIGRATION_SECONDS = 120
 _GATE_SCORES = 500
+_TRUSTED_SECONDS = 5.0
+"""Idle connections are asked whether they still answer after this."""
 _CLAIM_MINUTES = 10
 """After which an idempotency key that was never answered gets another id: long after its request ended, and long before
 the sweep of objects without a row (`records.orphans`) may remove what that request left."""
@@ -152,7 +155,7 @@ class PostgresLog:
         self._name = f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"  # for messages: no password
         self._timeout = timeout
         self._slots = threading.BoundedSemaphore(connections)
-        self._idle: queue.LifoQueue[Any] = queue.LifoQueue()
+        self._idle: queue.LifoQueue[tuple[Any, float]] = queue.LifoQueue()  # and since when
         self._migrating = threading.Lock()
         self._migrated = False
         self._watch = _Watch(timeout + 1)  # the server's own time limit comes first where the server still works
@@ -417,7 +420,7 @@ class PostgresLog:
         """Close the idle connections; a later call opens new ones."""
         with contextlib.suppress(queue.Empty):
             while True:
-                self._idle.get_nowait().close()
+                self._idle.get_nowait()[0].close()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Any]:
@@ -444,19 +447,25 @@ class PostgresLog:
                 with contextlib.suppress(psycopg2.Error):
                     connection.rollback()  # does nothing after a commit
                 if not connection.closed:
-                    self._idle.put(connection)
+                    self._idle.put((connection, time.monotonic()))
             self._slots.release()
 
     def _connection(self) -> Any:
-        """An idle connection that still answers, or a new one; a restarted server leaves dead ones behind."""
+        """An idle connection that still answers, or a new one; a restarted server leaves dead ones behind.
+
+        Of one that was used a moment ago the socket says as much: nothing is to be read from it unless the other side
+        has gone.
+        """
         with contextlib.suppress(queue.Empty):
             while True:
-                connection = self._idle.get_nowait()
+                connection, since = self._idle.get_nowait()
                 try:
+                    if time.monotonic() - since < _TRUSTED_SECONDS and not _to_be_read(connection):
+                        return connection
                     with self._watch.over(connection), connection.cursor() as cursor:
                         cursor.execute("SELECT 1")
                     return connection
-                except psycopg2.Error:
+                except (psycopg2.Error, OSError):
                     connection.close()
         return self._connect(self._timeout)
 
@@ -475,7 +484,10 @@ class PostgresLog:
         with self._migrating:
             if self._migrated:
                 return []
-            import yoyo
+            if self._is_up_to_date():
+                self._migrated = True
+                return []
+            import yoyo  # slow to load, and seldom needed
 
             with contextlib.closing(self._connect(_MIGRATION_SECONDS)) as holder, holder.cursor() as cursor:
                 # yoyo's own lock is a row, which a killed process leaves behind; this one ends with the connection.
@@ -485,6 +497,23 @@ class PostgresLog:
                     backend.apply_migrations(missing)
             self._migrated = True
             return [str(migration.id) for migration in missing]
+
+    def _is_up_to_date(self) -> bool:
+        """Whether yoyo has noted every SQL file as applied; its connection is kept."""
+        files = {file.stem for file in _MIGRATIONS.glob("*.sql") if not file.stem.endswith(".rollback")}
+        connection = self._connection()
+        try:
+            with self._watch.over(connection), connection.cursor() as cursor:
+                cursor.execute("SELECT to_regclass('_yoyo_migration') IS NOT NULL")
+                if not cursor.fetchone()[0]:
+                    return False
+                cursor.execute("SELECT migration_id FROM _yoyo_migration")
+                return files <= {name for (name,) in cursor.fetchall()}
+        finally:
+            with contextlib.suppress(psycopg2.Error):
+                connection.rollback()
+            if not connection.closed:
+                self._idle.put((connection, time.monotonic()))
 
     def _fail(self, error: psycopg2.Error, kind: type[Unavailable] = Unavailable) -> NoReturn:
         if isinstance(error, errors.DiskFull):
@@ -538,6 +567,13 @@ class _Watch:
                     ):
                         wire.shutdown(socket.SHUT_RDWR)
             time.sleep(0.5)
+
+
+def _to_be_read(connection: Any) -> bool:
+    """Whether an idle connection's socket has something to read, such as its end."""
+    poll = select.poll()  # not select(), which takes no descriptor beyond 1,023
+    poll.register(connection.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _prediction(row: dict[str, Any]) -> Prediction:

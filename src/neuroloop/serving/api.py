@@ -11,7 +11,7 @@ from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Header, Query, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from neuroloop import __version__, bootstrap
@@ -32,6 +32,7 @@ from neuroloop.core.schemas import (
 from neuroloop.imaging.decode import FORMATS
 from neuroloop.serving import (
     access,
+    admission,
     batch,
     headers,
     inference,
@@ -100,6 +101,7 @@ _SANDBOX = {
     "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
     "frame-ancestors 'none'",
 }
+_PREDICTING = ("/v1/predictions", "/v1/predictions:batch", "/invocations")
 _UPLOAD = {
     "required": True,
     "content": {
@@ -175,11 +177,7 @@ class _Threads:
         try:
             return await asyncio.wait_for(work, seconds)
         except TimeoutError:
-            raise Unavailable(
-                "The answer took too long",
-                why=f"the store, the database or a free thread could not be had within {seconds:.0f} s",
-                fix="try again shortly",
-            ) from None
+            raise admission.too_slow(seconds) from None
 
     def close(self) -> None:
         """Drop what is queued; running work ends by its own time limits."""
@@ -196,7 +194,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     service = inference.InferenceService(services, champion, metrics)
     loop = loop_metrics.LoopMetrics(services, metrics)
     # Apart from one another: slow predictions delay neither the other pages nor the probes.
-    predicting = _Threads(PREDICTING_THREADS, "predict")
+    predicting = admission.Places(PREDICTING_THREADS, "predict")
     asking = _Threads(8, "ask")
     probing = _Threads(4, "probe")
 
@@ -207,7 +205,8 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         yield
         await asyncio.to_thread(champion.stop)
         await asyncio.to_thread(service.decoder.close)
-        for threads in (predicting, asking, probing):
+        predicting.close()
+        for threads in (asking, probing):
             threads.close()
 
     app = FastAPI(
@@ -235,6 +234,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
             "/invocations": upload_limit,
         }.get(path, intake.ENVELOPE_BYTES),
     )
+    app.add_middleware(admission.Door, places=predicting, paths=frozenset(_PREDICTING))
     app.add_middleware(RequestLog, metrics=metrics)
     app.add_middleware(headers.SecurityHeaders)
     problems.install(app)
@@ -259,10 +259,11 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         data = await intake.read_image(request)
         owner = caller_of(request).name
         ask = partial(service.predict, data, frame=frame, owner=owner, consent=agreed, request=key, images=images)
-        answer = await predicting.run(ask)
+        answer = await predicting.run(ask, seconds=ANSWER_SECONDS)
         request.state.prediction, request.state.version = answer.id, answer.model_version
         if isinstance(answer, inference.Answer):
-            return JSONResponse(answer.model_dump(mode="json"), 201, {"Location": f"/v1/predictions/{answer.id}"})
+            where = {"Location": f"/v1/predictions/{answer.id}"}
+            return Response(answer.model_dump_json(), 201, where, media_type="application/json")
         return problems.refusal(answer)
 
     @app.post(
@@ -281,9 +282,8 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
 
         async def ask(index: int, data: bytes) -> inference.Answer | inference.Rejection:
             one = f"{key} {index}" if key else ""
-            said = await predicting.run(
-                partial(service.predict, data, owner=owner, consent=agreed, request=one, images=images)
-            )
+            part = partial(service.predict, data, owner=owner, consent=agreed, request=one, images=images)
+            said = await predicting.run(part, seconds=ANSWER_SECONDS, patient=True)
             fields = {logs.PREDICTION: said.id, logs.MODEL: said.model_version}
             _LOG.info("file %d of a batch is prediction %s, by version %s", index + 1, *fields.values(), extra=fields)
             return said
@@ -463,7 +463,8 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
             await asking.run(loop.refresh, seconds=CHECK_SECONDS)
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    sagemaker.install(app, services.settings, service, predict=predicting.run, probe=probing.run, upload=_UPLOAD)
+    answering = partial(predicting.run, seconds=ANSWER_SECONDS)
+    sagemaker.install(app, services.settings, service, predict=answering, probe=probing.run, upload=_UPLOAD)
     access.document(app)
     problems.document(app)
     return app

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Starts one process of the platform:  entrypoint.sh ROLE
-# Roles: postgres mail mlflow airflow-api scheduler dag-processor triggerer api ui
+# Roles: postgres mail mlflow airflow-api scheduler dag-processor triggerer worker api ui
 # Waits for what the role needs, then becomes it (exec), so that signals reach it.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

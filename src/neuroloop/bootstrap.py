@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from neuroloop.core.ports import ApiKeys, DataSource, DataVersions, Notifier, ObjectStore, PredictionLog, Registry
-from neuroloop.core.settings import Settings
+from neuroloop.core.settings import Settings, endpoint_of
 
 if TYPE_CHECKING:
     from neuroloop.adapters.postgres import PostgresLog
@@ -22,7 +22,7 @@ class Services:
     @cached_property
     def store(self) -> ObjectStore:
         """The object store of `STORE_URL`."""
-        return open_store(self.settings.store)
+        return open_store(self.settings.store_url or self.settings.store)
 
     @cached_property
     def log(self) -> PredictionLog:
@@ -57,7 +57,7 @@ class Services:
         from neuroloop.adapters.dvc import DvcVersions
         from neuroloop.core.keys import DVC_REMOTE
 
-        return DvcVersions(f"{self.settings.store}/{DVC_REMOTE}")
+        return DvcVersions(f"{self.settings.store}/{DVC_REMOTE}", self.settings.store_endpoint)
 
     @cached_property
     def _database(self) -> "PostgresLog":
@@ -79,12 +79,12 @@ class Services:
 
 
 def open_store(url: str) -> ObjectStore:
-    """`file:///folder` or `gs://bucket[/prefix]`."""
+    """`file:///folder` or `gs://bucket[/prefix][?endpoint=http://emulator:4443]`."""
     parts = urlsplit(url)
     if parts.scheme == "gs":
         from neuroloop.adapters.gcs import GcsStore
 
-        return GcsStore(parts.netloc, parts.path.strip("/"))
+        return GcsStore(parts.netloc, parts.path.strip("/"), endpoint_of(url))
     from neuroloop.adapters.folder import FolderStore
 
     return FolderStore(parts.path)

@@ -4,7 +4,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from neuroloop.core.settings import Settings
-from neuroloop.embedded.roles import ROLES, environment
+from neuroloop.embedded.roles import EMBEDDED, ROLES, environment
 
 CONTAINER = Settings(
     home=Path("/state"),
@@ -47,3 +47,36 @@ def test_mlflow_may_be_called_by_its_own_names_and_from_this_machine_only():
 
 def test_the_api_starts_without_waiting_for_a_database_that_may_be_down():
     assert ROLES["api"].needs == ()
+
+
+def test_with_a_queue_workers_run_the_tasks_and_their_logs_outlive_them():
+    made = environment(
+        Settings(
+            airflow_broker_url="redis://:secret@redis:6379/0",
+            airflow_database_url="postgresql://airflow:secret@postgres:5432/airflow",
+        )
+    )
+    assert made["AIRFLOW__CORE__EXECUTOR"] == "CeleryExecutor"
+    assert made["AIRFLOW__CELERY__BROKER_URL"] == "redis://:secret@redis:6379/0"
+    assert made["AIRFLOW__CELERY__RESULT_BACKEND"].startswith("db+postgresql+psycopg2://airflow:")
+    assert made["AIRFLOW__LOGGING__LOGGING_CONFIG_CLASS"].startswith("neuroloop.embedded.task_logs.")
+
+
+def test_without_a_queue_the_scheduler_runs_them_and_no_worker_is_started():
+    made = environment(LAPTOP)
+    assert made["AIRFLOW__CORE__EXECUTOR"] == "LocalExecutor"
+    assert not any("CELERY" in name or "LOGGING_CONFIG" in name for name in made)
+    assert set(ROLES) - set(EMBEDDED) == {"worker"}
+
+
+def test_a_worker_waits_for_its_queue():
+    settings = Settings(airflow_broker_url="rediss://:secret@queue.example:6380/0")
+    assert "tcp://queue.example:6380" in [need(settings) for need in ROLES["worker"].needs]
+
+
+def test_mlflow_is_told_of_an_emulator_and_never_of_one_that_is_not_there():
+    emulated = Settings(store_url="gs://bucket?endpoint=http://gcs:4443")
+    argv = ROLES["mlflow"].argv(emulated)
+    assert argv[argv.index("--artifacts-destination") + 1] == "gs://bucket/mlflow"
+    assert environment(emulated)["STORAGE_EMULATOR_HOST"] == "http://gcs:4443"
+    assert "STORAGE_EMULATOR_HOST" not in environment(Settings(store_url="gs://bucket"))

@@ -21,12 +21,13 @@ _VERSION = re.compile(r"md5: ([0-9a-f]{32})\.dir\b")
 class DvcVersions:
     """`ports.DataVersions` by DVC. `remote_url` is `file:///folder` or `gs://bucket/prefix`.
 
-    The remote has DVC's own layout, `files/md5/ab/cdef...`, which `keys.image` names too. For `gs://`,
-    `STORAGE_EMULATOR_HOST` is honoured.
+    The remote has DVC's own layout, `files/md5/ab/cdef...`, which `keys.image` names too. For `gs://`, an emulator
+    at `endpoint` or `STORAGE_EMULATOR_HOST` is asked instead of the cloud.
     """
 
-    def __init__(self, remote_url: str) -> None:
+    def __init__(self, remote_url: str, endpoint: str = "") -> None:
         parts = urlsplit(remote_url)
+        self._endpoint = endpoint
         self._remote = remote_url if parts.scheme == "gs" else parts.path
 
     def commit(self, workspace: Path) -> tuple[str, bytes]:
@@ -70,7 +71,7 @@ class DvcVersions:
             "['remote \"store\"']",
             f'url = "{self._remote}"',
         ]
-        emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+        emulator = self._endpoint or os.environ.get("STORAGE_EMULATOR_HOST")
         if self._remote.startswith("gs://") and emulator:
             settings += [f'endpointurl = "{emulator}"', "allow_anonymous_login = true"]
         # What git tracks of a repository's settings stays as it is; these win, and git ignores them.

@@ -39,6 +39,9 @@ MOST_UPLOADS = 600
 class Story:
     """One playing of the loop; `say` gets a line a step."""
 
+    patience = 60
+    """Seconds that anything may take which is not a run of Airflow's."""
+
     def __init__(self, stack: Any, say: Callable[[str], None]) -> None:
         self.stack, self.say = stack, say
         self.seconds: dict[str, float] = {}
@@ -167,10 +170,10 @@ class Story:
         return found
 
     def _until(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + self.patience
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(f"not within a minute: {what}")
+                raise AssertionError(f"not within {self.patience} s: {what}")
             time.sleep(0.1)
 
     @contextlib.contextmanager

@@ -52,7 +52,7 @@ class Compose:
         """Build the images and start everything; ends when all is healthy."""
         self("build", "--quiet")
         started = time.monotonic()
-        self("up", "--detach", "--wait", "--wait-timeout", "900", "--quiet-pull")
+        self("up", "--detach", "--wait", "--wait-timeout", "1200", "--quiet-pull")
         self.say(f"all services healthy after {time.monotonic() - started:.0f} s")
 
     def down(self) -> None:
@@ -92,6 +92,7 @@ class ComposeStory(Story):
     """The story's parts on containers."""
 
     stack: Compose
+    patience = 300
 
     def play(self) -> dict[str, Any]:
         """The chapters in order; the outcome in figures."""
@@ -148,8 +149,7 @@ class ComposeStory(Story):
     def _log(self, task: dict[str, Any]) -> str:
         """What the last attempt of a task said, as Airflow shows it."""
         path = f"/dags/{task['dag_id']}/dagRuns/{task['dag_run_id']}/taskInstances/{task['task_id']}"
-        answer = self.airflow._call("GET", f"{path}/logs/{task['try_number']}")
-        return answer.text
+        return str(self.airflow._call("GET", f"{path}/logs/{task['try_number']}").text)
 
 
 class Killer:
@@ -169,7 +169,7 @@ class Killer:
             task = self._airflow.tasks(dag, run).get("retrain_model", {}) if run else {}
             if task.get("state") == "running" and task.get("hostname"):
                 time.sleep(self.SECONDS)
-                host = task["hostname"]
+                host = task["hostname"].partition(".")[0]
                 container = next(name for name in self._stack.workers() if name.startswith(host))
                 self._stack.kill(container)
                 self.killed = host

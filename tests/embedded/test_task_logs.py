@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from neuroloop.adapters.folder import FolderStore
-from neuroloop.adapters.gcs import GcsStore
+from neuroloop.bootstrap import open_store
 from neuroloop.core.settings import Settings
 from neuroloop.embedded.roles import environment
 from neuroloop.embedded.task_logs import StoreTaskLogs
@@ -57,7 +57,7 @@ def test_a_store_that_is_away_fails_no_task_and_says_where_the_log_is_left(
 
 def test_a_log_that_cannot_be_read_says_so_instead_of_failing(tmp_path: Path):
     with GcsServer("bucket").serve() as server:
-        logs = StoreTaskLogs(tmp_path, GcsStore("bucket", endpoint=server.url))
+        logs = StoreTaskLogs(tmp_path, open_store(f"gs://bucket?endpoint={server.url}"))
         assert logs.read(PATH) == ([], None)
         server.faults.append(("GET", 403, False))
         where, lines = logs.read(PATH)

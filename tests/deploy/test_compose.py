@@ -43,7 +43,8 @@ def test_each_role_runs_the_image_that_is_made_for_it():
     for name, service in OURS.items():
         target = name if name in made else "airflow"
         assert service["build"]["target"] == target, name
-        assert service["image"].startswith(f"${{IMAGE_PREFIX:-neuroloop}}-{target}:")
+        called = {"ui": "frontend"}.get(target, target)
+        assert service["image"].startswith(f"${{IMAGE_PREFIX:-neuroloop}}-{called}:"), name
 
 
 def test_every_neuroloop_variable_of_a_service_is_a_setting():
@@ -156,6 +157,21 @@ def test_what_a_service_waits_for_is_healthy_first():
 def test_the_roles_share_no_disk():
     volumes = {name: service["volumes"] for name, service in OURS.items() if service.get("volumes")}
     assert volumes == {"worker": ["${DATA_FOLDER:-data}:/data:ro"]}
+
+
+MONITORING = ROOT / "deploy" / "monitoring"
+
+
+@pytest.mark.skipif(not MONITORING.is_dir(), reason="deploy/monitoring is not here")
+def test_what_the_watching_services_mount_is_there():
+    mounted = {
+        volume.split(":")[0]
+        for service in SERVICES.values()
+        for volume in service.get("volumes", [])
+        if volume.startswith("./")
+    }
+    assert len(mounted) > 5
+    assert [path for path in mounted if not (ROOT / path).exists()] == []
 
 
 def test_one_setting_puts_a_bucket_in_the_emulators_place():

@@ -183,6 +183,10 @@ def _celery(settings: Settings) -> dict[str, str]:
         "CELERY__BROKER_URL": settings.airflow_broker_url,
         "CELERY__RESULT_BACKEND": f"db+{_driver(settings.airflow_database_url)}",
         "CELERY__WORKER_CONCURRENCY": "2",
+        # After this long, seconds, the queue hands a task out anew: longer than the longest training.
+        "CELERY_BROKER_TRANSPORT_OPTIONS__VISIBILITY_TIMEOUT": str(7 * 24 * 3600),
+        # The API server may take its time on a machine that is busy with trainings; 5 s by default.
+        "WORKERS__EXECUTION_API_TIMEOUT": "30",
         "LOGGING__LOGGING_CONFIG_CLASS": "neuroloop.embedded.task_logs.LOGGING_CONFIG",
     }
 

@@ -53,12 +53,12 @@ def test_with_a_queue_workers_run_the_tasks_and_their_logs_outlive_them():
     made = environment(
         Settings(
             airflow_broker_url="redis://:secret@redis:6379/0",
-            airflow_database_url="postgresql://airflow:secret@postgres:5432/airflow",
+            airflow_database_url="postgresql://airflow@postgres:5432/airflow",
         )
     )
     assert made["AIRFLOW__CORE__EXECUTOR"] == "CeleryExecutor"
     assert made["AIRFLOW__CELERY__BROKER_URL"] == "redis://:secret@redis:6379/0"
-    assert made["AIRFLOW__CELERY__RESULT_BACKEND"].startswith("db+postgresql+psycopg2://airflow:")
+    assert made["AIRFLOW__CELERY__RESULT_BACKEND"].startswith("db+postgresql+psycopg2://airflow@")
     assert made["AIRFLOW__LOGGING__LOGGING_CONFIG_CLASS"].startswith("neuroloop.embedded.task_logs.")
 
 

@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults lock browser emulators validate images push registry-login bump publish-bump bench-serving
+.PHONY: help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults lock browser emulators validate images push registry-login bump publish-bump bench-serving compose-env story-compose
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -45,6 +45,12 @@ format: .venv/dev ## let ruff mend what it can
 story: .venv/dev ## play the whole loop on a stack of its own and print what happened as JSON
 	@$(BIN)/python tests/e2e/story.py
 
+compose-env: ## once: passwords for docker-compose.yaml, in .env
+	@deploy/make-env
+
+story-compose: .venv/dev ## the loop on docker-compose, one of two workers killed in mid-training; builds the images
+	@$(BIN)/python tests/e2e/story_compose.py
+
 bench: bench-data bench-training bench-inference bench-explanation bench-gate bench-faults bench-serving ## measure all of it, as ratios in one run each; JSON in bench/results
 
 bench-data: .venv/dev ## the audit: what it finds, and its time and memory against the number of images
@@ -71,6 +77,8 @@ bench-serving: .venv/dev ## the API under load on one core, against mlflow model
 lock: .venv/dev ## pin the newest versions that fit pyproject.toml
 	@$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 pyproject.toml -o requirements.txt --upgrade
 	@$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --extra dev -c requirements.txt pyproject.toml -o requirements-dev.txt
+	@for image in api ui mlflow; do $(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 \
+	  --group $$image -c requirements.txt -o deploy/requirements-$$image.txt --upgrade; done
 
 validate: .venv/dev ## manifests, Terraform and workflows, as far as this machine has the tools
 	@$(BIN)/python -m pytest tests/deploy

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Starts one process of the platform:  entrypoint.sh ROLE
-# Roles: postgres mail mlflow airflow-api scheduler dag-processor triggerer api ui
+# Roles: postgres mail mlflow airflow-api scheduler dag-processor triggerer worker api ui
 # Waits for what the role needs, then becomes it (exec), so that signals reach it.
 # More than one word is a command, run in the same environment: entrypoint.sh neuroloop migrate. Airflow's Helm chart
 # and its KubernetesExecutor start their containers so.

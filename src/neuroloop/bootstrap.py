@@ -17,7 +17,7 @@ from neuroloop.core.ports import (
     PredictionLog,
     Registry,
 )
-from neuroloop.core.settings import Settings
+from neuroloop.core.settings import Settings, endpoint_of
 
 if TYPE_CHECKING:
     from neuroloop.adapters.postgres import PostgresLog
@@ -32,7 +32,7 @@ class Services:
     @cached_property
     def store(self) -> ObjectStore:
         """The object store of `STORE_URL`."""
-        return open_store(self.settings.store)
+        return open_store(self.settings.store_url or self.settings.store)
 
     @cached_property
     def log(self) -> PredictionLog:
@@ -67,7 +67,7 @@ class Services:
         from neuroloop.adapters.dvc import DvcVersions
         from neuroloop.core.keys import DVC_REMOTE
 
-        return DvcVersions(f"{self.settings.store}/{DVC_REMOTE}")
+        return DvcVersions(f"{self.settings.store}/{DVC_REMOTE}", self.settings.store_endpoint)
 
     def migrate(self) -> list[str]:
         """Bring the database up to date now; the names of the steps that were missing."""
@@ -102,13 +102,16 @@ class Services:
 
 
 def open_store(url: str) -> ObjectStore:
-    """`file:///folder`, or `gs://bucket`, `s3://bucket` or `az://container`, each with or without a `/prefix`."""
+    """`file:///folder`, or `gs://bucket`, `s3://bucket` or `az://container`, each with or without a `/prefix`.
+
+    `gs://bucket?endpoint=http://emulator:4443` names an emulator.
+    """
     parts = urlsplit(url)
     match parts.scheme:
         case "gs":
             from neuroloop.adapters.gcs import GcsStore
 
-            return GcsStore(parts.netloc, parts.path)
+            return GcsStore(parts.netloc, parts.path, endpoint_of(url))
         case "s3" | "az":
             from neuroloop.adapters import cloud
 

@@ -20,7 +20,11 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docker-compose.yaml").read_text()
 COMPOSE = yaml.safe_load(TEXT)
 SERVICES = COMPOSE["services"]
-OURS = {name: service for name, service in SERVICES.items() if name != "postgres"}
+OURS = {name: service for name, service in SERVICES.items() if "build" in service}
+CORE = {name: service for name, service in SERVICES.items() if "profiles" not in service}
+OTHERS_IMAGES = {"postgres", "redis", "gcs", "mail"}
+"""Of the core. Mail and the store have roles of this repository as stand-ins: docker-compose.local.yaml."""
+DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
 MAKE_ENV = ROOT / "deploy" / "make-env"
 STANDINS = {"NEUROLOOP_UI_API_KEY": new_key()}
 """For secrets of a form of their own."""
@@ -28,8 +32,19 @@ SETTINGS = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
 
 
 def test_every_service_runs_a_role_of_the_platform_and_no_role_is_missing():
-    assert {service["command"][0] for service in OURS.values()} == set(ROLES) - {"postgres"}
     assert all(service["command"] == [name] for name, service in OURS.items())
+    assert set(OURS) == set(ROLES) - {"postgres", "mail"}
+    assert set(CORE) == set(OURS) | OTHERS_IMAGES
+
+
+def test_each_role_runs_the_image_that_is_made_for_it():
+    made = set(re.findall(r"^FROM base AS (\w+)$", DOCKERFILE, re.M))
+    assert made == {"airflow", "api", "ui", "mlflow"}
+    for name, service in OURS.items():
+        target = name if name in made else "airflow"
+        assert service["build"]["target"] == target, name
+        called = {"ui": "frontend"}.get(target, target)
+        assert service["image"].startswith(f"${{IMAGE_PREFIX:-neuroloop}}-{called}:"), name
 
 
 def test_every_neuroloop_variable_of_a_service_is_a_setting():
@@ -51,18 +66,72 @@ def test_settings_load_from_the_environment_of_every_service(tmp_path: Path):
         assert Settings.load(given | outside).bind == "0.0.0.0"
 
 
-def test_ports_are_published_on_loopback_only():
-    ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert len(ports) == 4
-    assert all(isinstance(port, str) and port.startswith("127.0.0.1:") for port in ports)
+def test_only_frontend_api_and_airflow_are_published_and_on_loopback_unless_told_otherwise():
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert set(published) == {"ui", "api", "airflow-api"}
+    for ports in published.values():
+        assert len(ports) == 1
+        assert ports[0].startswith("${PUBLISH_ON:-127.0.0.1}:")
     assert not any("network_mode" in service for service in SERVICES.values())
 
 
+def test_the_operators_pages_are_published_on_loopback_only():
+    extra = yaml.safe_load((ROOT / "docker-compose.operator.yaml").read_text())["services"]
+    assert set(extra) <= set(SERVICES)
+    for name, service in extra.items():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"]), name
+
+
+def test_what_keeps_state_is_reached_by_internal_networks_only():
+    internal = {name for name, network in COMPOSE["networks"].items() if (network or {}).get("internal")}
+    assert internal == {"inside", "watch"}
+    for name in ("postgres", "redis", "gcs", "mail", "prometheus", "elasticsearch"):
+        assert set(SERVICES[name]["networks"]) <= internal, name
+    assert SERVICES["ui"]["networks"] == ["front"]  # the frontend reaches the API, and no database
+
+
+def test_every_service_has_a_limit_of_memory_with_a_unit_and_of_cores():
+    for name, service in SERVICES.items():
+        limits = service["deploy"]["resources"]["limits"]
+        assert re.fullmatch(r"(\$\{WORKER_MEMORY:-)?\d+[MG]\}?", limits["memory"]), name
+        assert float(_filled(limits["cpus"])) > 0, name
+
+
+def test_no_container_of_ours_runs_as_root_or_gains_rights():
+    for name, service in SERVICES.items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert "no-new-privileges:true" in service["security_opt"], name
+        assert service.get("user") != "root" or name == "filebeat", name
+        assert not service.get("privileged"), name
+    assert not any({"user", "cap_add"} & set(service) for service in OURS.values())
+    for stage in re.split(r"^FROM ", DOCKERFILE, flags=re.M)[1:]:
+        if stage.startswith("base AS"):
+            assert "\nUSER 10001\n" in stage
+
+
+def test_every_image_is_pinned_and_the_profiles_hold_what_a_small_machine_can_do_without():
+    for name, service in SERVICES.items():
+        assert name in OURS or re.fullmatch(r"[\w./-]+:v?\d[\w.]*", service["image"]), name
+    profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
+    watching, logs = ("statsd-exporter", "prometheus", "grafana"), ("elasticsearch", "kibana", "filebeat")
+    assert profiles == {service: ["monitoring"] for service in watching} | {service: ["logs"] for service in logs}
+
+
+def test_every_named_volume_is_used_and_every_used_one_is_named():
+    used = {
+        _filled(volume).split(":")[0]
+        for service in SERVICES.values()
+        for volume in service.get("volumes", [])
+        if not _filled(volume).startswith((".", "/"))
+    }
+    assert used == set(COMPOSE["volumes"])
+
+
 def test_no_secret_stands_in_the_file_and_each_one_says_how_to_make_it():
-    secret = re.compile(r"PASSWORD|SECRET|FERNET|DATABASE_URL|KAGGLE_KEY|API_KEY")
+    secret = re.compile(r"PASSWORD|SECRET|FERNET|DATABASE_URL|BROKER_URL|KAGGLE_KEY|API_KEY")
     checked = 0
     for service in SERVICES.values():
-        for key, value in service["environment"].items():
+        for key, value in service.get("environment", {}).items():
             if secret.search(key) and value is not None:
                 password = value.split(":", 2)[2].rsplit("@", 1)[0] if "://" in value else value
                 assert re.fullmatch(r"\$\{\w+:\?run deploy/make-env\}", password), key
@@ -71,8 +140,10 @@ def test_no_secret_stands_in_the_file_and_each_one_says_how_to_make_it():
 
 
 def test_every_service_is_watched_and_started_again():
+    watched = {role for role in OURS if f'\nCMD ["{role}"]' in DOCKERFILE}  # the image's own role, by its HEALTHCHECK
+    assert DOCKERFILE.count("HEALTHCHECK") == len(watched) == 4
     for name, service in SERVICES.items():
-        assert service["healthcheck"]["test"], name
+        assert ("healthcheck" in service) is (name not in watched), name
         assert service["restart"] == "unless-stopped", name
 
 
@@ -80,17 +151,36 @@ def test_what_a_service_waits_for_is_healthy_first():
     for service in SERVICES.values():
         for other, how in service.get("depends_on", {}).items():
             assert other in SERVICES
-            assert how == {"condition": "service_healthy"}
+            assert how["condition"] == "service_healthy"
 
 
-def test_who_reads_the_object_store_shares_its_volume():
-    sharing = {name for name, service in OURS.items() if "store:/state/store" in service.get("volumes", [])}
-    assert sharing == {"mail", "mlflow", "scheduler", "api"}
+def test_the_roles_share_no_disk():
+    volumes = {name: service["volumes"] for name, service in OURS.items() if service.get("volumes")}
+    assert volumes == {"worker": ["${DATA_FOLDER:-data}:/data:ro"]}
 
 
-def test_the_api_server_sees_the_logs_that_the_scheduler_writes():
-    for name in ("airflow-api", "scheduler"):
-        assert "airflow:/state/airflow" in SERVICES[name]["volumes"]
+MONITORING = ROOT / "deploy" / "monitoring"
+
+
+@pytest.mark.skipif(not MONITORING.is_dir(), reason="deploy/monitoring is not here")
+def test_what_the_watching_services_mount_is_there():
+    mounted = {
+        volume.split(":")[0]
+        for service in SERVICES.values()
+        for volume in service.get("volumes", [])
+        if volume.startswith("./")
+    }
+    assert len(mounted) > 5
+    assert [path for path in mounted if not (ROOT / path).exists()] == []
+
+
+def test_one_setting_puts_a_bucket_in_the_emulators_place():
+    store = SERVICES["worker"]["environment"]["NEUROLOOP_STORE_URL"]
+    emulated = Settings(store_url=_filled(store))
+    assert (emulated.store, emulated.store_endpoint) == ("gs://neuroloop", "http://gcs:4443")
+    assert store.startswith("${NEUROLOOP_STORE_URL:-")
+    assert Settings(store_url="gs://my-bucket").store_endpoint == ""
+    assert not any("STORAGE_EMULATOR_HOST" in service.get("environment", {}) for service in SERVICES.values())
 
 
 def test_the_environment_maker_writes_all_that_compose_demands(tmp_path: Path):
@@ -123,14 +213,22 @@ def test_no_secret_and_no_state_can_reach_the_image():
     assert not let_in & {".env", ".venv", ".neuroloop", ".git", "data", "tests", "deploy"}
 
 
-def test_all_that_the_image_copies_is_let_in_and_exists():
-    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+def test_all_that_the_images_copy_is_let_in_and_exists():
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    let_in = {str(path.relative_to(ROOT)) for line in lines if line[:1] == "!" for path in ROOT.glob(line[1:])}
     copied = set()
-    for line in (ROOT / "deploy" / "Dockerfile").read_text().splitlines():
-        if line.startswith("COPY "):
+    for line in DOCKERFILE.splitlines():
+        if line.startswith("COPY ") and "--from" not in line:
             copied |= set(line.split()[1:-1])
     assert copied == let_in
     assert all((ROOT / path).exists() for path in copied)
+
+
+@pytest.mark.parametrize("file", ["docker-compose.yaml", "docker-compose.operator.yaml"])
+def test_the_compose_files_follow_the_specification(file: str):
+    schema = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*schema, ROOT / file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_scripts_can_be_run():
@@ -138,11 +236,13 @@ def test_the_scripts_can_be_run():
         assert os.access(script, os.X_OK), script
 
 
-@pytest.mark.parametrize("role", ["mail", "mlflow", "airflow-api", "api", "ui"])
+@pytest.mark.parametrize("role", ["mlflow", "airflow-api", "api", "ui"])
 def test_the_health_of_a_server_is_asked_at_the_port_it_listens_on(role: str):
     name = {"airflow-api": "airflow"}.get(role, role)
     port = Settings.model_fields[f"{name}_port"].default
-    assert f"127.0.0.1:{port}" in SERVICES[role]["healthcheck"]["test"][3]
+    asked = re.search(rf'"http://127.0.0.1:(\d+)/\S*"\]\nCMD \["{role}"\]', DOCKERFILE)
+    assert asked
+    assert asked[1] == str(port)
     for published in SERVICES[role].get("ports", []):
         assert published.endswith(f":{port}")
 

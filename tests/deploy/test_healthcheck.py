@@ -37,7 +37,7 @@ def port() -> Iterator[int]:
 
 
 def ask(*args: str) -> tuple[int, str]:
-    done = subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-IS", SCRIPT, *args], capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
 
 

@@ -31,6 +31,7 @@ from neuroloop.imaging.phantom import scan
 BUILD = {"minutes": 8, "epochs": 14, "image_size": 96}
 RETRAINING = {"minutes": 12, "epochs": 32}
 THRESHOLD = 50
+NEVER = "0 0 1 1 *"
 MOST_UPLOADS = 600
 """Scans shown to the first model at most, until 51 of them had to be corrected."""
 
@@ -38,20 +39,18 @@ MOST_UPLOADS = 600
 class Story:
     """One playing of the loop; `say` gets a line a step."""
 
-    def __init__(self, home: Path, say: Callable[[str], None]) -> None:
-        self.say = say
-        # Never by the clock while the story plays: it triggers each run itself.
-        never = {"NEUROLOOP_RETRAINING_SCHEDULE": "0 0 1 1 *", "NEUROLOOP_HOME": str(home)}
-        bare = {name: value for name, value in os.environ.items() if not name.startswith("NEUROLOOP_")}
-        self.stack = Stack({**bare, **never, "NEUROLOOP_ENV_FILE": str(home / "none")}, say=say)
+    patience = 60
+    """Seconds that anything may take which is not a run of Airflow's."""
+
+    def __init__(self, stack: Any, say: Callable[[str], None]) -> None:
+        self.stack, self.say = stack, say
         self.seconds: dict[str, float] = {}
 
     def play(self) -> dict[str, Any]:
         """The chapters in order; the outcome in figures."""
         with self._timed("up"):
             self.stack.up(build=False)
-        self.api = httpx.Client(base_url=self.stack.settings.api_url, timeout=60, headers=self._key())
-        self.airflow = self.stack.airflow()
+        self.connect()
         with self._timed("build"):
             self._run("data_and_model_build", BUILD)
             before = self._champion()
@@ -97,6 +96,11 @@ class Story:
             "promotion": promotion["checks"],
             "seconds": self.seconds,
         }
+
+    def connect(self) -> None:
+        """Open the API and Airflow of a platform that is up."""
+        self.api = httpx.Client(base_url=self.stack.settings.api_url, timeout=60, headers=self._key())
+        self.airflow = self.stack.airflow()
 
     def _corrections(self) -> Iterator[bool]:
         """Show scans of the second scanner one by one, correct what is wrong; yields whether it was."""
@@ -166,10 +170,10 @@ class Story:
         return found
 
     def _until(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + self.patience
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(f"not within a minute: {what}")
+                raise AssertionError(f"not within {self.patience} s: {what}")
             time.sleep(0.1)
 
     @contextlib.contextmanager
@@ -218,10 +222,18 @@ class Requests:
                 self.stop.wait(0.2)
 
 
+def embedded(home: Path, say: Callable[[str], None]) -> Stack:
+    """The platform of `make up` under `home`."""
+    # Never by the clock while the story plays: it triggers each run itself.
+    never = {"NEUROLOOP_RETRAINING_SCHEDULE": NEVER, "NEUROLOOP_HOME": str(home)}
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("NEUROLOOP_")}
+    return Stack({**bare, **never, "NEUROLOOP_ENV_FILE": str(home / "none")}, say=say)
+
+
 def play(say: Callable[[str], None]) -> dict[str, Any]:
     """Play the story on a platform of its own, which is stopped and removed whatever happens."""
     with tempfile.TemporaryDirectory(prefix="neuroloop-story-", ignore_cleanup_errors=True) as folder:
-        story = Story(Path(folder) / "home", say)
+        story = Story(embedded(Path(folder) / "home", say), say)
         try:
             return story.play()
         except BaseException:

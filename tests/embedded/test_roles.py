@@ -11,7 +11,7 @@ from neuroloop.adapters.mlflow_registry import MlflowRegistry
 from neuroloop.bootstrap import open_store
 from neuroloop.core.errors import InvalidSetting
 from neuroloop.core.settings import Settings
-from neuroloop.embedded.roles import ROLES, environment
+from neuroloop.embedded.roles import EMBEDDED, ROLES, environment
 
 CONTAINER = Settings(
     home=Path("/state"),
@@ -92,3 +92,36 @@ def test_what_mlflow_keeps_lies_in_the_clouds_store(cloud: str, request, monkeyp
         (key,) = open_store(url).list("mlflow/")
         assert key.endswith("artifacts/data/corrections.json")
         assert open_store(url).get(key) == b"[]"
+
+
+def test_with_a_queue_workers_run_the_tasks_and_their_logs_outlive_them():
+    made = environment(
+        Settings(
+            airflow_broker_url="redis://:secret@redis:6379/0",
+            airflow_database_url="postgresql://airflow@postgres:5432/airflow",
+        )
+    )
+    assert made["AIRFLOW__CORE__EXECUTOR"] == "CeleryExecutor"
+    assert made["AIRFLOW__CELERY__BROKER_URL"] == "redis://:secret@redis:6379/0"
+    assert made["AIRFLOW__CELERY__RESULT_BACKEND"].startswith("db+postgresql+psycopg2://airflow@")
+    assert made["AIRFLOW__LOGGING__LOGGING_CONFIG_CLASS"].startswith("neuroloop.embedded.task_logs.")
+
+
+def test_without_a_queue_the_scheduler_runs_them_and_no_worker_is_started():
+    made = environment(LAPTOP)
+    assert made["AIRFLOW__CORE__EXECUTOR"] == "LocalExecutor"
+    assert not any("CELERY" in name or "LOGGING_CONFIG" in name for name in made)
+    assert set(ROLES) - set(EMBEDDED) == {"worker"}
+
+
+def test_a_worker_waits_for_its_queue():
+    settings = Settings(airflow_broker_url="rediss://:secret@queue.example:6380/0")
+    assert "tcp://queue.example:6380" in [need(settings) for need in ROLES["worker"].needs]
+
+
+def test_mlflow_is_told_of_an_emulator_and_never_of_one_that_is_not_there():
+    emulated = Settings(store_url="gs://bucket?endpoint=http://gcs:4443")
+    argv = ROLES["mlflow"].argv(emulated)
+    assert argv[argv.index("--artifacts-destination") + 1] == "gs://bucket/mlflow"
+    assert environment(emulated)["STORAGE_EMULATOR_HOST"] == "http://gcs:4443"
+    assert "STORAGE_EMULATOR_HOST" not in environment(Settings(store_url="gs://bucket"))

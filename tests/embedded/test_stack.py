@@ -83,7 +83,7 @@ def test_what_the_user_set_is_not_written_over(environ, tmp_path):
 
 def test_a_platform_that_does_not_run_says_so_for_every_part(environ):
     stack = Stack(environ)
-    assert stack.status() == dict.fromkeys(roles.ROLES, "stopped")
+    assert stack.status() == dict.fromkeys(roles.EMBEDDED, "stopped")
     stack.down()
 
 

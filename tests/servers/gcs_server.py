@@ -3,7 +3,7 @@
 Speaks what google-cloud-storage and gcsfs (DVC) send: media, multipart (also with bare line feeds) and resumable
 uploads, `ifGenerationMatch`, listing with prefix, delimiter and pages, ranged downloads, checksums, deletion.
 
-Run it by itself with `python tests/servers/gcs_server.py PORT BUCKET...`.
+Run it by itself with `python tests/servers/gcs_server.py [HOST:]PORT BUCKET...`.
 """
 
 import base64
@@ -281,4 +281,5 @@ def _error(status: int, message: str) -> Response:
 
 
 if __name__ == "__main__":
-    uvicorn.run(GcsServer(*sys.argv[2:]).app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
+    host, _, port = sys.argv[1].rpartition(":")
+    uvicorn.run(GcsServer(*sys.argv[2:]).app, host=host or "127.0.0.1", port=int(port), log_level="warning")

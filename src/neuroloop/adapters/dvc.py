@@ -25,12 +25,14 @@ _VERSION = re.compile(r"md5: ([0-9a-f]{32})\.dir\b")
 class DvcVersions:
     """`ports.DataVersions` by DVC. `remote_url` is `file:///folder`, or `gs://`, `s3://` or `az://bucket/prefix`.
 
-    The remote has DVC's own layout, `files/md5/ab/cdef...`, which `keys.image` names too. `STORAGE_EMULATOR_HOST` and
-    the vendors' own variables are honoured; `s3://` takes the extra `aws` of this package.
+    The remote has DVC's own layout, `files/md5/ab/cdef...`, which `keys.image` names too. For `gs://`, an emulator
+    at `endpoint` or `STORAGE_EMULATOR_HOST` is asked instead of the cloud; the other vendors' own variables are
+    honoured; `s3://` takes the extra `aws` of this package.
     """
 
-    def __init__(self, remote_url: str) -> None:
+    def __init__(self, remote_url: str, endpoint: str = "") -> None:
         parts = urlsplit(remote_url)
+        self._endpoint = endpoint
         self._remote = {"file": parts.path, "az": f"azure://{parts.netloc}{parts.path}"}.get(parts.scheme, remote_url)
 
     def commit(self, workspace: Path) -> tuple[str, bytes]:
@@ -97,7 +99,7 @@ class DvcVersions:
             "['remote \"store\"']",
             f'url = "{self._remote}"',
         ]
-        emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+        emulator = self._endpoint or os.environ.get("STORAGE_EMULATOR_HOST")
         if self._remote.startswith("gs://") and emulator:
             settings += [f'endpointurl = "{emulator}"', "allow_anonymous_login = true"]
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

@@ -36,11 +36,12 @@ _TOKEN = "neuroloop-create"  # noqa: S105 the name of a metadata field
 class GcsStore:
     """`ports.ObjectStore` in `bucket`; a key's object is named `prefix/key`. Thread-safe; connects at the first call.
 
-    Credentials are Google's application default; where `STORAGE_EMULATOR_HOST` is set, none are sent.
+    Credentials are Google's application default; an emulator at `endpoint` or `STORAGE_EMULATOR_HOST` is sent none.
     """
 
-    def __init__(self, bucket: str, prefix: str = "") -> None:
+    def __init__(self, bucket: str, prefix: str = "", endpoint: str = "") -> None:
         self._name = bucket
+        self._emulator = endpoint or os.environ.get("STORAGE_EMULATOR_HOST", "")
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
 
     def put(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
@@ -134,8 +135,12 @@ class GcsStore:
 
     @cached_property
     def _client(self) -> Any:
-        if os.environ.get("STORAGE_EMULATOR_HOST"):
-            return storage.Client(project="emulator", credentials=AnonymousCredentials())
+        if self._emulator:
+            return storage.Client(
+                project="emulator",
+                credentials=AnonymousCredentials(),
+                client_options={"api_endpoint": self._emulator},
+            )
         return storage.Client()
 
     @cached_property

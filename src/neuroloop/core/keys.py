@@ -11,6 +11,7 @@ retraining/batches/000001.json                            corrections used by a 
 InferenceLogs/ImageLogs/<class>/<id>.png
 InferenceLogs/ImageLogsWithFeedback/<class>/<id>.png
 InferenceLogs/ImageLogsForInvalidImages/<id>.png
+logs/airflow/<dag>/<run>/<task>/attempt=1.log             what a task on a worker said
 mail/<time>-<id>.eml                                      the local sink's mails
 mlflow/...                                                MLflow's own: runs and models
 probe/                                                    always empty
@@ -163,3 +164,8 @@ def images_of(prediction_id: str) -> tuple[str, ...]:
 def mail(name: str) -> str:
     """A mail kept by the local sink."""
     return f"{MAIL}{_safe(name)}.eml"
+
+
+def task_log(path: str) -> str:
+    """The log of one attempt of a task; `path` is Airflow's own, relative to its folder of logs."""
+    return checked(f"logs/airflow/{path}")

@@ -53,9 +53,13 @@ def log_database(settings: Settings) -> str:
     return _tcp(settings.database_url)
 
 
-def _tcp(url: str) -> str:
+def _broker(settings: Settings) -> str:
+    return _tcp(settings.airflow_broker_url, 6379)
+
+
+def _tcp(url: str, port: int = 5432) -> str:
     parts = urlsplit(url)
-    return f"tcp://{parts.hostname}:{parts.port or 5432}"
+    return f"tcp://{parts.hostname}:{parts.port or port}"
 
 
 def _mlflow(settings: Settings) -> str:
@@ -127,18 +131,26 @@ ROLES: dict[str, Role] = {
     "scheduler": _airflow_role("scheduler", "--skip-serve-logs"),
     "dag-processor": _airflow_role("dag-processor"),
     "triggerer": _airflow_role("triggerer", "--skip-serve-logs"),
+    # As many of them, on as many machines, as there is work: they share the queue and the store, and no disk.
+    "worker": Role(
+        lambda _: _python("airflow", "celery", "worker", "--without-mingle", "--without-gossip"),
+        needs=(_airflow_database, _broker, _airflow),
+    ),
     # Waits for nothing: without database or store it is live, not ready, and recovers by itself.
     "api": Role(_api_argv),
     # Nor does the frontend: while the API is away, its pages say so.
     "ui": Role(_ui_argv),
 }
 
+EMBEDDED = tuple(name for name in ROLES if name != "worker")
+"""What `make up` starts: there the scheduler itself runs the tasks."""
+
 
 def environment(settings: Settings) -> dict[str, str]:
     """The variables every role gets: Airflow's and MLflow's own settings, derived from NeuroLoop's."""
     home = settings.home / "airflow"
     airflow = {
-        "CORE__EXECUTOR": "LocalExecutor",
+        **(_celery(settings) if settings.airflow_broker_url else {"CORE__EXECUTOR": "LocalExecutor"}),
         "CORE__DAGS_FOLDER": str(ROOT / "dags"),
         "CORE__LOAD_EXAMPLES": "False",
         "CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
@@ -154,6 +166,8 @@ def environment(settings: Settings) -> dict[str, str]:
         "API__SECRET_KEY": settings.airflow_jwt_secret,
         "API_AUTH__JWT_SECRET": settings.airflow_jwt_secret,
         "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.1",
+        # A task beats every 5 s; one whose worker died is given up, and retried, after this many.
+        "SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "60",
         "DAG_PROCESSOR__REFRESH_INTERVAL": "60",
         "DAG_PROCESSOR__PARSING_PROCESSES": "1",
         "LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
@@ -176,6 +190,8 @@ def environment(settings: Settings) -> dict[str, str]:
         "NEUROLOOP_HOME": str(settings.home),
         "AIRFLOW_HOME": str(home),
         **{f"AIRFLOW__{key}": value for key, value in airflow.items()},
+        # MLflow asks Google's own client, which knows an emulator by this variable only.
+        **({"STORAGE_EMULATOR_HOST": settings.store_endpoint} if settings.store_endpoint else {}),
         "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -188,6 +204,21 @@ def environment(settings: Settings) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _celery(settings: Settings) -> dict[str, str]:
+    """Airflow with workers: who they are asked through, and a log of each task that outlives its worker."""
+    return {
+        "CORE__EXECUTOR": "CeleryExecutor",
+        "CELERY__BROKER_URL": settings.airflow_broker_url,
+        "CELERY__RESULT_BACKEND": f"db+{_driver(settings.airflow_database_url)}",
+        "CELERY__WORKER_CONCURRENCY": "2",
+        # After this long, seconds, the queue hands a task out anew: longer than the longest training.
+        "CELERY_BROKER_TRANSPORT_OPTIONS__VISIBILITY_TIMEOUT": str(7 * 24 * 3600),
+        # The API server may take its time on a machine that is busy with trainings; 5 s by default.
+        "WORKERS__EXECUTION_API_TIMEOUT": "30",
+        "LOGGING__LOGGING_CONFIG_CLASS": "neuroloop.embedded.task_logs.LOGGING_CONFIG",
     }
 
 
@@ -214,9 +245,11 @@ def become(name: str) -> None:
     if name not in ROLES:
         raise InvalidSetting(f"{name!r} is no role", fix=f"the roles are {', '.join(ROLES)}")
     settings, role = Settings.load(), ROLES[name]
-    if name in ("airflow-api", "scheduler", "dag-processor", "triggerer"):
+    if name in ("airflow-api", "scheduler", "dag-processor", "triggerer", "worker"):
         settings.require("airflow_database_url", "airflow_jwt_secret", "airflow_fernet_key", "airflow_password")
         _write_airflow_login(settings)
+    if name == "worker":
+        settings.require("airflow_broker_url")
     if name == "mlflow":
         settings.require("mlflow_database_url")
         _write_mlflow_login(settings)

@@ -26,7 +26,7 @@ from neuroloop.core.errors import InvalidSetting, NeuroLoopError, Unavailable
 from neuroloop.core.settings import PREFIX, Settings, explicit
 from neuroloop.embedded import postgres
 from neuroloop.embedded.airflow import AirflowClient
-from neuroloop.embedded.roles import ROLES, ROOT
+from neuroloop.embedded.roles import EMBEDDED, ROOT
 
 PORTS = ("postgres", "mlflow", "airflow", "api", "ui", "mail", "supervisor")
 SHOWN = ("airflow", "mlflow", "api", "ui")
@@ -76,12 +76,12 @@ class Stack:
     def status(self) -> dict[str, str]:
         """Each role and its state in words: `running, healthy`, `starting`, `stopped`..."""
         if not self.running():
-            return dict.fromkeys(ROLES, "stopped")
+            return dict.fromkeys(EMBEDDED, "stopped")
         infos: Any = self._supervisor().supervisor.getAllProcessInfo()
         states = {info["name"]: str(info["statename"]).lower() for info in infos}
         return {
             name: f"{states.get(name, 'unknown')}, {'healthy' if self._healthy(name) else 'not ready'}"
-            for name in ROLES
+            for name in EMBEDDED
         }
 
     def pid(self, role: str) -> int:
@@ -197,7 +197,7 @@ class Stack:
         config["rpcinterface:supervisor"] = {
             "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
         }
-        for name in ROLES:
+        for name in EMBEDDED:
             config[f"program:{name}"] = {
                 "command": f'"{ROOT / "entrypoint.sh"}" {name}',
                 "directory": str(home),
@@ -266,7 +266,7 @@ class Stack:
                 return self.airflow().health().get(role.replace("-", "_")) == "healthy"
 
     def _wait_healthy(self, seconds: float = 300) -> None:
-        waiting, deadline = list(ROLES), time.monotonic() + seconds
+        waiting, deadline = list(EMBEDDED), time.monotonic() + seconds
         while waiting:
             for role in list(waiting):
                 if self._healthy(role):

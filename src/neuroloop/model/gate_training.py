@@ -81,7 +81,7 @@ def fit_gate(
     }
     plain, wide = raw.logits(validation), raw.logits(widened)
     offset = float(min(np.quantile(plain, 1 - _KEEP), np.quantile(wide, 1 - _KEEP_WIDENED)))
-    far = float(np.quantile(away["plain"], _FAMILIAR))
+    far = max(float(np.quantile(away["plain"], _FAMILIAR)), 1e-6)
 
     def refused(kind: str) -> float:
         fresh = outliers.make(kind, validation, max(per_kind // 4, 10), generator)

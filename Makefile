@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help up down status logs test unit lint audit format story compose-env story-compose bench bench-data bench-training bench-inference bench-explanation bench-faults lock browser
+.PHONY: help up down status logs test unit lint audit format story compose-env story-compose bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults lock browser emulators validate images push registry-login bump publish-bump bench-serving
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -22,10 +22,10 @@ status: .venv/run ## each part and its state
 logs: .venv/run ## the latest log lines of every part
 	@$(BIN)/python -m neuroloop.cli logs
 
-test: .venv/dev browser ## all tests: unit, browser, and the story of the whole loop
+test: .venv/dev browser emulators ## all tests: unit, browser, and the story of the whole loop
 	@$(BIN)/python -m pytest
 
-unit: .venv/dev ## the quick tests only
+unit: .venv/dev emulators ## the quick tests only
 	@$(BIN)/python -m pytest -m "not e2e"
 
 lint: .venv/dev ## ruff, mypy, import-linter, a search for secrets; warnings are errors
@@ -51,7 +51,7 @@ compose-env: ## once: passwords for docker-compose.yaml, in .env
 story-compose: .venv/dev ## the loop on docker-compose, one of two workers killed in mid-training; builds the images
 	@$(BIN)/python tests/e2e/story_compose.py
 
-bench: bench-data bench-training bench-inference bench-explanation bench-faults ## measure all of it, as ratios in one run each; JSON in bench/results
+bench: bench-data bench-training bench-inference bench-explanation bench-gate bench-faults bench-serving ## measure all of it, as ratios in one run each; JSON in bench/results
 
 bench-data: .venv/dev ## the audit: what it finds, and its time and memory against the number of images
 	@$(BIN)/python bench/data.py
@@ -65,8 +65,14 @@ bench-inference: .venv/dev ## one image, from bytes to heat map
 bench-explanation: .venv/dev ## do heat maps point at the lesions of simulated scans; trains for some minutes
 	@$(BIN)/python bench/explanation.py
 
+bench-gate: .venv/dev ## how often the input gate errs, kind by kind; trains for some minutes
+	@$(BIN)/python bench/gate.py
+
 bench-faults: .venv/dev ## 2,000 known answers, the API killed 100 times, PostgreSQL 50 times; some 20 minutes
 	@$(BIN)/python bench/serving_faults.py
+
+bench-serving: .venv/dev ## the API under load on one core, against mlflow models serve and FastAPI + Keras; some 5 minutes
+	@$(BIN)/python bench/serving.py
 
 lock: .venv/dev ## pin the newest versions that fit pyproject.toml
 	@$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 pyproject.toml -o requirements.txt --upgrade
@@ -74,12 +80,63 @@ lock: .venv/dev ## pin the newest versions that fit pyproject.toml
 	@for image in api ui mlflow; do $(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 \
 	  --group $$image -c requirements.txt -o deploy/requirements-$$image.txt --upgrade; done
 
+validate: .venv/dev ## manifests, Terraform and workflows, as far as this machine has the tools
+	@$(BIN)/python -m pytest tests/deploy
+
+# --- Images and deployments. TAG=1.2.3 or v1.2.3; REGISTRY=host/path, empty: this machine's own images.
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/neuroloop/__init__.py)
+REGISTRY ?=
+ENVIRONMENT ?=
+TAG ?= $(VERSION)
+override TAG := $(TAG:v%=%)
+# image:target of deploy/Dockerfile
+IMAGES := airflow:airflow api:api frontend:ui mlflow:mlflow
+BUILD = docker buildx build --file deploy/Dockerfile --target "$${image\#*:}" \
+	--label "org.opencontainers.image.version=$(TAG)" --label "org.opencontainers.image.revision=$$(git rev-parse HEAD)" \
+	--tag "$(REGISTRY:%=%/)neuroloop-$${image%:*}:$(TAG)"
+
+images: ## build the four images here, in the version of the sources or TAG=...
+	@for image in $(IMAGES); do $(BUILD) --load .; done
+
+registry-login: ## log docker in to REGISTRY as REGISTRY_USER, with REGISTRY_PASSWORD from the environment
+	@docker login --username "$$REGISTRY_USER" --password-stdin "$$(cut -d / -f 1 <<< "$(REGISTRY)")" <<< "$$REGISTRY_PASSWORD"
+
+push: ## build and push the images to REGISTRY with provenance and SBOM
+	@[ -n "$(REGISTRY)" ] || { echo "name the registry: make push REGISTRY=host/path TAG=1.2.3"; exit 1; }
+	@for image in $(IMAGES); do $(BUILD) --provenance=mode=max --sbom=true --push .; done
+
+bump: ## move an environment's overlay to other images: ENVIRONMENT=gke TAG=1.2.3
+	@python3 deploy/bump "$(ENVIRONMENT)" "$(TAG)"
+
+publish-bump: bump ## commit and push that; Argo CD follows
+	@git add deploy/kubernetes/overlays
+	@git diff --cached --quiet || git -c user.name=neuroloop-deploy -c user.email=deploy@example.org \
+	  commit --quiet --message "$(ENVIRONMENT) runs $(TAG)"
+	@git push --quiet origin HEAD:main
+
 # Chromium for the browser tests, where the machine has none.
 browser:
 	@command -v chromium >/dev/null || { \
 	  as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	  echo "installing chromium for the browser tests"; \
 	  $$as_root apt-get -qq update && DEBIAN_FRONTEND=noninteractive $$as_root apt-get -qq install -y --no-install-recommends chromium >/dev/null; }
+
+# S3 (moto) and Azure Blob (Azurite) for the tests of the stores, and what speaks to AWS in the extra `aws`: in an
+# environment of their own, since they want an older python-dateutil. Without npm there is no Azurite, and tests skip.
+emulators: .cache/emulators/python/done .cache/emulators/node_modules
+
+.cache/emulators/python/done: pyproject.toml | .venv/bin/uv
+	@echo "installing moto and the extra aws into .cache/emulators"
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python .cache/emulators/python
+	@grep -v '^python-dateutil=' requirements.txt >.cache/emulators/constraints.txt
+	@$(BIN)/uv pip install --quiet --python .cache/emulators/python -c .cache/emulators/constraints.txt 'moto[server]>=5.1' 'boto3>=1.40' 'dvc-s3>=3'
+	@touch $@
+
+.cache/emulators/node_modules:
+	@if command -v npm >/dev/null; then \
+	  echo "installing azurite into .cache/emulators"; \
+	  mkdir -p .cache/emulators && npm install --silent --no-audit --no-fund --prefix .cache/emulators azurite@3; \
+	else echo "npm is not here: the tests against Azure Blob will skip"; fi
 
 .venv/bin/uv:
 	@command -v $(PYTHON) >/dev/null || { echo "NeuroLoop needs Python 3.11 ($(PYTHON) is not on the PATH); set PYTHON=/path/to/python3.11"; exit 1; }

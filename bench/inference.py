@@ -25,7 +25,7 @@ from neuroloop.core.schemas import LABELS
 from neuroloop.imaging.canonical import canonicalize, head_box, place
 from neuroloop.imaging.decode import decode, encode_png
 from neuroloop.imaging.phantom import scan
-from neuroloop.model import calibration, export, gate, network
+from neuroloop.model import calibration, export, gate_training, network
 from neuroloop.model.bundle import Bundle, OnnxModel, write
 from neuroloop.model.calibration import softmax
 
@@ -66,8 +66,8 @@ def untrained_bundle(images: NDArray[np.uint8], folder: Path) -> Path:
     onnx = export.export_onnx(model)
     exported = OnnxModel(onnx)
     labels = np.arange(len(images)) % len(LABELS)
-    fitted = gate.fit_gate(
-        lambda some: exported.run(some).features, images, images[::4], np.random.default_rng(0), per_kind=30
+    fitted = gate_training.fit_gate(
+        lambda some: exported.run(some).features, images, images[::4], np.random.default_rng(0), steps=10, per_kind=30
     )
     return write(
         folder,
@@ -126,7 +126,7 @@ def main() -> None:
         grey = decode(png)
         canonical = canonicalize(grey, size)
         said = bundle.predict(canonical[None])
-        bundle.gate.judge(said.features[0], canonical)
+        bundle.gate.judge(canonical, float(said.novelty[0]))
         return place(bundle.heat(said.cam[0], int(said.logits[0].argmax())), head_box(grey), grey.shape)
 
     names = (
@@ -146,7 +146,7 @@ def main() -> None:
         explained,
         lambda: decode(png),
         lambda: canonicalize(pixels[0], size),
-        lambda: bundle.gate.judge(outputs.features[0], one[0]),
+        lambda: bundle.gate.judge(one[0], float(outputs.novelty[0])),
         everything,
     )
     taken = dict(zip(names, times, strict=True))

@@ -20,7 +20,7 @@ from neuroloop.core.settings import Settings
 from neuroloop.loop.failures import mail_failure
 
 DEFAULT = Settings.load()
-SOURCES = "`phantom://` (simulated scans), a folder, `gs://bucket/prefix` or `kaggle://owner/dataset`"
+SOURCES = "`phantom://` (simulated scans), a folder, `gs://`, `s3://`, `az://bucket/prefix`, `kaggle://owner/dataset`"
 STEPS = (
     *("check_source", "download_data", "audit_data", "capture_statistics", "augment_input_data"),
     *("transform_testing_data", "building_model", "evaluate_model", "register_model", "promote_model", "send_email"),
@@ -31,7 +31,7 @@ WITH_PARAMS = {"check_source", "download_data", "augment_input_data", "transform
 def step(name: str) -> Any:
     """The task that runs the pipeline step of that name."""
 
-    @task(task_id=name)
+    @task(task_id=name, executor_config=DEFAULT.executor_config(name))
     def run(**context: Any) -> dict[str, Any]:
         from neuroloop.loop import pipeline
 

@@ -32,7 +32,7 @@ DEFAULT = Settings.load()
 def housekeeping() -> None:
     """What is kept of uploads, and what is not."""
 
-    @task
+    @task(executor_config=DEFAULT.executor_config("tidy"))
     def tidy() -> dict[str, Any]:
         from neuroloop.loop import housekeeping
 

@@ -69,7 +69,7 @@ def model_retraining() -> None:
 
         return retraining.flag_true(services(), context["run_id"])
 
-    @task
+    @task(executor_config=DEFAULT.executor_config("retrain_model"))
     def retrain_model(**context: Any) -> dict[str, Any]:
         from neuroloop.loop import retraining
 

@@ -1,6 +1,9 @@
 """The inference API over HTTP: one method a route, answers as records, every failure one `ApiProblem` in words."""
 
 import copy
+import logging
+import secrets
+import time
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -9,10 +12,12 @@ from urllib.parse import quote
 import httpx
 from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError
 
+from neuroloop.core import logs
 from neuroloop.core.credentials import Role
 from neuroloop.core.schemas import GateResult, Mail, ModelVersion, Monitoring, Promotion, Verdict
 
 Record = TypeVar("Record", bound=BaseModel)
+_LOG = logging.getLogger("neuroloop.frontend.api_client")
 
 
 class ApiProblem(Exception):
@@ -164,8 +169,12 @@ class ApiClient:
         """
         headers = {"X-Consent": consent} | ({"Idempotency-Key": key} if key else {})
         files, chosen = {"file": ("upload", data, media_type)}, {} if frame is None else {"frame": frame}
-        answer = self._send("POST", "/v1/predictions", files=files, params=chosen, headers=headers)
-        return self._read(Answer, answer)
+        with logs.about(trace__id=secrets.token_hex(16)):
+            sent = self._send("POST", "/v1/predictions", files=files, params=chosen, headers=headers)
+            answer = self._read(Answer, sent)
+            fields = {logs.PREDICTION: answer.id, logs.MODEL: answer.model_version}
+            _LOG.info("prediction %s, by version %s", *fields.values(), extra=fields)
+        return answer
 
     def feedback(self, prediction_id: str, verdict: Verdict, label: str | None = None) -> Receipt:
         """Record the verdict of whoever this client acts for; a later one of theirs replaces it."""
@@ -216,8 +225,33 @@ class ApiClient:
     def _respond(
         self, method: str, path: str, *, headers: dict[str, str] | None = None, **request: Any
     ) -> httpx.Response:
+        """One request and one line about it, which the API's own line shares `trace.id` and `http.request.id` with."""
+        trace = logs.bound(logs.TRACE) or secrets.token_hex(16)
+        started, response = time.perf_counter(), None
         try:
-            response = self._http.request(method, path, headers=self._headers | (headers or {}), **request)
+            response = self._request(
+                method, path, (headers or {}) | {"traceparent": f"00-{trace}-{secrets.token_hex(8)}-01"}, **request
+            )
+        finally:
+            status = response.status_code if response is not None else 0
+            fields: dict[str, Any] = {
+                "event.action": "call",
+                "event.outcome": "failure" if status == 0 or status >= 500 else "success",
+                "event.duration": round((time.perf_counter() - started) * 1e9),
+                "http.request.method": method,
+                "http.response.status_code": status,
+                logs.TRACE: trace,
+            }
+            if response is not None:
+                fields[logs.REQUEST] = response.headers.get("X-Request-Id", "")
+            _LOG.info("%s to the API: %s", method, status or "no answer", extra=fields)
+        if response.is_error:
+            raise _problem(response)
+        return response
+
+    def _request(self, method: str, path: str, headers: dict[str, str], **request: Any) -> httpx.Response:
+        try:
+            return self._http.request(method, path, headers=self._headers | headers, **request)
         except httpx.ConnectError:
             raise ApiProblem(
                 "The inference service cannot be reached",
@@ -236,9 +270,6 @@ class ApiClient:
                 detail=f"{self.url} ended the connection before its answer was complete.",
                 fix="Try again.",
             ) from None
-        if response.is_error:
-            raise _problem(response)
-        return response
 
     def _read(self, record: type[Record], answer: Any) -> Record:
         try:

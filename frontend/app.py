@@ -4,6 +4,7 @@ import layout
 import signin
 import streamlit as st
 
+from neuroloop.core import logs
 from neuroloop.core.credentials import Role
 from neuroloop.core.errors import InvalidSetting
 from neuroloop.core.settings import Settings
@@ -26,6 +27,7 @@ except InvalidSetting as fault:
     layout.heading("NeuroLoop cannot start", "A setting is not right.")
     st.error(layout.plain(str(fault)), icon=":material/settings:")
     st.stop()
+logs.configure(settings.log_format, "ui")
 person = st.session_state["person"] = signin.current(settings)
 if person is None:
     # The pages are there, so that an address typed before signing in still leads to its page afterwards.

@@ -21,6 +21,7 @@ import pytest
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.core.keys import MAIL
 from neuroloop.core.schemas import Mail
+from servers.clouds import AzureServer, Identities, S3Server, azure, identities, s3
 from servers.gcs_server import GcsServer
 
 # --- processes and ports ------------------------------------------------------------------------
@@ -80,6 +81,43 @@ def gcs_bucket(gcs_server: GcsServer, monkeypatch: pytest.MonkeyPatch) -> str:
     gcs_server.buckets[name] = {}
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server.url)
     return name
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An Amazon S3 on this machine (moto), open to everybody."""
+    with s3(tmp_path_factory.mktemp("s3"), free()) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new bucket, and the environment variables that lead clients to it."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return s3_server.new_bucket()
+
+
+@pytest.fixture(scope="session")
+def s3_identities(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Identities]:
+    """Another Amazon S3, which enforces the policies of deploy/identities."""
+    with identities(tmp_path_factory.mktemp("s3-identities"), free()) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AzureServer]:
+    """An Azure Blob storage on this machine (Azurite)."""
+    with azure(tmp_path_factory.mktemp("azure"), free()) as server:
+        yield server
+
+
+@pytest.fixture
+def azure_container(azure_server: AzureServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new container, and the environment variables that lead clients to it."""
+    for name, value in azure_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return azure_server.new_container()
 
 
 # --- PostgreSQL ---------------------------------------------------------------------------------
@@ -174,15 +212,16 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """The same in `folder` on `port`."""
+def mlflow_server(folder: Path, port: int, artifacts: str = "", *, database: str = "") -> Iterator[str]:
+    """The same in `folder` on `port`; the artifacts there or elsewhere, with `database` on a PostgreSQL."""
+    backend = database.replace("postgresql://", "postgresql+psycopg2://") or f"sqlite:///{folder}/mlflow.db"
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
-                *("--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
-                *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")),
+                *("--workers", "1", "--backend-store-uri", backend),
+                *("--serve-artifacts", "--artifacts-destination", artifacts or str(folder / "artifacts")),
             ],
             env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
             cwd=folder,

@@ -204,6 +204,7 @@ def show_answer(upload: Upload, answer: Answer) -> None:
                 ("Model", f"version {answer.model_version}"),
                 ("Data", layout.short(answer.data_version)),
                 ("Gate score", f"{answer.gate.score:.2f}"),
+                ("Novelty", f"{answer.gate.novelty:.2f}"),
                 ("Time", f"{answer.seconds * 1000:.0f} ms"),
                 ("Size", f"{answer.width} x {answer.height} px"),
             ),

@@ -1,12 +1,22 @@
 """Composition root: settings become services, chosen by URL scheme. The only place that names adapters."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from neuroloop.core.ports import ApiKeys, DataSource, DataVersions, Notifier, ObjectStore, PredictionLog, Registry
+from neuroloop.core.ports import (
+    ApiKeys,
+    Database,
+    DataSource,
+    DataVersions,
+    Notifier,
+    ObjectStore,
+    PredictionLog,
+    Registry,
+)
 from neuroloop.core.settings import Settings, endpoint_of
 
 if TYPE_CHECKING:
@@ -59,12 +69,25 @@ class Services:
 
         return DvcVersions(f"{self.settings.store}/{DVC_REMOTE}", self.settings.store_endpoint)
 
+    def migrate(self) -> list[str]:
+        """Bring the database up to date now; the names of the steps that were missing."""
+        return self._database.migrate()
+
     @cached_property
     def _database(self) -> "PostgresLog":
         from neuroloop.adapters.postgres import PostgresLog
 
         self.settings.require("database_url")
         return PostgresLog(self.settings.database_url)
+
+    @cached_property
+    def databases(self) -> Mapping[str, Database]:
+        """What a backup holds: the prediction log, and MLflow's tracking and registry."""
+        from neuroloop.adapters.postgres_dump import PostgresDump
+
+        self.settings.require("database_url", "mlflow_database_url")
+        urls = {"neuroloop": self.settings.database_url, "mlflow": self.settings.mlflow_database_url}
+        return {name: PostgresDump(url) for name, url in urls.items()}
 
     def pretrained(self, architecture: str) -> Path | None:
         """The file of pretrained weights an architecture starts from, fetched if need be; None for random weights."""
@@ -79,19 +102,28 @@ class Services:
 
 
 def open_store(url: str) -> ObjectStore:
-    """`file:///folder` or `gs://bucket[/prefix][?endpoint=http://emulator:4443]`."""
-    parts = urlsplit(url)
-    if parts.scheme == "gs":
-        from neuroloop.adapters.gcs import GcsStore
+    """`file:///folder`, or `gs://bucket`, `s3://bucket` or `az://container`, each with or without a `/prefix`.
 
-        return GcsStore(parts.netloc, parts.path.strip("/"), endpoint_of(url))
+    `gs://bucket?endpoint=http://host:4443` is the bucket of an emulator.
+    """
+    parts = urlsplit(url)
+    match parts.scheme:
+        case "gs":
+            from neuroloop.adapters.gcs import GcsStore
+
+            return GcsStore(parts.netloc, parts.path, endpoint_of(url))
+        case "s3" | "az":
+            from neuroloop.adapters import cloud
+
+            vendor = cloud.S3 if parts.scheme == "s3" else cloud.AZURE
+            return cloud.CloudStore(vendor, parts.netloc, parts.path)
     from neuroloop.adapters.folder import FolderStore
 
     return FolderStore(parts.path)
 
 
 def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataSource:
-    """`phantom://`, a folder, `gs://bucket/prefix` or `kaggle://owner/dataset`; `licence` is that of real images."""
+    """`phantom://`, a folder, a bucket (as `open_store`) or `kaggle://owner/dataset`; `licence`: of real images."""
     from neuroloop.adapters.folder import FolderStore
     from neuroloop.data import source
 
@@ -99,7 +131,7 @@ def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataS
     match parts.scheme:
         case "phantom":
             return source.PhantomSource(images=images, seed=seed)
-        case "gs":
+        case "gs" | "s3" | "az":
             return source.ObjectSource(url, open_store(url), licence)
         case "kaggle":
             from neuroloop.adapters.kaggle import download
@@ -114,7 +146,7 @@ def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataS
             raise InvalidSource(
                 f"{url!r} cannot be read as a data source",
                 why=f"the scheme {other}:// is unknown",
-                fix="use phantom://, a folder, gs://bucket/prefix or kaggle://owner/dataset",
+                fix="use phantom://, a folder, gs://, s3:// or az://bucket/prefix, or kaggle://owner/dataset",
             )
 
 

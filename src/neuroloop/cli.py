@@ -3,18 +3,22 @@
 import getpass
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from neuroloop.core.credentials import Role
 from neuroloop.core.errors import InvalidSource, NeuroLoopError
+
+if TYPE_CHECKING:
+    from neuroloop.bootstrap import Services
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 keys = typer.Typer(help="API keys: who may use the inference API, and for what.", no_args_is_help=True)
@@ -97,6 +101,21 @@ def role(name: str) -> None:
 
 
 @app.command()
+def migrate(
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the database's port.")] = 60.0,
+) -> None:
+    """Bring the schema of NEUROLOOP_DATABASE_URL up to date; else whichever process comes first does it."""
+    from neuroloop.bootstrap import services
+    from neuroloop.embedded.roles import log_database, wait_for
+
+    outside = services()
+    outside.settings.require("database_url")
+    wait_for(log_database(outside.settings), seconds=wait)
+    for name in outside.migrate() or ["nothing to do"]:
+        print(name)
+
+
+@app.command()
 def mail_sink() -> None:
     """Receive mails on loopback and keep them in the object store, for the Mail page."""
     from neuroloop.adapters.smtp import run_sink
@@ -108,7 +127,7 @@ def mail_sink() -> None:
 
 @app.command()
 def build(
-    data_url: Annotated[str, typer.Option(help="phantom://, a folder, gs://... or kaggle://...")] = "",
+    data_url: Annotated[str, typer.Option(help="phantom://, a folder, gs://, s3://, az:// or kaggle://...")] = "",
     minutes: Annotated[float | None, typer.Option(help="Training budget.")] = None,
     epochs: Annotated[int | None, typer.Option(help="An exact number of epochs.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the canonical image, pixels.")] = None,
@@ -118,10 +137,9 @@ def build(
     hyperparameters: Annotated[str, typer.Option(help="JSON, such as what `neuroloop search` found best.")] = "",
 ) -> None:
     """Run the steps of data_and_model_build here, without Airflow."""
-    from neuroloop.bootstrap import services
     from neuroloop.loop import pipeline
 
-    outside, run_id = services(), f"cli-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    outside, run_id = _logged(), f"cli-{datetime.now(UTC):%Y%m%dT%H%M%S}"
     given: dict[str, Any] = {
         "data_url": data_url,
         "minutes": minutes,
@@ -145,7 +163,7 @@ def build(
 
 @app.command()
 def search(
-    data_url: Annotated[str, typer.Option(help="phantom://, a folder, gs://... or kaggle://...")] = "",
+    data_url: Annotated[str, typer.Option(help="phantom://, a folder, gs://, s3://, az:// or kaggle://...")] = "",
     trials: Annotated[int, typer.Option(help="At most this many settings are tried.")] = 20,
     minutes: Annotated[float, typer.Option(help="And none after this time.")] = 60.0,
     epochs: Annotated[int | None, typer.Option(help="Of a trial.")] = None,
@@ -155,13 +173,10 @@ def search(
     hyperparameters: Annotated[str, typer.Option(help="JSON: where to start from, instead of the defaults.")] = "",
 ) -> None:
     """Look for better hyper-parameters, by validation alone; each trial is an MLflow run below the search's."""
-    from neuroloop.bootstrap import services
     from neuroloop.loop import pipeline
     from neuroloop.loop import search as searching
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("neuroloop").setLevel(logging.INFO)  # a line a trial
-    outside, run_id = services(), f"search-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    outside, run_id = _logged(), f"search-{datetime.now(UTC):%Y%m%dT%H%M%S}"
     given = {"data_url": data_url, "image_size": image_size, "seed": seed, "architecture": architecture}
     params = pipeline.Params.of(
         outside, given | {"hyperparameters": _json_object("--hyperparameters", hyperparameters)}
@@ -169,6 +184,8 @@ def search(
     _show(pipeline.check_source(outside, run_id, params))
     _show(pipeline.download_data(outside, run_id, params))
     _show(pipeline.audit_data(outside, run_id))
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("neuroloop").setLevel(logging.INFO)  # a line a trial
     found = searching.search(outside, run_id, params, trials=trials, minutes=minutes, epochs=epochs or searching.EPOCHS)
     _show({name: value for name, value in found.items() if name != "trials"})
     chosen = json.dumps(found["hyperparameters"])
@@ -229,10 +246,40 @@ def sweep(
     force: Annotated[bool, typer.Option("--force", help="Remove leftovers however many they are.")] = False,
 ) -> None:
     """Finish erasures, keep the retention, remove what crashes left behind (what the DAG housekeeping does)."""
-    from neuroloop.bootstrap import services
     from neuroloop.loop.housekeeping import tidy
 
-    _show(tidy(services(), force=force))
+    _show(tidy(_logged(), force=force))
+
+
+@app.command()
+def backup(
+    to: Annotated[str, typer.Argument(help="Folder or URL below which the backup gets a folder of its own.")],
+) -> None:
+    """Back up both databases and the store, with hashes, while the platform runs (docs/operations.md)."""
+    from neuroloop import bootstrap
+    from neuroloop.records import backup as backups
+
+    outside, url = _logged(), f"{_url(to)}/neuroloop-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    if f"{url}/".startswith(f"{outside.settings.store}/"):
+        raise NeuroLoopError("a backup cannot lie in the store it is of", fix="name another folder or bucket")
+    os.umask(0o077)  # it is as confidential as what it holds
+    made = backups.backup(outside.databases, outside.store, bootstrap.open_store(url), say=_progress())
+    print(f"{url}: {made.rows:,} rows, {len(made.objects):,} objects, {made.size / 1e6:,.1f} MB")
+    if made.missing:
+        print(f"{len(made.missing)} images that rows name were not in the store, such as {made.missing[0]}")
+
+
+@app.command()
+def restore(
+    source: Annotated[str, typer.Argument(help="Folder or URL of one backup: .../neuroloop-20260101T120000Z")],
+) -> None:
+    """Bring a backup back into an empty store and empty databases, comparing every hash (docs/operations.md)."""
+    from neuroloop import bootstrap
+    from neuroloop.records import backup as backups
+
+    outside = _logged()
+    held = backups.restore(outside.databases, outside.store, bootstrap.open_store(_url(source)), say=_progress())
+    print(f"restored as of {held.made_at:%Y-%m-%d %H:%M:%S} UTC: {held.rows:,} rows, {len(held.objects):,} objects")
 
 
 @app.command()
@@ -314,6 +361,22 @@ def revoke_key(key_id: Annotated[str, typer.Argument(help="The id that `keys lis
 
     key = keyring.revoke(services().keys, key_id, by="the command line")
     print(f"the key {key.id} of {key.name} is revoked")
+
+
+def _logged() -> "Services":
+    """The services of the current settings; where lines are for a collector, every line of this process is one."""
+    from neuroloop.bootstrap import services
+    from neuroloop.core import logs
+
+    outside = services()
+    if outside.settings.log_format == "ecs":
+        logs.configure("ecs", "loop")
+    return outside
+
+
+def _url(place: str) -> str:
+    """A folder or URL as the store's URL."""
+    return (place if "://" in place else f"file://{Path(place).expanduser().absolute()}").rstrip("/")
 
 
 def _json_object(option: str, text: str) -> dict[str, Any] | None:

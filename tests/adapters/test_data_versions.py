@@ -1,16 +1,23 @@
-"""The contract of `ports.DataVersions`, by real DVC on a folder and on a Google Cloud Storage."""
+"""The contract of `ports.DataVersions`, by real DVC on a folder and on three clouds' stores."""
 
 import hashlib
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from neuroloop.adapters.cloud import AZURE, S3, CloudStore
 from neuroloop.adapters.dvc import DvcVersions
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.adapters.gcs import GcsStore
 from neuroloop.core import keys
 from neuroloop.core.errors import InvalidSource, NotFound, Unavailable
+from servers.clouds import AWS_PACKAGES
 
 FILES = {
     "Training/glioma/Tr-gl (1).jpg": b"first scan",
@@ -19,13 +26,25 @@ FILES = {
 }
 
 
-@pytest.fixture(params=["folder", "gcs"])
-def remote(request: pytest.FixtureRequest, tmp_path: Path):
+@pytest.fixture(params=["folder", "gcs", "s3", "azure"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """(object store, its DVC remote as `bootstrap` opens it)"""
     if request.param == "folder":
         return FolderStore(str(tmp_path / "store")), DvcVersions(f"file://{tmp_path}/store/{keys.DVC_REMOTE}")
-    bucket = request.getfixturevalue("gcs_bucket")
-    return GcsStore(bucket), DvcVersions(f"gs://{bucket}/{keys.DVC_REMOTE}")
+    if request.param == "gcs":
+        bucket = request.getfixturevalue("gcs_bucket")
+        return GcsStore(bucket), DvcVersions(f"gs://{bucket}/{keys.DVC_REMOTE}")
+    if request.param == "s3":
+        bucket = request.getfixturevalue("s3_bucket")
+        with_the_extra_aws(monkeypatch)
+        return CloudStore(S3, bucket, "below"), DvcVersions(f"s3://{bucket}/below/{keys.DVC_REMOTE}")
+    container = request.getfixturevalue("azure_container")
+    return CloudStore(AZURE, container, "below"), DvcVersions(f"az://{container}/below/{keys.DVC_REMOTE}")
+
+
+def with_the_extra_aws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let DVC, which runs as a command, find what the extra `aws` would have installed."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(AWS_PACKAGES), os.environ.get("PYTHONPATH", "")]))
 
 
 def fill(workspace: Path, files: dict[str, bytes]) -> Path:
@@ -38,6 +57,31 @@ def fill(workspace: Path, files: dict[str, bytes]) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", ["add", "push"])
+def test_a_commit_waits_for_the_dvc_that_a_killed_process_has_left_at_work(command: str, tmp_path: Path):
+    url, workspace = f"file://{tmp_path}/store/{keys.DVC_REMOTE}", fill(tmp_path / "one", FILES)
+    program = "import sys, pathlib\nfrom neuroloop.adapters.dvc import DvcVersions\n"
+    program += "DvcVersions(sys.argv[1]).commit(pathlib.Path(sys.argv[2]))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.Popen([sys.executable, "-c", program, url, str(workspace)], env=environment)
+
+    def at_work() -> list[str]:
+        found = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+        return [child for child in found if command in Path(f"/proc/{child}/cmdline").read_text().split("\0")]
+
+    while not (left := at_work()):
+        assert killed.poll() is None
+        time.sleep(0.005)
+    killed.kill()
+    killed.wait()
+    assert Path(f"/proc/{left[0]}").exists()
+    version, _ = DvcVersions(url).commit(workspace)
+    store = FolderStore(str(tmp_path / "store"))
+    assert hashlib.md5(store.get(keys.image(f"{version}.dir"))).hexdigest() == version
+    for data in FILES.values():
+        assert store.get(keys.image(hashlib.md5(data).hexdigest())) == data
 
 
 def test_a_version_lies_in_the_store_where_the_keys_say_and_comes_back_whole(remote, tmp_path: Path):
@@ -93,3 +137,10 @@ def test_a_missing_bucket_is_unavailable(gcs_bucket: str, tmp_path: Path):
         DvcVersions("gs://no-such-bucket/data/dvc").commit(fill(tmp_path, FILES))
     with pytest.raises(NotFound):
         GcsStore(gcs_bucket).get(keys.image(hashlib.md5(b"first scan").hexdigest()))
+
+
+def test_without_the_extra_aws_the_error_names_it(s3_bucket: str, tmp_path: Path):
+    if importlib.util.find_spec("dvc_s3"):
+        pytest.skip("the extra aws is installed here")
+    with pytest.raises(Unavailable, match=r"neuroloop\[aws\]"):
+        DvcVersions(f"s3://{s3_bucket}/data/dvc").commit(fill(tmp_path, FILES))

@@ -38,6 +38,22 @@ def test_mails_are_kept_in_the_order_they_came(smtp_sink):
     assert all(key.startswith(MAIL) and key.endswith(".eml") for key in smtp_sink.store.list(""))
 
 
+def test_a_mail_that_is_sent_again_on_the_same_occasion_is_kept_once(smtp_sink):
+    notifier = SmtpNotifier(smtp_sink.url, SENDER, RECEIVERS)
+    for occasion in ("run 1", "run 1", "run 2", "", ""):
+        notifier.send("The build ended", f"on occasion {occasion!r}", once=occasion)
+    assert [mail.body.split("'")[1] for mail in smtp_sink.mails()] == ["run 1", "run 2", "", ""]
+
+
+def test_the_occasion_is_the_message_id_which_tells_any_receiver_and_names_nobody(smtp_sink):
+    for sender in (SENDER, "other@example.org"):
+        SmtpNotifier(smtp_sink.url, sender, RECEIVERS).send("s", "b", once="gs://bucket/runs/1/send_email.json")
+    (key,) = smtp_sink.store.list(MAIL)
+    headers = smtp_sink.store.get(key).split(b"\n\n")[0]
+    assert b"Message-ID: <" in headers
+    assert b"bucket" not in headers
+
+
 def test_a_line_break_in_the_subject_makes_no_header(smtp_sink):
     SmtpNotifier(smtp_sink.url, SENDER, RECEIVERS).send("run failed\nBcc: eve@example.org", "x")
     (mail,) = smtp_sink.mails()

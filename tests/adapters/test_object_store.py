@@ -1,4 +1,4 @@
-"""The contract of `ports.ObjectStore`, on a folder and on a Google Cloud Storage; then what is particular to each."""
+"""The contract of `ports.ObjectStore`, on a folder and on three clouds' stores; then what is particular to each."""
 
 import os
 import stat
@@ -11,17 +11,29 @@ from pathlib import Path
 
 import pytest
 
+from neuroloop.adapters.cloud import AZURE, S3, CloudStore
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.adapters.gcs import GcsStore
-from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound, Unavailable
+from neuroloop.core.errors import AlreadyExists, Forbidden, NeuroLoopError, NotFound, Unavailable
+from servers.relay import Relay
+
+CLOUDS = ("gcs", "s3", "azure")
 
 
-@pytest.fixture(params=["folder", "gcs", "gcs below a prefix"])
+@pytest.fixture(params=["folder", *CLOUDS, *(f"{cloud} below a prefix" for cloud in CLOUDS)])
 def any_store(request: pytest.FixtureRequest, tmp_path: Path):
     if request.param == "folder":
         return FolderStore(str(tmp_path / "not" / "made" / "yet"))
-    bucket = request.getfixturevalue("gcs_bucket")
-    return GcsStore(bucket, "some/prefix" if "prefix" in request.param else "")
+    cloud, _, below = request.param.partition(" ")
+    return opened(request, cloud, "some/prefix" if below else "")
+
+
+def opened(request: pytest.FixtureRequest, cloud: str, prefix: str = "", bucket: str = ""):
+    """A store in a new bucket of a cloud, or in `bucket`."""
+    name = request.getfixturevalue({"gcs": "gcs_bucket", "s3": "s3_bucket", "azure": "azure_container"}[cloud])
+    if cloud == "gcs":
+        return GcsStore(bucket or name, prefix)
+    return CloudStore(S3 if cloud == "s3" else AZURE, bucket or name, prefix)
 
 
 BAD_KEYS = ["", "/etc/passwd", "../up", "a/../../up", "a//b", "a/", "./a", "nul\0byte"]
@@ -300,3 +312,133 @@ def test_missing_credentials_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "missing.json"))
     with pytest.raises(Unavailable, match="gcloud auth application-default login"):
         GcsStore("bucket").check()
+
+
+def test_a_refused_read_of_what_is_not_there_is_not_found(gcs_bucket: str, gcs_server):
+    store = GcsStore(gcs_bucket)
+    store.put("taken", b"x")
+    # Without the right to list the whole bucket, Google answers 403 for a missing object.
+    for key, error in (("missing", NotFound), ("taken", Forbidden)):
+        for call in (store.get, store.modified):
+            gcs_server.faults.append(("GET", 403, False))
+            with pytest.raises(error, match=key):
+                call(key)
+    assert not gcs_server.faults
+
+
+# --- Amazon S3 and Azure Blob -------------------------------------------------------------------
+
+
+@pytest.fixture(params=["s3", "azure"])
+def cloud(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_what_is_not_there_but_the_bucket_is_missing_too_is_unavailable(request, cloud: str):
+    store = opened(request, cloud, bucket="no-such-bucket")
+    made = {"s3": "aws s3 mb s3://no-such-bucket", "azure": "container create --name no-such-bucket"}[cloud]
+    for call in (
+        store.check,
+        lambda: store.get("a"),
+        lambda: store.put("a", b""),
+        lambda: store.create("a", b""),
+        lambda: store.exists("a"),
+        lambda: store.list(""),
+        lambda: store.delete("a"),
+    ):
+        with pytest.raises(Unavailable, match=made):
+            call()
+
+
+def test_two_prefixes_of_one_bucket_do_not_meet(request, cloud: str):
+    one = opened(request, cloud, "one")
+    two = opened(request, cloud, "/two/")
+    one.put("key", b"1")
+    two.put("key", b"2")
+    assert (one.get("key"), two.get("key")) == (b"1", b"2")
+    assert opened(request, cloud).list("") == ["one/key", "two/key"]
+
+
+def test_an_object_that_goes_up_in_parts_is_whole_and_keeps_its_type(request, cloud: str):
+    import obstore
+
+    store = opened(request, cloud)
+    data = os.urandom(20 << 20)
+    store.put("shards/000.npz", data, content_type="application/x-numpy")
+    assert store.get("shards/000.npz") == data
+    found = obstore.get(store._store, "shards/000.npz", options={"head": True}).attributes
+    assert found["Content-Type"] == "application/x-numpy"
+
+
+def test_the_folder_markers_of_amazons_console_are_no_keys(s3_bucket: str, s3_server):
+    s3_server.put(s3_bucket, "Training/")
+    s3_server.put(s3_bucket, "Training/glioma/")
+    store = CloudStore(S3, s3_bucket)
+    store.put("Training/glioma/1.jpg", b"scan")
+    assert store.list("") == ["Training/glioma/1.jpg"]
+
+
+def test_a_transient_fault_of_s3_is_retried(s3_bucket: str, s3_server):
+    store = CloudStore(S3, s3_bucket)
+    s3_server.fail(("PUT", 503, False), ("GET", 503, False))
+    store.put("key", b"data")
+    assert store.get("key") == b"data"
+    assert s3_server.faults() == []
+
+
+def test_a_create_on_s3_whose_answer_was_lost_still_wins(s3_bucket: str, s3_server):
+    store = CloudStore(S3, s3_bucket)
+    s3_server.fail(("PUT", 503, True))
+    store.create("key", b"mine")
+    assert s3_server.faults() == []
+    assert store.get("key") == b"mine"
+    with pytest.raises(AlreadyExists):
+        store.create("key", b"yours")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "endpoint"), [(S3, "AWS_ENDPOINT_URL"), (AZURE, "AZURE_STORAGE_ENDPOINT")], ids=["s3", "azure"]
+)
+def test_a_cloud_that_is_down_is_unavailable(vendor, endpoint: str, monkeypatch: pytest.MonkeyPatch, free_port):
+    values = {
+        "AWS_ACCESS_KEY_ID": "any",
+        "AWS_SECRET_ACCESS_KEY": "any",  # pragma: allowlist secret
+        "AZURE_STORAGE_ACCOUNT_NAME": "any",
+        "AZURE_STORAGE_ACCOUNT_KEY": "YW55",  # pragma: allowlist secret
+        endpoint: f"http://127.0.0.1:{free_port()}",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Unavailable, match=f"check the network and that {vendor.scheme}://bucket"):
+        CloudStore(vendor, "bucket").check()
+
+
+def test_a_cloud_that_falls_silent_costs_no_thread(s3_bucket: str, s3_server, free_port, monkeypatch):
+    with Relay(int(s3_server.url.rsplit(":", 1)[1]), free_port()) as relay:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", relay.url)
+        store = CloudStore(S3, s3_bucket)
+        store.put("key", b"data")
+        relay.stall()
+        with ThreadPoolExecutor(2) as pool:
+            asked = [pool.submit(store.check), pool.submit(store.get, "key")]
+            for call in asked:
+                with pytest.raises(Unavailable, match="check the network"):
+                    call.result(120)  # a check gives up after 5 s, a read after 15 s and one more try
+            relay.flow()
+        assert store.get("key") == b"data"
+
+
+def test_an_azure_account_that_is_not_named_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in os.environ if name.startswith("AZURE_")]:
+        monkeypatch.delenv(name)
+    with pytest.raises(Unavailable, match="set AZURE_STORAGE_ACCOUNT_NAME"):
+        CloudStore(AZURE, "container").check()
+
+
+def test_the_signature_in_an_address_is_not_repeated(azure_container: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_KEY")
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=2022-11-02&sig=c2lnbmF0dXJl&sp=r")
+    with pytest.raises(Unavailable) as caught:
+        CloudStore(AZURE, azure_container).get("key")
+    assert "sig=" not in str(caught.value)
+    assert "c2lnbmF0dXJl" not in str(caught.value)

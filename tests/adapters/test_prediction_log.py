@@ -26,7 +26,16 @@ from neuroloop.core.errors import (
     Unavailable,
     Uncertain,
 )
-from neuroloop.core.schemas import Check, Erasure, Feedback, GateResult, Prediction, Promotion, Verdict
+from neuroloop.core.schemas import (
+    Check,
+    Erasure,
+    Feedback,
+    GateResult,
+    PipelineEnd,
+    Prediction,
+    Promotion,
+    Verdict,
+)
 from servers.relay import Relay
 
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -282,6 +291,14 @@ def test_the_ledger_is_newest_first_and_keeps_the_first_row_of_a_run(log: Postgr
     assert log.promotions(limit=1) == [second]
 
 
+def test_the_ledger_since_a_run_holds_its_row_and_those_after_it(log: PostgresLog):
+    for minute, run in enumerate(("first", "second", "third")):
+        log.record_promotion(promotion(run, minute=minute))
+    assert [row.run_id for row in log.promotions_since("second")] == ["third", "second"]
+    assert [row.run_id for row in log.promotions_since("third")] == ["third"]
+    assert log.promotions_since("unknown") == []
+
+
 def test_a_promotion_with_an_undefined_metric_is_recorded(log: PostgresLog):
     log.record_promotion(promotion("nan", feedback_accuracy=math.nan))
     assert log.promotions()[0].metrics == {"feedback_accuracy": None}
@@ -363,7 +380,7 @@ def test_rows_of_before_prediction_sets_were_kept_can_still_be_read(postgres_url
     with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
         old = row.model_dump(exclude={"gate", "prediction_sets", "refer", "refer_reason", "consent", "owner"})
         old |= {"probabilities": json.dumps(row.probabilities)}
-        old |= {f"gate_{name}": value for name, value in row.gate.model_dump().items()}
+        old |= {f"gate_{name}": value for name, value in row.gate.model_dump(exclude={"novelty"}).items()}
         cursor.execute(
             f"INSERT INTO predictions ({', '.join(old)}) VALUES ({', '.join(f'%({name})s' for name in old)})", old
         )
@@ -445,3 +462,120 @@ def test_a_database_without_room_says_so(log: PostgresLog, postgres_url: str):
         connection.commit()
     with pytest.raises(OutOfSpace, match="could not extend"):
         log.record_prediction(prediction())
+
+
+# --- figures of the loop ------------------------------------------------------------------------
+
+
+def test_of_each_way_that_a_dag_ended_the_latest_run_is_kept(log: PostgresLog):
+    def end(dag: str, outcome: str, minute: int) -> PipelineEnd:
+        at = START + timedelta(minutes=minute)
+        return PipelineEnd(dag=dag, outcome=outcome, run_id=f"run-{minute}", task="t", ended_at=at)
+
+    for each in (end("a", "failed", 2), end("a", "failed", 5), end("a", "failed", 3), end("a", "done", 1)):
+        log.record_end(each)
+    log.record_end(end("b", "failed", 1))
+    assert log.loop_figures().ends == (end("a", "done", 1), end("a", "failed", 5), end("b", "failed", 1))
+
+
+def test_live_accuracy_counts_the_last_word_on_each_accepted_answer(log: PostgresLog):
+    rows = [prediction(), prediction(), prediction(), prediction(None)]
+    for row in rows:
+        log.record_prediction(row)
+
+    def say(row: Prediction, reader: str, verdict: Verdict, days: float, label: str | None = None) -> None:
+        at = datetime.now(UTC) - timedelta(days=days)
+        log.record_feedback(Feedback(prediction_id=row.id, reader=reader, verdict=verdict, label=label, created_at=at))
+
+    say(rows[0], "ann", Verdict.CORRECT, 3, "pituitary")
+    say(rows[0], "bob", Verdict.AGREE, 2)
+    say(rows[0], "eve", Verdict.NOT_SURE, 1)
+    say(rows[1], "ann", Verdict.NOT_BRAIN_MRI, 1)
+    say(rows[2], "ann", Verdict.CORRECT, 31, "notumor")  # too long ago
+    say(rows[3], "ann", Verdict.AGREE, 1)  # the gate's refusal is no answer of the model
+    (accuracy,) = log.loop_figures().accuracy
+    assert (accuracy.model_version, accuracy.reviewed, accuracy.right) == ("3", 2, 1)
+
+
+def test_drift_compares_the_first_and_the_latest_answers_of_the_model_that_answers_now(
+    log: PostgresLog, postgres_url: str
+):
+    log.check()
+    with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO predictions SELECT n::text, now() + n * interval '1 second', 's', 'k', 'glioma',"
+            " '{\"glioma\": 0.7, \"notumor\": 0.3}', true, n / 10000.0, 0.5, '',"
+            " CASE WHEN n <= 10 THEN '1' ELSE '2' END, 'd', true, 0.1, 9, 9 FROM generate_series(1, 1300) n"
+        )
+    figures = log.loop_figures()
+    assert len(figures.first_answers) == 1000
+    assert len(figures.latest_answers) == 290
+    assert min(each.gate_score for each in figures.first_answers) == pytest.approx(0.0011)
+    assert max(each.gate_score for each in figures.latest_answers) == pytest.approx(0.13)
+    assert {each.largest_probability for each in figures.latest_answers} == {0.7}
+
+
+# --- upgrades -----------------------------------------------------------------------------------
+
+MIGRATIONS = sorted((Path(postgres.__file__).parent / "migrations").glob("*.sql"))
+
+
+def schema_of(url: str) -> list[tuple]:
+    """Columns, constraints and indexes, as the catalogue has them."""
+    with psycopg2.connect(url) as connection, connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT table_name, column_name, data_type, is_nullable, column_default FROM information_schema.columns"
+            " WHERE table_schema = 'public'"
+            " UNION ALL SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid), '', '' FROM pg_constraint"
+            " WHERE connamespace = 'public'::regnamespace"
+            " UNION ALL SELECT tablename, indexname, indexdef, '', '' FROM pg_indexes WHERE schemaname = 'public'"
+            " ORDER BY 1, 2, 3"
+        )
+        return cursor.fetchall()
+
+
+@pytest.mark.parametrize("applied", range(1, len(MIGRATIONS)))
+def test_from_every_earlier_schema_on_an_upgrade_keeps_the_rows_and_ends_at_the_same_schema(
+    postgres_server, postgres_url: str, applied: int
+):
+    row, names = prediction(), {file.stem for file in MIGRATIONS[:applied]}
+    migrations = yoyo.read_migrations(str(MIGRATIONS[0].parent))
+    with yoyo.get_backend(postgres_url) as backend:
+        backend.apply_migrations(migrations.filter(lambda migration: migration.id in names))
+    with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT column_name FROM information_schema.columns WHERE table_name = 'predictions'")
+        there = {name for (name,) in cursor.fetchall()}
+        old = row.model_dump(exclude={"gate"})
+        old |= {name: json.dumps(old[name]) for name in ("probabilities", "prediction_sets")}
+        old |= {f"gate_{name}": value for name, value in row.gate.model_dump().items()}
+        old = {name: value for name, value in old.items() if name in there}
+        cursor.execute(
+            f"INSERT INTO predictions ({', '.join(old)}) VALUES ({', '.join(f'%({name})s' for name in old)})", old
+        )
+        cursor.execute("INSERT INTO feedback VALUES (%s, 'ann', 'correct', 'pituitary', now())", (row.id,))
+        cursor.execute("INSERT INTO promotions VALUES ('r', now(), '1', NULL, true, '[]', '{}')")
+    log = PostgresLog(postgres_url)
+    assert log.prediction(row.id).probabilities == row.probabilities
+    assert [each.label for each in log.feedback(row.id)] == ["pituitary"]
+    assert len(log.promotions()) == 1
+    fresh = postgres_server.new_database()
+    PostgresLog(fresh).check()
+    assert schema_of(postgres_url) == schema_of(fresh)
+
+
+def test_migrations_go_forward_only_in_an_order_that_their_names_fix():
+    numbers = [int(file.name.split("-")[0]) for file in MIGRATIONS]
+    assert numbers == sorted(set(numbers))
+    assert not list(MIGRATIONS[0].parent.glob("*.rollback.sql"))
+    assert not list(MIGRATIONS[0].parent.glob("*.py"))
+
+
+def test_a_database_of_a_later_program_is_left_as_it_is(postgres_url: str, tmp_path: Path):
+    PostgresLog(postgres_url).check()
+    (tmp_path / "9999-later.sql").write_text("CREATE TABLE later (n integer);")
+    with yoyo.get_backend(postgres_url) as backend:
+        backend.apply_migrations(yoyo.read_migrations(str(tmp_path)))
+    log, row = PostgresLog(postgres_url), prediction()
+    log.record_prediction(row)
+    assert log.prediction(row.id) == row
+    assert any(each[0] == "later" for each in schema_of(postgres_url))

@@ -1,8 +1,12 @@
 """The contract of `ports.Registry`, on a real MLflow server."""
 
+import http.server
 import json
+import math
+import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -118,6 +122,14 @@ def test_parameters_metrics_tags_and_artifacts_arrive_on_the_run(registry: Mlflo
     assert [file.path for file in client(mlflow_uri).list_artifacts(run, "plots")] == ["plots/grid.png"]
 
 
+def test_the_next_step_follows_the_last_that_was_logged(registry: MlflowRegistry, run: str):
+    assert registry.next_step(run, "loss") == 0
+    for step in (0, 1, 2, 1):
+        registry.log_metrics(run, {"loss": 0.5}, step=step)
+    assert registry.next_step(run, "loss") == 3
+    assert registry.next_step(run, "accuracy") == 0
+
+
 def test_a_failed_run_is_marked_so(registry: MlflowRegistry, run: str, mlflow_uri: str):
     registry.close_run(run, failed=True)
     assert client(mlflow_uri).get_run(run).info.status == "FAILED"
@@ -132,6 +144,18 @@ def test_a_parameter_does_not_change_its_value(registry: MlflowRegistry, run: st
 def test_an_artifact_path_cannot_leave_the_run(registry: MlflowRegistry, run: str):
     with pytest.raises(NeuroLoopError):
         registry.log_bytes(run, "../other/grid.png", b"")
+
+
+def test_another_bundle_of_a_run_that_has_a_version_is_refused_and_the_version_stays(
+    registry: MlflowRegistry, run: str, bundle: Path, tmp_path: Path
+):
+    first = registry.register(run, bundle, tags={"data_version": "abc"})
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    (other / "bundle.json").write_text('{"labels": ["trained again"]}')
+    with pytest.raises(NeuroLoopError, match=f"another model already, as version {first.version}.*new run"):
+        registry.register(run, other, tags={"data_version": "def"})
+    (again,) = [each for each in registry.versions() if each.run_id == run]
+    assert again.tags["data_version"] == "abc"
 
 
 def test_a_run_registers_one_version_however_often_it_is_asked(registry: MlflowRegistry, run: str, bundle: Path):
@@ -246,12 +270,58 @@ def test_a_server_that_is_down_is_unavailable_within_seconds(free_port):
         assert time.monotonic() - start < 15
 
 
+def test_what_a_server_asks_of_the_registry_does_without_the_mlflow_package(
+    registry: MlflowRegistry, run: str, bundle: Path, mlflow_uri: str, tmp_path: Path
+):
+    version = registry.register(run, bundle, tags={}).version
+    code = (
+        "import sys; from pathlib import Path; from neuroloop.adapters.mlflow_registry import MlflowRegistry as R\n"
+        "uri, version, folder = sys.argv[1:]; r = R(uri)\n"
+        "r.set_alias('light', version); assert r.by_alias('light').version == version\n"
+        "r.versions(); r.check(); assert (r.download_bundle(version, Path(folder)) / 'bundle.json').is_file()\n"
+        "assert not {'mlflow', 'pandas', 'sklearn', 'sqlalchemy', 'tensorflow', 'keras'} & set(sys.modules)"
+    )
+    path = ":".join(entry for entry in sys.path if entry)
+    done = subprocess.run(
+        [sys.executable, "-c", code, mlflow_uri, version, str(tmp_path)],
+        env={"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_metric_that_is_no_number_comes_back_as_one_that_is_none(registry: MlflowRegistry, run: str, bundle: Path):
+    registry.log_metrics(run, {"macro_f1": float("nan"), "worst": float("inf"), "loss": 0.25})
+    metrics = registry.register(run, bundle, tags={}).metrics
+    assert math.isnan(metrics["macro_f1"])
+    assert metrics["loss"] == 0.25
+    assert metrics["worst"] > 1e300
+
+
+def test_an_answer_that_is_no_json_is_a_server_that_cannot_be_used(free_port):
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>a login page</html>")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(Unavailable, match="no JSON"):
+            MlflowRegistry(f"http://127.0.0.1:{server.server_port}").by_alias("champion")
+        server.shutdown()
+
+
 def test_the_registry_never_imports_tensorflow(mlflow_uri: str, tmp_path: Path):
     code = (
         "import sys; from neuroloop.adapters.mlflow_registry import MlflowRegistry as R\n"
-        "assert 'mlflow' not in sys.modules\n"
-        "r = R(sys.argv[1]); r.by_alias('champion'); r.versions(); r.check()\n"
-        "assert not {'tensorflow', 'keras'} & set(sys.modules)"
+        "r = R(sys.argv[1]); r.log_params(r.open_run('light', experiment='tests'), {'a': 1})\n"
+        "assert 'mlflow' in sys.modules and not {'tensorflow', 'keras'} & set(sys.modules)"
     )
     path = ":".join(entry for entry in sys.path if entry)
     done = subprocess.run(

@@ -44,3 +44,15 @@ def test_every_module_can_be_imported_with_an_empty_environment_and_no_network()
 @pytest.mark.parametrize("face", ["neuroloop.serving.api", "neuroloop.cli", "neuroloop.embedded.stack"])
 def test_what_serves_pulls_in_neither_tensorflow_nor_the_mlflow_library(face):
     assert imported(face) == ""
+
+
+def test_the_api_can_be_imported_without_what_only_training_needs():
+    code = (
+        "import sys, neuroloop.serving.api, neuroloop.bootstrap, neuroloop.adapters.mlflow_registry\n"
+        "import neuroloop.adapters.postgres, neuroloop.adapters.folder, neuroloop.serving.decode_worker\n"
+        "heavy = {'mlflow', 'pandas', 'sklearn', 'tensorflow', 'keras', 'onnx', 'cv2', 'skimage', 'matplotlib'}\n"
+        "heavy |= {'sqlalchemy', 'yoyo', 'faiss', 'nilearn', 'pydicom', 'nibabel', 'airflow', 'streamlit'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

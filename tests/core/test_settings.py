@@ -33,7 +33,8 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(bare):
 @pytest.mark.parametrize(
     ("name", "value", "hint"),
     [
-        ("STORE_URL", "s3://bucket", "gs://"),
+        ("STORE_URL", "ftp://host", "s3://"),
+        ("MLFLOW_ARTIFACTS_URL", "wasbs://c@a.blob.core.windows.net", "az://"),
         ("DATABASE_URL", "mysql://x", "postgresql://"),
         ("NOTIFY_URL", "http://x", "smtp://"),
         ("API_PORT", "99999", "65535"),

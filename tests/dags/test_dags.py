@@ -22,6 +22,7 @@ for path in sys.argv[1:]:
     out[dag.dag_id] = {
         "tasks": {task.task_id: sorted(task.downstream_task_ids) for task in dag.tasks},
         "retries": {task.task_id: task.retries for task in dag.tasks},
+        "executor": {task.task_id: task.executor_config for task in dag.tasks if task.executor_config},
         "on_failure": all(bool(task.on_failure_callback) for task in dag.tasks),
         "doc": dag.doc_md,
         "params": {
@@ -36,10 +37,9 @@ print("RESULT" + json.dumps(out))
 """
 
 
-@pytest.fixture(scope="module")
-def parsed(tmp_path_factory):
-    home = str(tmp_path_factory.mktemp("airflow"))
-    environment = {"PATH": "/usr/bin:/bin", "AIRFLOW_HOME": home, "NEUROLOOP_HOME": home, "HOME": home}
+def parse(home: str, **settings: str):
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(DAGS.parent / "src")}
+    environment |= {"AIRFLOW_HOME": home, "NEUROLOOP_HOME": home, "HOME": home} | settings
     done = subprocess.run(
         [sys.executable, "-c", PARSE, *map(str, sorted(DAGS.glob("*.py")))],
         env=environment,
@@ -50,6 +50,11 @@ def parsed(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.split("RESULT", 1)[1])
+
+
+@pytest.fixture(scope="module")
+def parsed(tmp_path_factory):
+    return parse(str(tmp_path_factory.mktemp("airflow")))
 
 
 def test_the_dags_import_without_tensorflow_or_any_other_heavy_library(parsed):
@@ -95,6 +100,15 @@ def test_each_dag_explains_itself_retries_mails_failures_and_runs_once_at_a_time
     for name, schema in found["params"].items():
         assert schema.get("title"), name
         assert schema["help"] or schema.get("description_md"), name
+
+
+def test_tasks_that_train_or_erase_start_from_pods_of_their_own_where_there_are_templates(parsed, tmp_path):
+    assert [found["executor"] for found in parsed.values() if isinstance(found, dict)] == [{}, {}, {}]
+    named = parse(str(tmp_path), NEUROLOOP_POD_TEMPLATES="/pods")
+    pod = {"pod_template_file": "/pods/training.yaml"}
+    assert named["data_and_model_build"]["executor"] == {"building_model": pod}
+    assert named["model_retraining"]["executor"] == {"retrain_model": pod}
+    assert named["housekeeping"]["executor"] == {"tidy": {"pod_template_file": "/pods/housekeeping.yaml"}}
 
 
 def test_housekeeping_is_one_task_every_hour_unless_set_otherwise(parsed):

@@ -3,6 +3,13 @@
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pytest
+
+from adapters.test_data_versions import with_the_extra_aws
+from conftest import mlflow_server
+from neuroloop.adapters.mlflow_registry import MlflowRegistry
+from neuroloop.bootstrap import open_store
+from neuroloop.core.errors import InvalidSetting
 from neuroloop.core.settings import Settings
 from neuroloop.embedded.roles import EMBEDDED, ROLES, environment
 
@@ -45,8 +52,46 @@ def test_mlflow_may_be_called_by_its_own_names_and_from_this_machine_only():
         assert not any(fnmatch(bad, host) for host in hosts), bad
 
 
-def test_the_api_starts_without_waiting_for_a_database_that_may_be_down():
+def test_the_api_and_the_frontend_start_without_waiting_for_what_may_be_down():
     assert ROLES["api"].needs == ()
+    assert ROLES["ui"].needs == ()
+
+
+def artifacts(**settings: str) -> str:
+    argv = ROLES["mlflow"].argv(Settings(home=Path("/state"), **settings))
+    return argv[argv.index("--artifacts-destination") + 1]
+
+
+def test_mlflow_keeps_its_files_in_the_object_store_or_where_a_setting_says(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    assert artifacts() == "file:///state/store/mlflow"
+    assert artifacts(store_url="gs://bucket/prefix") == "gs://bucket/prefix/mlflow"
+    assert artifacts(store_url="s3://bucket") == "s3://bucket/mlflow"
+    assert artifacts(store_url="az://box/prefix") == "wasbs://box@account.blob.core.windows.net/prefix/mlflow"
+    assert artifacts(store_url="s3://bucket", mlflow_artifacts_url="s3://models/") == "s3://models"
+    assert artifacts(mlflow_artifacts_url="az://models") == "wasbs://models@account.blob.core.windows.net"
+
+
+def test_mlflow_in_an_azure_container_asks_for_the_account(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(InvalidSetting, match="AZURE_STORAGE_ACCOUNT_NAME is not set"):
+        artifacts(store_url="az://container")
+
+
+@pytest.mark.parametrize("cloud", ["s3", "azure"])
+def test_what_mlflow_keeps_lies_in_the_clouds_store(cloud: str, request, monkeypatch, tmp_path: Path, free_port):
+    if cloud == "s3":
+        url = f"s3://{request.getfixturevalue('s3_bucket')}/below"
+        with_the_extra_aws(monkeypatch)
+    else:
+        url = f"az://{request.getfixturevalue('azure_container')}/below"
+    with mlflow_server(tmp_path, free_port(), artifacts(store_url=url)) as uri:
+        registry = MlflowRegistry(uri)
+        run = registry.open_run("run-1", experiment="clouds")
+        registry.log_bytes(run, "data/corrections.json", b"[]")
+        (key,) = open_store(url).list("mlflow/")
+        assert key.endswith("artifacts/data/corrections.json")
+        assert open_store(url).get(key) == b"[]"
 
 
 def test_with_a_queue_workers_run_the_tasks_and_their_logs_outlive_them():

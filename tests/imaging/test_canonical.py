@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neuroloop.imaging.canonical import Box, canonicalize, head_box, place
+from neuroloop.imaging.canonical import Box, canonical_and_box, canonicalize, head_box, place
 from neuroloop.imaging.decode import decode
 from neuroloop.imaging.phantom import scan
 
@@ -125,3 +125,11 @@ def test_real_scans_keep_a_head_of_sound_size():
     filled = [(canonicalize(decode(file.read_bytes()), 96) > 0).mean() for file in files]
     assert min(filled) > 0.15
     assert np.median(filled) > 0.45
+
+
+def test_one_look_for_the_head_gives_the_canonical_image_and_the_box():
+    pixels = scan("glioma", 3).pixels
+    for given in (pixels, pixels[60:], np.zeros((50, 70), np.uint8)):
+        canonical, box = canonical_and_box(given, 64)
+        np.testing.assert_array_equal(canonical, canonicalize(given, 64))
+        assert box == head_box(given)

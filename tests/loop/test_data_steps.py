@@ -153,6 +153,16 @@ def test_the_test_part_is_only_opened_with_a_reason_and_each_opening_is_logged_f
     assert handoff.openings(services, "another") == []
 
 
+def test_scoring_the_same_candidate_once_more_is_no_new_look_and_scoring_another_one_is(services, files):
+    built_until_split(services, files, "tried", "aa")
+    preparation.write_held_out(services, "tried", "aa", 32)
+    before = len(handoff.openings(services))
+    for subject in ("ab", "ab", "cd", "ab"):
+        handoff.open_test(services, "tried", "score the candidate", subject=subject)
+    found = handoff.openings(services)[before:]
+    assert [(each.number, each.subject) for each in found] == [(1, "ab"), (2, "cd")]
+
+
 def test_the_number_of_openings_and_the_last_reason_are_tags_of_the_run(services, files):
     import mlflow
 

@@ -79,8 +79,10 @@ FACTS: dict[str, Any] = {
         "gate": {
             "accepted_brains": 0.993,
             "accepted_widened": 0.95,
+            "accepted_rendered": 0.98,
+            "novel_widened": 0.6,
+            "novel_rendered": 0.9,
             "rejected": {"noise": 1.0, "round_bodies": 0.95},
-            "rejected_unseen": {"noise": 0.97},
         },
     },
     "trained": {"epochs": 60, "best_epoch": 55, "settings": {"learning_rate": 0.003, "batch": 64}},

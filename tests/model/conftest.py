@@ -61,7 +61,7 @@ class TinyModel:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     from neuroloop.imaging.augment import AugmentParams, augment_batch
-    from neuroloop.model import bundle, calibration, export, gate, network, training
+    from neuroloop.model import bundle, calibration, export, gate_training, network, training
 
     train, validation = tiny_scans(40), tiny_scans(15, first=1000)
     model = network.build(SIZE, arch="tiny", seed=1)
@@ -78,12 +78,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     assert [epoch for epoch, _ in seen] == list(range(result.epochs))
     onnx = export.export_onnx(model)
     exported = bundle.OnnxModel(onnx)
-    fitted = gate.fit_gate(
+    fitted = gate_training.fit_gate(
         lambda images: exported.run(images).features,
         train.images,
         validation.images,
         np.random.default_rng(0),
-        per_kind=60,
+        steps=400,
+        per_kind=40,
     )
     weights = export.save_weights(model)
     folder = bundle.write(

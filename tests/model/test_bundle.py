@@ -11,11 +11,10 @@ import pytest
 
 from neuroloop.core.errors import InvalidBundle
 from neuroloop.core.schemas import LABELS
-from neuroloop.model import export, network
+from neuroloop.model import export, gate_training, network
 from neuroloop.model.bundle import Bundle, Manifest, OnnxModel, with_card, write
 from neuroloop.model.calibration import Calibration
 from neuroloop.model.card import as_markdown
-from neuroloop.model.gate import _MEASURES, Gate, _terms
 
 CALIBRATION = Calibration(temperature=1.0, conformal={"0.90": dict.fromkeys(LABELS, 0.5)}, refer_below=0.6)
 MEGABYTE = 1_000_000
@@ -123,7 +122,7 @@ def test_a_network_that_is_none_is_refused_before_anything_is_written(tiny_model
         write(
             tmp_path / "new",
             onnx=b"no network",
-            gate=bundle.gate,
+            gate=bundle.fitted_gate,
             statistics=b"{}",
             image_size=manifest.image_size,
             architecture="tiny",
@@ -184,26 +183,18 @@ def test_a_damaged_bundle_gets_no_card(copy, card):
 
 def test_the_bundle_of_the_compact_network_with_all_its_files_takes_at_most_10_megabytes(tmp_path, card):
     model = network.build(128, seed=0)
-    inputs = model.output["features"].shape[1] + len(_MEASURES)
-    generator = np.random.default_rng(0)
 
-    def numbers(count: int) -> tuple[float, ...]:  # with as many digits as fitted ones
-        return tuple(generator.normal(size=count).tolist())
+    def some(count: int) -> np.ndarray:
+        return np.random.default_rng(0).integers(0, 256, (count, 128, 128)).astype(np.uint8)
 
-    gate = Gate(
-        centre=numbers(inputs),
-        scale=numbers(inputs),
-        weights=numbers(_terms(np.zeros((1, inputs)), np.zeros(inputs), np.ones(inputs)).shape[1]),
-        offset=0.0,
-        width=1.0,
-        usual=((0.0, 1.0),) * len(_MEASURES),
-        threshold=0.5,
-        threshold_origin="this test",
-        accepted_brains=1.0,
-        accepted_widened=1.0,
-        accepted_rendered=1.0,
-        rejected_unseen={},
-        rejected={},
+    features = model.output["features"].shape[1]
+    gate = gate_training.fit_gate(
+        lambda images: np.random.default_rng(0).normal(size=(len(images), features)).astype(np.float32),
+        some(10),
+        some(10),
+        np.random.default_rng(0),
+        steps=1,
+        per_kind=1,
     )
     folder = write(
         tmp_path,

@@ -82,7 +82,7 @@ def test_a_real_networks_bundle_carries_them_and_answers_them_at_its_load(tiny_m
     write(
         tmp_path / "with",
         onnx=plain.onnx,
-        gate=plain.gate,
+        gate=plain.fitted_gate,
         statistics=b"{}",
         image_size=manifest.image_size,
         architecture="tiny",

@@ -4,6 +4,7 @@ import contextlib
 import socket
 import socketserver
 import threading
+from collections.abc import Callable
 
 
 class Relay(contextlib.AbstractContextManager):
@@ -11,7 +12,8 @@ class Relay(contextlib.AbstractContextManager):
 
     `close` refuses connections and breaks those there are, `open` ends that. `stall` holds every byte back while the
     connections stay, `flow` lets them go on. `swallow_answer_to(word)` passes what has `word` in it on to the server
-    and cuts the connection before its answer.
+    and cuts the connection before its answer. `tell_of(word, call)` calls whenever the server has answered what has
+    `word` in it, before the answer is passed on.
     """
 
     def __init__(self, target: int, port: int) -> None:
@@ -20,6 +22,7 @@ class Relay(contextlib.AbstractContextManager):
         self._flowing = threading.Event()
         self._flowing.set()
         self._word = b""
+        self._known: tuple[bytes, Callable[[], None]] | None = None
 
     def __enter__(self) -> "Relay":
         self.open()
@@ -37,6 +40,9 @@ class Relay(contextlib.AbstractContextManager):
     def swallow_answer_to(self, word: bytes) -> None:
         self._word = word
 
+    def tell_of(self, word: bytes, call: Callable[[], None]) -> None:
+        self._known = word, call
+
     def open(self) -> None:
         relay, target = self, self._target
         self._open: set[socket.socket] = set()
@@ -44,7 +50,7 @@ class Relay(contextlib.AbstractContextManager):
 
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
-                self.swallowing = False
+                self.swallowing = self.awaiting = False
                 with socket.create_connection(("127.0.0.1", target)) as upstream:
                     connections.update({self.request, upstream})
                     back = threading.Thread(target=self.pump, args=(upstream, self.request, False), daemon=True)
@@ -60,6 +66,11 @@ class Relay(contextlib.AbstractContextManager):
                             break
                         if forth and relay._word and relay._word in data:
                             self.swallowing, relay._word = True, b""
+                        if forth and relay._known and relay._known[0] in data:
+                            self.awaiting = True
+                        elif not forth and self.awaiting and relay._known:
+                            self.awaiting = False
+                            relay._known[1]()
                         sink.sendall(data)
                 for end in (source, sink):
                     with contextlib.suppress(OSError):

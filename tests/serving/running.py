@@ -24,7 +24,8 @@ from neuroloop.imaging.canonical import canonicalize
 from neuroloop.model import bundle as bundles
 from neuroloop.model.calibration import Calibration
 from neuroloop.model.canary import Canary, choose
-from neuroloop.model.gate import _MEASURES, Gate, _terms
+from neuroloop.model.gate import _MEASURES, FittedGate, Gate
+from neuroloop.model.gate import SIDE as GATE_SIDE
 from neuroloop.serving import keyring
 from neuroloop.serving.api import create_app
 
@@ -69,26 +70,51 @@ def quarter_network() -> bytes:
     return model.SerializeToString()
 
 
-def texture_gate(*, roughest: float = 0.12) -> Gate:
-    """Refuses what is rougher all over than `roughest`, such as noise."""
-    inputs = CELLS + len(_MEASURES)
-    weights = np.zeros(_terms(np.zeros((1, inputs)), np.zeros(inputs), np.ones(inputs)).shape[1])
-    weights[CELLS + [name for name, _ in _MEASURES].index("texture")] = -1.0
-    return Gate(
-        centre=(0.0,) * inputs,
-        scale=(1.0,) * inputs,
-        weights=tuple(weights.tolist()),
+def texture_gate(*, roughest: float = 0.12, far: float = 1000.0) -> FittedGate:
+    """Refuses what is rougher all over than `roughest`, such as noise; brighter cells than `far` are novel."""
+    nodes = [
+        helper.make_node("Transpose", ["image"], ["first"], perm=[0, 3, 1, 2]),
+        helper.make_node("Div", ["first", "white"], ["x"]),
+        helper.make_node("Mul", ["x", "x"], ["square"]),
+        helper.make_node("AveragePool", ["x"], ["mean"], kernel_shape=[5, 5], auto_pad="SAME_UPPER"),
+        helper.make_node("AveragePool", ["square"], ["mean_square"], kernel_shape=[5, 5], auto_pad="SAME_UPPER"),
+        helper.make_node("Mul", ["mean", "mean"], ["squared_mean"]),
+        helper.make_node("Sub", ["mean_square", "squared_mean"], ["variance"]),
+        helper.make_node("Relu", ["variance"], ["positive"]),
+        helper.make_node("Sqrt", ["positive"], ["local"]),
+        helper.make_node("ReduceMean", ["local", "places"], ["texture"], keepdims=0),
+        helper.make_node("Neg", ["texture"], ["logit"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "texture",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", GATE_SIDE, GATE_SIDE, 1])],
+        [helper.make_tensor_value_info("logit", TensorProto.FLOAT, ["n", 1])],
+        [
+            numpy_helper.from_array(np.array(255, np.float32), "white"),
+            numpy_helper.from_array(np.array([2, 3], np.int64), "places"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    facts = Gate(
         offset=-roughest,
         width=0.01,
-        usual=((0.0, 0.1),) * len(_MEASURES),
         threshold=0.5,
         threshold_origin="chosen for this test",
+        usual=((0.0, 0.1),) * len(_MEASURES),
+        centre=(0.0,) * CELLS,
+        scale=(60.0,) * CELLS,
+        far=far,
+        far_origin="chosen for this test",
         accepted_brains=1.0,
         accepted_widened=1.0,
         accepted_rendered=1.0,
-        rejected_unseen={},
+        novel_widened=0.0,
+        novel_rendered=0.0,
         rejected={},
     )
+    return FittedGate(facts, model.SerializeToString())
 
 
 def calibration(*, temperature: float = 1.0, refer_below: float = 0.5) -> Calibration:
@@ -108,13 +134,14 @@ def write_bundle(
     temperature: float = 1.0,
     refer_below: float = 0.5,
     roughest: float = 0.12,
+    far: float = 1000.0,
     split: SplitName = "grouped",
     canary: Canary | None = None,
 ) -> Path:
     return bundles.write(
         folder,
         onnx=quarter_network(),
-        gate=texture_gate(roughest=roughest),
+        gate=texture_gate(roughest=roughest, far=far),
         statistics=b"{}",
         image_size=SIZE,
         architecture="tiny",

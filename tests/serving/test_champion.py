@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from neuroloop.bootstrap import Services
+from neuroloop.core.schemas import LABELS
 from neuroloop.core.settings import Settings
+from neuroloop.imaging.canonical import canonicalize
+from neuroloop.model.bundle import Bundle
 from servers.relay import Relay
-from serving.running import Api, head, serving, wait, write_bundle
+from serving.running import SIZE, Api, head, serving, wait, write_bundle
 
 
 def version(api: Api) -> str:
@@ -23,7 +26,7 @@ def metric(api: Api, name: str) -> float:
 
 
 def test_a_promotion_under_the_requests_of_twenty_clients_fails_none_and_every_answer_names_the_model_that_made_it(
-    services, champion, promote, tmp_path
+    services, champion, standard, promote, tmp_path
 ):
     first = champion
     answers, stop = [], threading.Event()
@@ -55,6 +58,13 @@ def test_a_promotion_under_the_requests_of_twenty_clients_fails_none_and_every_a
     assert {each[:2] for each in made_by} == {(first, "d1"), (second, "d2")}
     assert said[0]["model_version"] == first
     assert {one["model_version"] for one in said[-20:]} == {second}  # those that were sent last
+    # ... and they are what that version's bundle says of the image when it is asked alone.
+    image = canonicalize(head("glioma"), SIZE)[None]
+    folders = {first: standard[1], second: tmp_path / "b"}
+    alone = {v: Bundle.load(folder).predict(image).probabilities[0] for v, folder in folders.items()}
+    for one in said:
+        own = dict(zip(LABELS, alone[one["model_version"]].tolist(), strict=True))
+        assert one["probabilities"] == pytest.approx(own, abs=1e-4)
 
 
 @pytest.fixture

@@ -17,11 +17,19 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 from requests.exceptions import RequestException
 
 from neuroloop.core import keys
-from neuroloop.core.errors import AlreadyExists, NotFound, Unavailable
+from neuroloop.core.errors import AlreadyExists, Forbidden, NotFound, Unavailable
+from neuroloop.core.rights import Right
 
 _TIMEOUT = (5, 15)  # seconds to connect, and between two packets: a storage that hangs must not hold threads for long
 _RETRY = DEFAULT_RETRY.with_delay(initial=0.3, maximum=3).with_timeout(20)
 _NO_BUCKET = "bucket does not exist"  # both a missing bucket and a missing object answer 404
+ACTIONS = {
+    Right.LIST: ("storage.objects.list",),
+    Right.READ: ("storage.objects.get",),
+    Right.WRITE: ("storage.objects.create", "storage.objects.delete"),  # replacing is deleting
+    Right.DELETE: ("storage.objects.delete",),
+}
+"""Google's names of the rights."""
 _TOKEN = "neuroloop-create"  # noqa: S105 the name of a metadata field
 
 
@@ -39,7 +47,7 @@ class GcsStore:
     def put(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
         """Store `data` under `key`, replacing what was there. Raises `Unavailable`."""
         blob = self._blob(key)
-        with self._errors(f"cannot store {key!r}"):
+        with self._errors(f"cannot store {key!r}", Right.WRITE, key):
             blob.upload_from_string(data, content_type=content_type, timeout=_TIMEOUT, retry=_RETRY)
 
     def create(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
@@ -47,7 +55,7 @@ class GcsStore:
         blob = self._blob(key)
         token = uuid.uuid4().hex
         blob.metadata = {_TOKEN: token}
-        with self._errors(f"cannot create {key!r}"):
+        with self._errors(f"cannot create {key!r}", Right.WRITE, key):
             try:
                 blob.upload_from_string(
                     data, content_type=content_type, if_generation_match=0, timeout=_TIMEOUT, retry=_RETRY
@@ -61,14 +69,14 @@ class GcsStore:
     def get(self, key: str) -> bytes:
         """The bytes under `key`. Raises `NotFound`."""
         blob = self._blob(key)
-        with self._errors(f"cannot read {key!r}"):
+        with self._reading(f"cannot read {key!r}", key):
             return blob.download_as_bytes(timeout=_TIMEOUT, retry=_RETRY)
 
     def exists(self, key: str) -> bool:
         """Whether `key` is taken."""
         blob = self._blob(key)
         try:
-            with self._errors(f"cannot look up {key!r}"):
+            with self._reading(f"cannot look up {key!r}", key):
                 blob.reload(timeout=_TIMEOUT, retry=_RETRY)
         except NotFound:
             return False
@@ -78,7 +86,7 @@ class GcsStore:
         """All keys that start with `prefix`, sorted."""
         if "/" in prefix:
             keys.checked(prefix.rpartition("/")[0])
-        with self._errors(f"cannot list {prefix!r}"):
+        with self._errors(f"cannot list {prefix!r}", Right.LIST, prefix):
             blobs = self._client.list_blobs(
                 self._bucket,
                 prefix=self._prefix + prefix,
@@ -96,13 +104,13 @@ class GcsStore:
         A bucket with versioning or soft deletion keeps a copy as long as it is told to.
         """
         blob = self._blob(key)
-        with contextlib.suppress(NotFound), self._errors(f"cannot delete {key!r}"):
+        with contextlib.suppress(NotFound), self._errors(f"cannot delete {key!r}", Right.DELETE, key):
             blob.delete(timeout=_TIMEOUT, retry=_RETRY)
 
     def modified(self, key: str) -> datetime:
         """When `key` was last written, UTC. Raises `NotFound`."""
         blob = self._blob(key)
-        with self._errors(f"cannot look up {key!r}"):
+        with self._reading(f"cannot look up {key!r}", key):
             blob.reload(timeout=_TIMEOUT, retry=_RETRY)
         at: datetime = blob.updated
         return at.astimezone(UTC)
@@ -112,11 +120,12 @@ class GcsStore:
         return 0
 
     def check(self) -> None:
-        """Raise `Unavailable` unless objects can be listed; the bucket itself may be closed to this account."""
-        with self._errors("the object store cannot be used"):
+        """Raise `Unavailable` unless objects can be listed where all may; the bucket itself may be closed to us."""
+        where = self._prefix + keys.PROBE
+        with self._errors("the object store cannot be used", Right.LIST, keys.PROBE):
             list(
                 self._client.list_blobs(
-                    self._bucket, prefix=self._prefix, max_results=1, fields="items(name)", timeout=5, retry=None
+                    self._bucket, prefix=where, max_results=1, fields="items(name)", timeout=5, retry=None
                 )
             )
 
@@ -136,16 +145,31 @@ class GcsStore:
 
     @cached_property
     def _bucket(self) -> Any:
-        with self._errors("the object store cannot be used"):
+        with self._errors("the object store cannot be used", Right.LIST, keys.PROBE):
             return self._client.bucket(self._name)
 
     def _blob(self, key: str) -> Any:
         return self._bucket.blob(self._prefix + keys.checked(key))
 
     @contextlib.contextmanager
-    def _errors(self, what: str) -> Iterator[None]:
+    def _reading(self, what: str, key: str) -> Iterator[None]:
+        """The same errors as `_errors`; a missing object is `NotFound` also where the answer is a refusal.
+
+        Google answers 403 for an object that is not there, unless one may list the whole bucket.
+        """
+        try:
+            with self._errors(what, Right.READ, key):
+                yield
+        except Forbidden:
+            with contextlib.suppress(Unavailable):
+                if key not in self.list(key):
+                    raise NotFound(f"{what}, it is not in {self._url}") from None
+            raise
+
+    @contextlib.contextmanager
+    def _errors(self, what: str, right: Right, key: str) -> Iterator[None]:
         """Google's errors as ours."""
-        fix = f"check the network and that gs://{self._name} can be reached"
+        kind, fix = Unavailable, f"check the network and that gs://{self._name} can be reached"
         try:
             yield
             return
@@ -156,7 +180,11 @@ class GcsStore:
             fix = f"create it (gcloud storage buckets create gs://{self._name}) or correct the URL"
         except (exceptions.Forbidden, exceptions.Unauthorized) as error:
             cause = error
-            fix = f"grant this account the role Storage Object Admin on gs://{self._name}"
+            kind = Forbidden
+            fix = (
+                f"this identity lacks the right to {right} {self._prefix + key!r}: grant it "
+                f"{' and '.join(ACTIONS[right])} there if it is meant to have it (docs/stores.md)"
+            )
         except GoogleAuthError as error:
             cause = error
             fix = "set GOOGLE_APPLICATION_CREDENTIALS, or run gcloud auth application-default login"
@@ -169,4 +197,4 @@ class GcsStore:
             OSError,
         ) as error:
             cause = error
-        raise Unavailable(f"{what} in {self._url}", why=" ".join(str(cause).split())[:500], fix=fix) from cause
+        raise kind(f"{what} in {self._url}", why=" ".join(str(cause).split())[:500], fix=fix) from cause

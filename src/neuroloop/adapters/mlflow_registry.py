@@ -3,6 +3,9 @@
 A version's artifacts are the bundle the platform serves (`bundle/`) and the same network as an MLflow model
 (`model/`, ONNX flavour, no pickle) for whoever wants `mlflow models serve` or `mlflow.pyfunc`. The platform itself
 only ever loads the bundle, whose hashes it checks.
+
+What a server asks of the registry goes through `mlflow_rest`; the mlflow package, which is large and slow to import,
+is loaded where a run is logged or a version registered.
 """
 
 import contextlib
@@ -18,7 +21,9 @@ from importlib.metadata import version as installed
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
+from neuroloop.adapters.mlflow_rest import ARTIFACTS, MlflowRest, Refused
 from neuroloop.core import keys
 from neuroloop.core.errors import InvalidBundle, NeuroLoopError, NotFound, Unavailable
 from neuroloop.core.schemas import RESEARCH_NOTICE, ModelVersion
@@ -28,7 +33,7 @@ _RUN_TAG = "neuroloop.run_id"
 _DESCRIPTION_LETTERS = 5000  # the width of MLflow's database column
 _PARENT_TAG = "mlflow.parentRunId"  # by which MLflow nests runs
 _PATIENCE = 30.0  # seconds a write waits for a server that restarts: a training must not die of a live metric
-_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow answers the latter for an unknown alias
+_UNKNOWN_ALIAS = "INVALID_PARAMETER_VALUE"  # MLflow's answer for one
 _Result = TypeVar("_Result")
 
 _METADATA = {
@@ -52,7 +57,7 @@ _CLIENT_SETTINGS = {
 
 
 class MlflowRegistry:
-    """`ports.Registry` on the MLflow server at `uri`. Thread-safe; MLflow is imported at the first call.
+    """`ports.Registry` on the MLflow server at `uri`. Thread-safe; MLflow is imported at the first call that logs.
 
     `password` is empty where the server asks for none.
 
@@ -63,6 +68,7 @@ class MlflowRegistry:
         self._uri = uri
         # By variables, because MLflow's client has no other way to take them.
         self._login = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password} if password else {}
+        self._rest = MlflowRest(uri, user=user, password=password)
         self._opening = threading.Lock()
 
     def open_run(self, run_id: str, *, experiment: str, tags: Mapping[str, str] = {}, parent: str | None = None) -> str:
@@ -116,6 +122,11 @@ class MlflowRegistry:
             entities = [Metric(name, float(value), at, step or 0) for name, value in some]
             self._write(self._client.log_batch, run, metrics=entities)
 
+    def next_step(self, run: str, metric: str) -> int:
+        """The step after the last one at which this metric was logged; 0 where it never was."""
+        points = self._write(self._client.get_metric_history, run, metric)  # as patient as the writes it goes before
+        return max((int(point.step) + 1 for point in points), default=0)
+
     def log_bytes(self, run: str, path: str, data: bytes) -> None:
         """One artifact file at `path` below the run's artifacts."""
         above, _, name = keys.checked(path).rpartition("/")
@@ -148,11 +159,14 @@ class MlflowRegistry:
     def register(self, run: str, bundle: Path, *, tags: Mapping[str, str], description: str = "") -> ModelVersion:
         """Register the bundle folder (see `model.bundle`) as a new version; once per run, then the same one.
 
-        `description` is Markdown for people, cut at a heading to what the server takes. Raises
-        `InvalidBundle` where the folder has no readable `model.onnx`, `NotFound` for an unknown run.
+        `description` is Markdown for people, cut at a heading to what the server takes. Raises `InvalidBundle` where
+        the folder has no readable `model.onnx`, `NotFound` for an unknown run, and `NeuroLoopError` where the run's
+        version is another bundle.
         """
         existing = self._version_of(run)
-        if existing is None:
+        if existing is not None:
+            self._refuse_another(run, existing, bundle)
+        else:
             with tempfile.TemporaryDirectory() as folder:
                 _save_mlflow_model(bundle, Path(folder) / "model")
                 self._write(self._client.log_artifacts, run, str(bundle), "bundle")
@@ -166,39 +180,44 @@ class MlflowRegistry:
 
     def by_alias(self, alias: str) -> ModelVersion | None:
         """The version an alias points to, None where the alias or the model does not exist."""
-        with self._errors():
-            found = _or_none(self._client.get_model_version_by_alias, MODEL, alias)
-            return None if found is None else self._entity(found)
+        found = _or_none(self._rest.get, "registered-models/alias", name=MODEL, alias=alias)
+        return None if found is None else self._entity(found["model_version"])
 
     def set_alias(self, alias: str, version: str) -> None:
         """Point `alias` at `version`, atomically. Raises `NotFound` for an unknown version."""
-        self._write(self._client.set_registered_model_alias, MODEL, alias, version)
+        self._patiently(self._rest.post, "registered-models/alias", name=MODEL, alias=alias, version=version)
 
     def versions(self) -> list[ModelVersion]:
         """All versions with metrics and aliases, newest first."""
-        with self._errors():
-            model = _or_none(self._client.get_registered_model, MODEL)
-            found = list(self._pages(self._client.search_model_versions, f"name = '{MODEL}'"))
-            metrics = self._metrics({each.run_id for each in found})
+        model = _or_none(self._rest.get, "registered-models/get", name=MODEL)
+        pages = self._rest.pages("model-versions/search", "model_versions", filter=f"name = '{MODEL}'")
+        found = list(pages)
+        metrics = self._metrics({each["run_id"] for each in found})
         aliases: dict[str, list[str]] = {}
-        for alias, version in sorted((model.aliases if model else {}).items()):
-            aliases.setdefault(str(version), []).append(alias)
+        for each in model["registered_model"].get("aliases", []) if model else []:
+            aliases.setdefault(str(each["version"]), []).append(each["alias"])
         records = [
-            _record(each, tuple(aliases.get(str(each.version), ())), metrics.get(each.run_id, {})) for each in found
+            _record(each, tuple(sorted(aliases.get(str(each["version"]), []))), metrics.get(each["run_id"], {}))
+            for each in found
         ]
         return sorted(records, key=lambda each: int(each.version), reverse=True)
 
     def download_bundle(self, version: str, folder: Path) -> Path:
         """Fetch the bundle of `version` into `folder`; returns the folder that holds `bundle.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with self._errors():
-            run = self._client.get_model_version(MODEL, version).run_id
-            return Path(self._client.download_artifacts(run, "bundle", str(folder)))
+        found = self._rest.get("model-versions/get", name=MODEL, version=version)["model_version"]
+        run = self._rest.get("runs/get", run_id=found["run_id"])["run"]["info"]
+        parts = urlsplit(run["artifact_uri"])
+        target = folder / "bundle"
+        target.mkdir(parents=True, exist_ok=True)
+        if parts.scheme == ARTIFACTS:
+            self._rest.download(f"{parts.path.strip('/')}/bundle", target)
+            return target
+        with self._errors():  # a server that leaves its artifacts to the clients: theirs are in the mlflow package
+            return Path(self._client.download_artifacts(run["run_id"], "bundle", str(folder)))
 
     def check(self) -> None:
         """Raise `Unavailable` unless the server answers."""
-        with self._errors():
-            self._client.search_experiments(max_results=1)
+        self._rest.get("experiments/search", max_results=1)
 
     @cached_property
     def _client(self) -> Any:
@@ -228,12 +247,20 @@ class MlflowRegistry:
             ) from error
 
     def _write(self, call: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        """Call MLflow's client, and again while the server is away."""
+
+        def called() -> _Result:
+            with self._errors():
+                return call(*args, **kwargs)
+
+        return self._patiently(called)
+
+    def _patiently(self, call: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
         """Call, and again while the server is away. Every write here gives the same result when repeated."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                with self._errors():
-                    return call(*args, **kwargs)
+                return call(*args, **kwargs)
             except Unavailable:
                 if time.monotonic() > deadline:
                     raise
@@ -274,38 +301,40 @@ class MlflowRegistry:
                 self._client.delete_model_version(MODEL, made)
         return first
 
+    def _refuse_another(self, run: str, version: str, bundle: Path) -> None:
+        """A model trained again must not be described, and promoted, under the version that holds the first one."""
+        with tempfile.TemporaryDirectory() as folder, self._errors():
+            kept = Path(self._client.download_artifacts(run, "bundle/bundle.json", folder)).read_bytes()
+        if kept != (bundle / "bundle.json").read_bytes():
+            raise NeuroLoopError(
+                f"this run has registered another model already, as version {version}",
+                why="it was trained once more after its registration, and a run registers one version",
+                fix="trigger a new run",
+            )
+
     def _version_of(self, run: str) -> str | None:
         """The lowest version that came from `run`."""
-        with self._errors():
-            found = self._client.search_model_versions(f"run_id = '{run}'")
-        return min((str(each.version) for each in found if each.name == MODEL), key=int, default=None)
+        found = self._rest.pages("model-versions/search", "model_versions", filter=f"run_id = '{run}'")
+        return min((str(each["version"]) for each in found if each["name"] == MODEL), key=int, default=None)
 
     def _version(self, version: str) -> ModelVersion:
-        with self._errors():
-            return self._entity(self._client.get_model_version(MODEL, version))
+        return self._entity(self._rest.get("model-versions/get", name=MODEL, version=version)["model_version"])
 
-    def _entity(self, found: Any) -> ModelVersion:
-        run = self._client.get_run(found.run_id)
-        return _record(found, tuple(sorted(found.aliases)), dict(run.data.metrics))
+    def _entity(self, found: dict[str, Any]) -> ModelVersion:
+        run = self._rest.get("runs/get", run_id=found["run_id"])["run"]
+        return _record(found, tuple(sorted(found.get("aliases", []))), _latest(run))
 
     def _metrics(self, runs: set[str]) -> dict[str, dict[str, float]]:
         """The last value of each metric of each run."""
-        experiments = [each.experiment_id for each in self._pages(self._client.search_experiments)]
+        pages = self._rest.pages("experiments/search", "experiments", max_results=1000)
+        experiments = [each["experiment_id"] for each in pages]
         metrics = {}
         for some in _batched(sorted(runs), 100):
             condition = f"attributes.run_id IN ({', '.join(repr(run) for run in some)})"
-            for run in self._client.search_runs(experiments, condition, max_results=len(some)):
-                metrics[run.info.run_id] = dict(run.data.metrics)
+            found = self._rest.post("runs/search", experiment_ids=experiments, filter=condition, max_results=len(some))
+            for run in found.get("runs", []):
+                metrics[run["info"]["run_id"]] = _latest(run)
         return metrics
-
-    def _pages(self, search: Callable[..., Any], *args: Any) -> Iterator[Any]:
-        token = None
-        while True:
-            page = search(*args, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
 
 
 def _batched(items: Iterable[_Result], size: int) -> Iterator[tuple[_Result, ...]]:
@@ -314,13 +343,13 @@ def _batched(items: Iterable[_Result], size: int) -> Iterator[tuple[_Result, ...
         yield some
 
 
-def _or_none(call: Callable[..., Any], *args: Any) -> Any:
-    from mlflow.exceptions import RestException
-
+def _or_none(ask: Callable[..., dict[str, Any]], *args: Any, **asked: Any) -> dict[str, Any] | None:
     try:
-        return call(*args)
-    except RestException as error:
-        if error.error_code in _MISSING:
+        return ask(*args, **asked)
+    except NotFound:
+        return None
+    except Refused as error:
+        if error.code == _UNKNOWN_ALIAS:
             return None
         raise
 
@@ -335,15 +364,21 @@ def _described(text: str) -> str:
     return (short[:end] if end > 0 else short).rstrip() + note
 
 
-def _record(found: Any, aliases: tuple[str, ...], metrics: dict[str, float]) -> ModelVersion:
+def _record(found: dict[str, Any], aliases: tuple[str, ...], metrics: dict[str, float]) -> ModelVersion:
+    """A version as MLflow's REST interface describes it."""
     return ModelVersion(
-        version=str(found.version),
-        run_id=found.run_id,
+        version=str(found["version"]),
+        run_id=found["run_id"],
         aliases=aliases,
         metrics=metrics,
-        tags=dict(found.tags),
-        created_at=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
+        tags={each["key"]: each.get("value", "") for each in found.get("tags", [])},
+        created_at=datetime.fromtimestamp(int(found["creation_timestamp"]) / 1000, UTC),
     )
+
+
+def _latest(run: dict[str, Any]) -> dict[str, float]:
+    """The last value of each metric of a run; JSON has words for those that are no numbers, which `float` reads."""
+    return {each["key"]: float(each["value"]) for each in run.get("data", {}).get("metrics", [])}
 
 
 def _save_mlflow_model(bundle: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import select
 import socket
 import threading
 import time
@@ -27,12 +28,25 @@ from neuroloop.core.errors import (
     Unavailable,
     Uncertain,
 )
-from neuroloop.core.schemas import Claim, Erasure, Feedback, GateResult, Monitoring, Prediction, Promotion, Verdict
+from neuroloop.core.schemas import (
+    Claim,
+    Erasure,
+    Feedback,
+    GateResult,
+    LoopFigures,
+    Monitoring,
+    PipelineEnd,
+    Prediction,
+    Promotion,
+    Verdict,
+)
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 0x6E6575726F  # "neuro": any number that nothing else in this database locks
 _MIGRATION_SECONDS = 120
 _GATE_SCORES = 500
+_TRUSTED_SECONDS = 5.0
+"""Idle connections are asked whether they still answer after this."""
 _CLAIM_MINUTES = 10
 """After which an idempotency key that was never answered gets another id: long after its request ended, and long before
 the sweep of objects without a row (`records.orphans`) may remove what that request left."""
@@ -82,6 +96,48 @@ SELECT json_build_object(
 )::text
 """
 
+_ANSWER = """json_build_object('label', label, 'gate_score', gate_score, 'largest_probability',
+    (SELECT max(value::float8) FROM jsonb_each_text(probabilities)))"""
+
+_LOOP_FIGURES = f"""
+WITH answering AS (SELECT model_version FROM predictions ORDER BY created_at DESC LIMIT 1),
+firsts AS (
+    SELECT id, label, gate_score, probabilities FROM predictions
+    WHERE model_version = (SELECT model_version FROM answering) ORDER BY created_at LIMIT 1000
+),
+latest AS (
+    SELECT id, label, gate_score, probabilities FROM predictions
+    WHERE model_version = (SELECT model_version FROM answering) ORDER BY created_at DESC LIMIT 500
+),
+last_words AS (
+    SELECT DISTINCT ON (prediction_id) prediction_id, verdict FROM feedback
+    WHERE verdict <> 'not_sure' AND created_at > now() - interval '30 days'
+    ORDER BY prediction_id, created_at DESC
+)
+SELECT json_build_object(
+    'ends', (SELECT coalesce(json_agg(pipeline_ends ORDER BY dag, outcome), '[]') FROM pipeline_ends),
+    'accuracy', (
+        SELECT coalesce(json_agg(json_build_object(
+            'model_version', model_version, 'reviewed', n, 'right', agreed)), '[]')
+        FROM (
+            SELECT model_version, count(*) AS n, count(*) FILTER (WHERE verdict = 'agree') AS agreed
+            FROM last_words JOIN predictions ON id = prediction_id
+            WHERE label IS NOT NULL GROUP BY model_version
+        ) AS versions
+    ),
+    'first_answers', (SELECT coalesce(json_agg({_ANSWER}), '[]') FROM firsts),
+    'latest_answers', (
+        SELECT coalesce(json_agg({_ANSWER}), '[]') FROM latest WHERE id NOT IN (SELECT id FROM firsts)
+    ),
+    'ledger_macro_f1', (
+        SELECT coalesce(json_object_agg(key, (value ->> 'macro_f1')::float8), '{{}}')
+        FROM (SELECT metrics FROM promotions ORDER BY created_at DESC LIMIT 1) AS row, jsonb_each(metrics)
+        WHERE key IN ('candidate', 'champion') AND jsonb_typeof(value -> 'macro_f1') = 'number'
+    ),
+    'erasures_unfinished', (SELECT count(*) FROM erasures WHERE finished_at IS NULL)
+)::text AS figures
+"""
+
 
 class PostgresLog:
     """`ports.PredictionLog` and `ports.ApiKeys` on PostgreSQL.
@@ -99,7 +155,7 @@ class PostgresLog:
         self._name = f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"  # for messages: no password
         self._timeout = timeout
         self._slots = threading.BoundedSemaphore(connections)
-        self._idle: queue.LifoQueue[Any] = queue.LifoQueue()
+        self._idle: queue.LifoQueue[tuple[Any, float]] = queue.LifoQueue()  # and since when
         self._migrating = threading.Lock()
         self._migrated = False
         self._watch = _Watch(timeout + 1)  # the server's own time limit comes first where the server still works
@@ -284,12 +340,40 @@ class PostgresLog:
             cursor.execute("SELECT * FROM promotions ORDER BY created_at DESC, run_id LIMIT %s", (limit,))
             return [Promotion(**row) for row in cursor.fetchall()]
 
+    def promotions_since(self, run_id: str) -> list[Promotion]:
+        """The ledger from the row of this pipeline run on, newest first; empty where it has none."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                "SELECT * FROM promotions WHERE created_at >= (SELECT created_at FROM promotions WHERE run_id = %s)"
+                " ORDER BY created_at DESC, run_id",
+                (run_id,),
+            )
+            return [Promotion(**row) for row in cursor.fetchall()]
+
     def monitoring(self) -> Monitoring:
         """Live figures over all rows, from one snapshot of the database."""
         with self._transaction() as cursor:
             cursor.execute(_MONITORING, {"points": _GATE_SCORES})
             figures = Monitoring.model_validate_json(cursor.fetchone()["json_build_object"])
         return figures.model_copy(update={"feedback": dict.fromkeys(map(str, Verdict), 0) | figures.feedback})
+
+    def record_end(self, end: PipelineEnd) -> None:
+        """Note how a run of a DAG ended, in place of the DAG's earlier run that ended so."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                "INSERT INTO pipeline_ends AS known (dag, outcome, run_id, task, ended_at)"
+                " VALUES (%(dag)s, %(outcome)s, %(run_id)s, %(task)s, %(ended_at)s)"
+                " ON CONFLICT (dag, outcome) DO UPDATE SET"
+                " run_id = excluded.run_id, task = excluded.task, ended_at = excluded.ended_at"
+                " WHERE known.ended_at < excluded.ended_at",
+                end.model_dump(),
+            )
+
+    def loop_figures(self) -> LoopFigures:
+        """How the loop stands, at a cost that does not grow with the number of predictions."""
+        with self._transaction() as cursor:
+            cursor.execute(_LOOP_FIGURES)
+            return LoopFigures.model_validate_json(cursor.fetchone()["figures"])
 
     def record_api_key(self, key: ApiKey) -> None:
         """Append one key. Raises `AlreadyExists` on a repeated id."""
@@ -336,7 +420,7 @@ class PostgresLog:
         """Close the idle connections; a later call opens new ones."""
         with contextlib.suppress(queue.Empty):
             while True:
-                self._idle.get_nowait().close()
+                self._idle.get_nowait()[0].close()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Any]:
@@ -363,38 +447,73 @@ class PostgresLog:
                 with contextlib.suppress(psycopg2.Error):
                     connection.rollback()  # does nothing after a commit
                 if not connection.closed:
-                    self._idle.put(connection)
+                    self._idle.put((connection, time.monotonic()))
             self._slots.release()
 
     def _connection(self) -> Any:
-        """An idle connection that still answers, or a new one; a restarted server leaves dead ones behind."""
+        """An idle connection that still answers, or a new one; a restarted server leaves dead ones behind.
+
+        Of one that was used a moment ago the socket says as much: nothing is to be read from it unless the other side
+        has gone.
+        """
         with contextlib.suppress(queue.Empty):
             while True:
-                connection = self._idle.get_nowait()
+                connection, since = self._idle.get_nowait()
                 try:
+                    if time.monotonic() - since < _TRUSTED_SECONDS and not _to_be_read(connection):
+                        return connection
                     with self._watch.over(connection), connection.cursor() as cursor:
                         cursor.execute("SELECT 1")
                     return connection
-                except psycopg2.Error:
+                except (psycopg2.Error, OSError):
                     connection.close()
         return self._connect(self._timeout)
 
     def _connect(self, statement_seconds: float) -> Any:
         return psycopg2.connect(self._url, **_session(statement_seconds))
 
-    def _migrate(self) -> None:
+    def migrate(self) -> list[str]:
+        """Bring the schema up to date now; the names of the SQL files that were missing. Raises `Unavailable`."""
+        try:
+            return self._migrate()
+        except psycopg2.Error as error:
+            self._fail(error)
+
+    def _migrate(self) -> list[str]:
         """Apply the SQL files not applied yet, once per database however many processes start at once."""
         with self._migrating:
             if self._migrated:
-                return
-            import yoyo
+                return []
+            if self._is_up_to_date():
+                self._migrated = True
+                return []
+            import yoyo  # slow to load, and seldom needed
 
             with contextlib.closing(self._connect(_MIGRATION_SECONDS)) as holder, holder.cursor() as cursor:
                 # yoyo's own lock is a row, which a killed process leaves behind; this one ends with the connection.
                 cursor.execute("SELECT pg_advisory_lock(%s)", (_MIGRATION_LOCK,))
                 with yoyo.get_backend(_with_session(self._url, _MIGRATION_SECONDS)) as backend:
-                    backend.apply_migrations(backend.to_apply(yoyo.read_migrations(str(_MIGRATIONS))))
+                    missing = backend.to_apply(yoyo.read_migrations(str(_MIGRATIONS)))
+                    backend.apply_migrations(missing)
             self._migrated = True
+            return [str(migration.id) for migration in missing]
+
+    def _is_up_to_date(self) -> bool:
+        """Whether yoyo has noted every SQL file as applied; its connection is kept."""
+        files = {file.stem for file in _MIGRATIONS.glob("*.sql") if not file.stem.endswith(".rollback")}
+        connection = self._connection()
+        try:
+            with self._watch.over(connection), connection.cursor() as cursor:
+                cursor.execute("SELECT to_regclass('_yoyo_migration') IS NOT NULL")
+                if not cursor.fetchone()[0]:
+                    return False
+                cursor.execute("SELECT migration_id FROM _yoyo_migration")
+                return files <= {name for (name,) in cursor.fetchall()}
+        finally:
+            with contextlib.suppress(psycopg2.Error):
+                connection.rollback()
+            if not connection.closed:
+                self._idle.put((connection, time.monotonic()))
 
     def _fail(self, error: psycopg2.Error, kind: type[Unavailable] = Unavailable) -> NoReturn:
         if isinstance(error, errors.DiskFull):
@@ -448,6 +567,13 @@ class _Watch:
                     ):
                         wire.shutdown(socket.SHUT_RDWR)
             time.sleep(0.5)
+
+
+def _to_be_read(connection: Any) -> bool:
+    """Whether an idle connection's socket has something to read, such as its end."""
+    poll = select.poll()  # not select(), which takes no descriptor beyond 1,023
+    poll.register(connection.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _prediction(row: dict[str, Any]) -> Prediction:

@@ -1,10 +1,12 @@
 """Mail by SMTP, and the local sink that keeps mails in the object store for the frontend to show."""
 
 import asyncio
+import hashlib
 import signal
 import smtplib
 import socket
 import ssl
+import threading
 import uuid
 from datetime import UTC, datetime
 from email import message_from_bytes, policy
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _TIMEOUT = 10.0  # seconds, for each step of the conversation
 _MAIL_BYTES = 1_000_000  # the sink refuses larger ones; the platform's own are a few kilobytes
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_DOMAIN = "neuroloop.invalid"
 
 
 class SmtpNotifier:
@@ -43,14 +46,18 @@ class SmtpNotifier:
         self._sender = sender
         self._receivers = [address.strip() for address in receivers.split(",") if address.strip()]
 
-    def send(self, subject: str, body: str) -> None:
-        """Send one plain-text mail, with the research notice below it. Raises `Unavailable`."""
+    def send(self, subject: str, body: str, *, once: str = "") -> None:
+        """Send one plain-text mail, with the research notice below it. Raises `Unavailable`.
+
+        Mails of one occasion, `once`, have the same Message-ID, by which the local sink and most mail servers keep one.
+        """
         message = EmailMessage()
         message["Subject"] = " ".join(subject.split())  # a line break would start another header
         message["From"] = self._sender
         message["To"] = ", ".join(self._receivers)
         message["Date"] = format_datetime(now())
-        message["Message-ID"] = make_msgid(domain="neuroloop.invalid")  # the default asks the DNS for this host
+        own = f"<{hashlib.sha256(once.encode()).hexdigest()}@{_DOMAIN}>" if once else ""
+        message["Message-ID"] = own or make_msgid(domain=_DOMAIN)  # the default asks the DNS for this host
         message.set_content(f"{body.rstrip()}\n\n--\n{RESEARCH_NOTICE}\n")
         try:
             with self._connect() as server:
@@ -130,15 +137,23 @@ def run_sink(store: ObjectStore, host: str, port: int) -> None:
 
 
 class _Sink:
-    """aiosmtpd's handler: each mail becomes one object."""
+    """aiosmtpd's handler: each mail becomes one object; one that was sent again, by its Message-ID, no second."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
+        self._keeping = threading.Lock()
 
     async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
-        key = keys.mail(f"{now():%Y%m%dT%H%M%S%f}Z-{uuid.uuid4().hex[:8]}")  # so that keys sort by time
         try:
-            await asyncio.to_thread(self._store.create, key, envelope.content, content_type="message/rfc822")
+            await asyncio.to_thread(self._keep, envelope.content)
         except NeuroLoopError as error:
             return f"451 {error.what}, try again later"
         return "250 kept"
+
+    def _keep(self, content: bytes) -> None:
+        own = str(message_from_bytes(content, policy=policy.default)["Message-ID"] or uuid.uuid4())
+        name = hashlib.sha256(own.strip().encode()).hexdigest()[:16]
+        with self._keeping:
+            if not any(key.endswith(f"-{name}.eml") for key in self._store.list(keys.MAIL)):
+                key = keys.mail(f"{now():%Y%m%dT%H%M%S%f}Z-{name}")  # so that keys sort by time
+                self._store.create(key, content, content_type="message/rfc822")

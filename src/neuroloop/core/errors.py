@@ -52,6 +52,10 @@ class Unavailable(NeuroLoopError):
     """A store, database, registry or mail server is out of reach for now."""
 
 
+class Forbidden(Unavailable):
+    """The store refuses this process's identity: it lacks the right that the error names."""
+
+
 class OutOfSpace(Unavailable):
     """A store or database has no room left for a write."""
 

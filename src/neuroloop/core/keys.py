@@ -13,6 +13,8 @@ InferenceLogs/ImageLogsWithFeedback/<class>/<id>.png
 InferenceLogs/ImageLogsForInvalidImages/<id>.png
 logs/airflow/<dag>/<run>/<task>/attempt=1.log             what a task on a worker said
 mail/<time>-<id>.eml                                      the local sink's mails
+mlflow/...                                                MLflow's own: runs and models
+probe/                                                    always empty
 ```
 """
 
@@ -21,17 +23,23 @@ import re
 from neuroloop.core.errors import NeuroLoopError
 from neuroloop.core.schemas import LABELS
 
+DATA = "data/"
 DVC_REMOTE = "data/dvc"
+VERSIONS = "data/versions/"
 SPLIT_REGISTRY = "data/split-registry/"
 FIRST_REGISTRY = "data/split-registry.json"
 """Where the parts stood, as one object, before their registry became a log; still read."""
 HISTORY = "data/history/"
 TEST_OPENINGS = "data/test-openings/"
+RUNS = "runs/"
 BATCHES = "retraining/batches/"
 CORRECTIONS = "InferenceLogs/ImageLogsWithFeedback/"
 PREDICTIONS = "InferenceLogs/ImageLogs/"
 INVALID = "InferenceLogs/ImageLogsForInvalidImages/"
 MAIL = "mail/"
+MODELS = "mlflow/"
+PROBE = "probe/"
+"""Nothing lies here. Every process may list it, whatever else it may: that is how it sees that the store is there."""
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
@@ -69,37 +77,37 @@ def image(md5: str) -> str:
 
 def snapshot(version: str) -> str:
     """The list of images of a data version."""
-    return f"data/versions/{_safe(version)}/snapshot.json"
+    return f"{VERSIONS}{_safe(version)}/snapshot.json"
 
 
 def data_dvc(version: str) -> str:
     """The `data.dvc` file with which `dvc pull` restores a data version."""
-    return f"data/versions/{_safe(version)}/data.dvc"
+    return f"{VERSIONS}{_safe(version)}/data.dvc"
 
 
 def split(version: str) -> str:
     """The grouped split of a data version."""
-    return f"data/versions/{_safe(version)}/split.json"
+    return f"{VERSIONS}{_safe(version)}/split.json"
 
 
 def legacy_split(version: str) -> str:
     """The split of a data version that has the test part of its source."""
-    return f"data/versions/{_safe(version)}/legacy-split.json"
+    return f"{VERSIONS}{_safe(version)}/legacy-split.json"
 
 
 def audit(version: str) -> str:
     """What the audit of a data version found, for programs."""
-    return f"data/versions/{_safe(version)}/audit.json"
+    return f"{VERSIONS}{_safe(version)}/audit.json"
 
 
 def audit_page(version: str) -> str:
     """The same as a page for people."""
-    return f"data/versions/{_safe(version)}/audit.html"
+    return f"{VERSIONS}{_safe(version)}/audit.html"
 
 
 def statistics(version: str) -> str:
     """What the training images of a data version look like."""
-    return f"data/versions/{_safe(version)}/statistics.json"
+    return f"{VERSIONS}{_safe(version)}/statistics.json"
 
 
 def split_decisions(number: int) -> str:
@@ -124,7 +132,7 @@ def opening(run_id: str, number: int) -> str:
 
 def run(run_id: str, name: str) -> str:
     """A hand-off object between the tasks of one pipeline run."""
-    return f"runs/{_safe(safe_run_id(run_id))}/{'/'.join(_safe(part) for part in name.split('/'))}"
+    return f"{RUNS}{_safe(safe_run_id(run_id))}/{'/'.join(_safe(part) for part in name.split('/'))}"
 
 
 def batch(number: int) -> str:

@@ -1,6 +1,6 @@
 """What the use cases ask of the outside world. Adapters implement these; one contract suite per port."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,10 +8,13 @@ from typing import Any, Protocol
 from neuroloop.core.credentials import ApiKey
 from neuroloop.core.schemas import (
     Claim,
+    DatabaseDump,
     Erasure,
     Feedback,
+    LoopFigures,
     ModelVersion,
     Monitoring,
+    PipelineEnd,
     Prediction,
     Promotion,
     SourceFile,
@@ -107,14 +110,36 @@ class PredictionLog(Protocol):
     def record_promotion(self, promotion: Promotion) -> None:
         """Append a ledger row; a repeat of the same `run_id` changes nothing."""
 
+    def promotions_since(self, run_id: str) -> list[Promotion]:
+        """The ledger from the row of this pipeline run on, newest first; empty where it has none."""
+
     def promotions(self, limit: int = 100) -> list[Promotion]:
         """The ledger, newest first."""
 
     def monitoring(self) -> Monitoring:
         """Live figures over all rows."""
 
+    def record_end(self, end: PipelineEnd) -> None:
+        """Note how a run of a DAG ended, in place of the DAG's earlier run that ended so."""
+
+    def loop_figures(self) -> LoopFigures:
+        """How the loop stands, at a cost that does not grow with the number of predictions."""
+
     def check(self) -> None:
         """Raise `Unavailable` unless the database answers."""
+
+
+class Database(Protocol):
+    """A whole database, to back up and to restore."""
+
+    def empty(self) -> bool:
+        """Whether there is no table in it."""
+
+    def dump(self, write: Callable[[str, bytes], None]) -> DatabaseDump:
+        """Everything as of one moment: `write` gets the rows in named parts, the rest is returned."""
+
+    def load(self, dump: DatabaseDump, read: Callable[[str], bytes]) -> None:
+        """Make all of it again in an empty database, all or nothing; `read` gives the parts. Raises `AlreadyExists`."""
 
 
 class ApiKeys(Protocol):
@@ -150,6 +175,9 @@ class Registry(Protocol):
 
     def log_metrics(self, run: str, metrics: Mapping[str, float], *, step: int | None = None) -> None:
         """Metrics, at once (live); `step` counts epochs."""
+
+    def next_step(self, run: str, metric: str) -> int:
+        """The step after the last one at which this metric was logged; 0 where it never was."""
 
     def log_bytes(self, run: str, path: str, data: bytes) -> None:
         """One artifact file at `path` below the run's artifacts."""
@@ -194,8 +222,11 @@ class Registry(Protocol):
 class Notifier(Protocol):
     """Tells people what happened."""
 
-    def send(self, subject: str, body: str) -> None:
-        """Send one plain-text mail. Raises `Unavailable`."""
+    def send(self, subject: str, body: str, *, once: str = "") -> None:
+        """Send one plain-text mail. Raises `Unavailable`.
+
+        `once` names the occasion, in all the world: a repeat is marked as the same mail, so that receivers show one.
+        """
 
 
 class DataSource(Protocol):

@@ -119,6 +119,7 @@ class Opening(Record):
     version: str = Field(description="data version")
     split: SplitName
     why: str
+    subject: str = Field(default="", description="sha256 of what was scored: scoring it once more is the same look")
     at: datetime = Field(default_factory=now)
 
 
@@ -126,12 +127,18 @@ class Opening(Record):
 
 
 class GateResult(Record):
-    """Whether an image is taken for a brain MRI: `score` in [0, 1], accepted at or above `threshold`."""
+    """Whether an image is taken for a brain MRI: `score` in [0, 1], accepted at or above `threshold`.
+
+    `novelty` is another question: a brain MRI unlike those of the training is accepted, but left to a reader.
+    """
 
     accepted: bool
     score: float = Field(ge=0, le=1)
     threshold: float = Field(ge=0, le=1)
     reason: str = Field(description="In words; empty when accepted")
+    novelty: float = Field(
+        default=0.0, ge=0, description="How unlike the training images; 1 is the limit. 0 in records of before it was"
+    )
 
 
 class Prediction(Record):
@@ -267,6 +274,46 @@ class Promotion(Record):
         return " ".join(check.reason for check in self.checks)
 
 
+Outcome = Literal["promoted", "not_promoted", "nothing_to_do", "done", "failed"]
+
+
+class PipelineEnd(Record):
+    """How a run of a DAG ended."""
+
+    dag: str
+    outcome: Outcome
+    run_id: str
+    task: str = Field(description="The task it ended in; of a failure, the one that failed")
+    ended_at: datetime = Field(default_factory=now)
+
+
+class LiveAnswer(Record):
+    """What of one recorded prediction counts for drift."""
+
+    label: Label | None
+    largest_probability: float | None
+    gate_score: float
+
+
+class LiveAccuracy(Record):
+    """What readers said within 30 days of the answers of one model version; the last word on each counts."""
+
+    model_version: str
+    reviewed: int = Field(description="predictions that were confirmed or corrected")
+    right: int = Field(description="of these, the confirmed ones")
+
+
+class LoopFigures(Record):
+    """How the loop stands, as far as the database knows."""
+
+    ends: tuple[PipelineEnd, ...] = Field(description="the latest of each DAG and outcome")
+    accuracy: tuple[LiveAccuracy, ...]
+    first_answers: tuple[LiveAnswer, ...] = Field(description="of the model that answered last, at most a thousand")
+    latest_answers: tuple[LiveAnswer, ...] = Field(description="of the same model, at most 500, none of the first")
+    ledger_macro_f1: dict[str, float] = Field(description="candidate and champion of the ledger's latest row")
+    erasures_unfinished: int
+
+
 class Mail(Record):
     """A mail the platform sent, as the local sink keeps it."""
 
@@ -274,3 +321,35 @@ class Mail(Record):
     to: str
     subject: str
     body: str
+
+
+# --- backups ------------------------------------------------------------------------------------
+
+
+class DumpedPart(Record):
+    """Some rows of a table, as PostgreSQL's COPY writes them."""
+
+    name: str
+    sha256: str
+    size: int = Field(ge=0, description="bytes")
+
+
+class DumpedTable(Record):
+    """One table of a dumped database."""
+
+    name: str
+    quoted: str = Field(description="the name and the columns, as SQL wants them")
+    columns: tuple[str, ...] = Field(description="those that are written; generated ones are made anew")
+    rows: int
+    sha256: str = Field(description="of all its rows, in the order of the parts")
+    parts: tuple[DumpedPart, ...]
+
+
+class DatabaseDump(Record):
+    """A database as of one moment, but for the rows, which lie in the parts."""
+
+    before: tuple[str, ...] = Field(description="statements that make the tables")
+    after: tuple[str, ...] = Field(
+        description="statements for when the rows are there: sequences, indexes, constraints"
+    )
+    tables: tuple[DumpedTable, ...]

@@ -48,6 +48,11 @@ def _mlflow_database(settings: Settings) -> str:
     return _tcp(settings.mlflow_database_url)
 
 
+def log_database(settings: Settings) -> str:
+    """Where the database of the prediction log listens, as `wait_for` takes it."""
+    return _tcp(settings.database_url)
+
+
 def _broker(settings: Settings) -> str:
     return _tcp(settings.airflow_broker_url, 6379)
 
@@ -65,19 +70,30 @@ def _airflow(settings: Settings) -> str:
     return f"{settings.airflow_internal}/api/v2/version"
 
 
-def _api(settings: Settings) -> str:
-    return f"{settings.api_url}/health/live"
-
-
 def _mlflow_argv(settings: Settings) -> list[str]:
     return [
         *_python("mlflow", "server", "--workers", "1"),
         *("--host", settings.bind, "--port", str(settings.mlflow_port)),
         *("--backend-store-uri", _driver(settings.mlflow_database_url)),
-        *("--artifacts-destination", f"{settings.store}/mlflow", "--serve-artifacts"),
+        *("--artifacts-destination", _mlflow_artifacts(settings), "--serve-artifacts"),
         *("--allowed-hosts", ",".join(_mlflow_hosts(settings))),
         *(("--app-name", "basic-auth") if settings.mlflow_password else ()),
     ]
+
+
+def _mlflow_artifacts(settings: Settings) -> str:
+    """Where MLflow keeps its files, in its own words: it names a container with its account."""
+    parts = urlsplit(settings.mlflow_artifacts)
+    if parts.scheme != "az":
+        return settings.mlflow_artifacts
+    account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
+    if not account:
+        raise InvalidSetting(
+            "AZURE_STORAGE_ACCOUNT_NAME is not set",
+            why=f"MLflow keeps its files in {settings.mlflow_artifacts}, and the account is not known",
+            fix="set it to the name of the storage account",
+        )
+    return f"wasbs://{parts.netloc}@{account}.blob.core.windows.net{parts.path}"
 
 
 def _mlflow_hosts(settings: Settings) -> list[str]:
@@ -122,7 +138,8 @@ ROLES: dict[str, Role] = {
     ),
     # Waits for nothing: without database or store it is live, not ready, and recovers by itself.
     "api": Role(_api_argv),
-    "ui": Role(_ui_argv, needs=(_api,)),
+    # Nor does the frontend: while the API is away, its pages say so.
+    "ui": Role(_ui_argv),
 }
 
 EMBEDDED = tuple(name for name in ROLES if name != "worker")
@@ -156,6 +173,19 @@ def environment(settings: Settings) -> dict[str, str]:
         "LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
         "USAGE_DATA_COLLECTION__ENABLED": "False",
     }
+    if settings.log_format == "ecs":
+        # A line of JSON each, those of the tasks too: their run and step stand in it. Filebeat renames the fields.
+        airflow |= {"LOGGING__JSON_LOGS": "True", "LOGGING__TASK_LOGS_TO_STDOUT": "True"}
+    if settings.statsd_url:
+        statsd = urlsplit(settings.statsd_url)
+        airflow |= {
+            "METRICS__STATSD_ON": "True",
+            "METRICS__STATSD_HOST": str(statsd.hostname),
+            "METRICS__STATSD_PORT": str(statsd.port or 9125),
+            # Tags, which become labels, in place of names that have DAG and task in them.
+            "METRICS__STATSD_INFLUXDB_ENABLED": "True",
+            "METRICS__LEGACY_NAMES_ON": "False",
+        }
     return {
         "NEUROLOOP_HOME": str(settings.home),
         "AIRFLOW_HOME": str(home),
@@ -169,6 +199,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "DVC_NO_ANALYTICS": "1",
         "DO_NOT_TRACK": "1",
         "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false",
+        "STREAMLIT_LOGGER_HIDE_WELCOME_MESSAGE": str(settings.log_format == "ecs").lower(),
         # Small matrices, many threads: OpenBLAS would spin on every core and slow the simulation tenfold.
         "OPENBLAS_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",

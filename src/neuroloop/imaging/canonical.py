@@ -35,14 +35,19 @@ def canonicalize(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     The head (see `head_box`) is cut out with its background blanked, padded to a square with black, resized, and its
     1st to 99th percentile stretched to 0..255. An image without contrast comes out black.
     """
+    return canonical_and_box(pixels, size)[0]
+
+
+def canonical_and_box(pixels: NDArray[np.uint8], size: int) -> tuple[NDArray[np.uint8], Box]:
+    """What `canonicalize` and `head_box` give, from one look for the head."""
     mask, box = _outline(pixels)
     head = _resize(_cut(pixels, box), size)
     inside = _resize(_cut_mask(mask, box, pixels.shape), size) > 0.5
     low, high = _percentiles(head[inside])
     if high - low < 1.0:
-        return np.zeros((size, size), dtype=np.uint8)
+        return np.zeros((size, size), dtype=np.uint8), box
     stretched = np.clip((head - low) * (255.0 / (high - low)), 0.0, 255.0)
-    return np.where(inside, np.rint(stretched), 0.0).astype(np.uint8)
+    return np.where(inside, np.rint(stretched), 0.0).astype(np.uint8), box
 
 
 def head_box(pixels: NDArray[np.uint8]) -> Box:
@@ -104,9 +109,13 @@ def _largest(bright: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _cut(pixels: NDArray[np.uint8], box: Box) -> NDArray[np.float32]:
     """The box, beyond the frame the nearest edge pixel: black there would darken the frame's own edge in resizing."""
-    rows = np.clip(np.arange(box.top, box.top + box.height), 0, pixels.shape[0] - 1)
-    columns = np.clip(np.arange(box.left, box.left + box.width), 0, pixels.shape[1] - 1)
-    return pixels[np.ix_(rows, columns)].astype(np.float32)
+    height, width = pixels.shape
+    inside = pixels[max(box.top, 0) : box.top + box.height, max(box.left, 0) : box.left + box.width]
+    beyond = [
+        (max(-start, 0), max(start + length - side, 0))
+        for start, length, side in ((box.top, box.height, height), (box.left, box.width, width))
+    ]
+    return np.pad(inside, beyond, mode="edge").astype(np.float32)
 
 
 def _cut_mask(mask: NDArray[np.bool_], box: Box, shape: tuple[int, ...]) -> NDArray[np.float32]:

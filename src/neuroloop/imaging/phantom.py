@@ -238,7 +238,7 @@ def varied_head(generator: np.random.Generator, *, size: int = 160) -> NDArray[n
     contrasts = [contrast for _, contrast in machine.contrasts.values()]
     contrast = contrasts[generator.integers(len(contrasts))]
     if generator.random() < 0.7:
-        signals = {name: float(generator.uniform(0.05, 1)) for name in _ANATOMY}
+        signals = _any_signals(generator)
         contrast = replace(contrast, texture=float(generator.uniform(-0.5, 0.5)), **signals)
     stripped = generator.random() < 0.35
     if stripped or generator.random() < 0.2:
@@ -253,6 +253,15 @@ def varied_head(generator: np.random.Generator, *, size: int = 160) -> NDArray[n
     if stripped:
         image *= _inside(tissue.hull - generator.uniform(-1, 2), 1.5)
     return _acquire(image, machine, view.spacing, generator)
+
+
+def _any_signals(generator: np.random.Generator) -> dict[str, float]:
+    """A signal of each tissue in 0..1, such that grey matter, white matter and fluid can be told apart."""
+    while True:
+        signals = {name: float(generator.uniform(0.05, 1)) for name in _ANATOMY}
+        fluid, grey, white = (signals[name] for name in ("csf", "gm", "wm"))
+        if abs(grey - white) > 0.1 and abs(grey - fluid) > 0.2:
+            return signals
 
 
 # --- the template ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 
 from neuroloop.bootstrap import Services, services
 from neuroloop.core.errors import NeuroLoopError
+from neuroloop.core.schemas import PipelineEnd
 
 log = logging.getLogger("neuroloop.failures")
 
@@ -17,13 +18,17 @@ def mail_failure(context: Mapping[str, Any]) -> None:
 
 
 def report(outside: Services, dag: str, run_id: str, task: str, error: str) -> None:
-    """Mail the failure and close the MLflow run as failed; neither keeps the other from happening."""
+    """Mail the failure, record it, close the MLflow run as failed; none keeps the others from happening."""
     link = f"{outside.settings.airflow_url}/dags/{dag}/runs/{run_id}"
     body = f"{task} of run {run_id} failed.\n\n{error}\n\nIts log: {link}\nMend the cause, then clear the task there."
     try:
         outside.notifier.send(f"NeuroLoop {dag}: {task} failed", body)
     except NeuroLoopError:
         log.exception("the failure could not be mailed")
+    try:
+        outside.log.record_end(PipelineEnd(dag=dag, outcome="failed", run_id=run_id, task=task))
+    except NeuroLoopError:
+        log.exception("the failure could not be recorded")
     try:
         run = outside.registry.open_run(run_id, experiment=dag, tags={"neuroloop.pipeline": dag})
         outside.registry.close_run(run, failed=True)

@@ -33,7 +33,7 @@ Ask = Callable[[bytes, str], Row]
 
 COLUMNS = (
     *("file", "outcome", "id", "label", *(f"p_{label}" for label in LABELS), "refer", "set_90", "set_95"),
-    *("gate_score", "model_version", "problem"),
+    *("gate_score", "novelty", "model_version", "problem"),
 )
 TRIES, LONGEST_PAUSE = 6, 10.0  # some 30 seconds, within which a killed service is back
 _PASSING = (408, 425, 429, 500, 502, 503, 504, 507)
@@ -148,8 +148,8 @@ def with_bundle(folder: Path) -> Ask:
         except InvalidImage as error:
             return {"outcome": "unreadable", "problem": str(error)}
         outputs = bundle.predict(canonical[None])
-        gate = bundle.gate.judge(outputs.features[0], canonical)
-        row: Row = {"gate_score": gate.score, "model_version": f"bundle {bundle.sha256[:12]}"}
+        gate = bundle.gate.judge(canonical, float(outputs.novelty[0]))
+        row: Row = {"gate_score": gate.score, "novelty": gate.novelty, "model_version": f"bundle {bundle.sha256[:12]}"}
         if not gate.accepted:
             return row | {"outcome": "refused", "problem": gate.reason}
         probabilities = dict(zip(LABELS, outputs.probabilities[0].astype(float).tolist(), strict=True))
@@ -166,17 +166,23 @@ def with_bundle(folder: Path) -> Ask:
 def _row(answer: httpx.Response) -> Row:
     body = _body(answer)
     if answer.status_code == 201:
-        row = {"id": body["id"], "gate_score": body["gate"]["score"], "model_version": body["model_version"]}
+        row = _identified(body)
         return row | _accepted(body["label"], body["probabilities"], body["refer"], body["prediction_sets"])
     problem = " ".join(f"{body.get(part, '')}".rstrip(".") + "." for part in ("title", "detail") if body.get(part))
     if "gate" in body:
-        row = {"id": body["id"], "gate_score": body["gate"]["score"], "model_version": body["model_version"]}
+        row = _identified(body)
         return row | {"outcome": "refused", "problem": body["gate"]["reason"]}
     if answer.status_code == 410:
         return {"outcome": "erased", "problem": problem}
     if answer.status_code in (400, 413, 415, 422):
         return {"outcome": "unreadable", "problem": problem}
     raise NeuroLoopError(f"{answer.request.url.host} refuses to answer ({answer.status_code})", why=problem)
+
+
+def _identified(body: Row) -> Row:
+    gate = body["gate"]
+    named = {"id": body["id"], "model_version": body["model_version"]}
+    return named | {"gate_score": gate["score"], "novelty": gate["novelty"]}
 
 
 def _accepted(label: str, probabilities: dict[str, float], refer: bool, sets: dict[str, Any]) -> Row:

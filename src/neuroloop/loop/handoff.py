@@ -3,13 +3,13 @@
 Everything of a run lies under `runs/<run>/`: a step's result as `<step>.json`, arrays, shards, the candidate's bundle.
 """
 
+import contextlib
 import io
 import json
 import logging
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,16 @@ def kept(services: Services, run_id: str, step: str) -> Result:
             f"run {run_id} has no result of {step}", why="that step has not run", fix=f"clear {step} in Airflow"
         ) from None
     return found
+
+
+def settled(services: Services, run_id: str, name: str, make: Callable[[], Result]) -> Result:
+    """What a step decided at its first try, by `make`; every later try of the run gets the same."""
+    key = keys.run(run_id, f"{name}.json")
+    if not services.store.exists(key):
+        data = json.dumps(make(), indent=1, sort_keys=True).encode()
+        with contextlib.suppress(AlreadyExists):
+            services.store.create(key, data, content_type="application/json")
+    return kept(services, run_id, name)
 
 
 def tracked(services: Services, run_id: str, experiment: str = BUILD) -> str:
@@ -88,25 +98,40 @@ def load_arrays(services: Services, run_id: str, part: str) -> Arrays:
     return Arrays.from_bytes(services.store.get(keys.run(run_id, f"{part}.npz")))
 
 
-def open_test(services: Services, run_id: str, why: str, experiment: str = BUILD) -> Arrays:
-    """The test part's canonical arrays as this run wrote them; the only way to them, and every call is logged."""
+def open_test(services: Services, run_id: str, why: str, experiment: str = BUILD, *, subject: str = "") -> Arrays:
+    """The test part's canonical arrays as this run wrote them; the only way to them, and every call is logged.
+
+    `subject` is the sha256 of what is scored: a repeat with the same one, as after a kill, is the same look.
+    """
     held_out = kept(services, run_id, "held_out")
-    log_opening(services, run_id, why, version=held_out["version"], split=held_out["split"], experiment=experiment)
+    about = {"version": held_out["version"], "split": held_out["split"], "subject": subject}
+    log_opening(services, run_id, why, experiment=experiment, **about)
     return Arrays.from_bytes(services.store.get(keys.run(run_id, "test.npz")))
 
 
 def log_opening(
-    services: Services, run_id: str, why: str, *, version: str, split: SplitName = "grouped", experiment: str = BUILD
+    services: Services,
+    run_id: str,
+    why: str,
+    *,
+    version: str,
+    split: SplitName = "grouped",
+    experiment: str = BUILD,
+    subject: str = "",
 ) -> Opening:
     """Write down, in the store and in MLflow, that test images of a data version are looked at, before they are."""
     number = 1
     while True:
-        opening = Opening(run_id=run_id, number=number, version=version, split=split, why=why)
+        opening = Opening(run_id=run_id, number=number, version=version, split=split, why=why, subject=subject)
+        key = keys.opening(run_id, number)
         try:
-            key = keys.opening(run_id, number)
             services.store.create(key, opening.model_dump_json().encode(), content_type="application/json")
             break
         except AlreadyExists:
+            there = Opening.model_validate_json(services.store.get(key))
+            if subject and opening.model_copy(update={"at": there.at}) == there:
+                opening = there
+                break
             number += 1
     tags = {"test_openings": str(number), "test_opened_for": why}
     services.registry.set_tags(tracked(services, run_id, experiment), tags)
@@ -120,14 +145,19 @@ def openings(services: Services, version: str = "") -> list[Opening]:
     return sorted((each for each in found if version in ("", each.version)), key=lambda each: each.at)
 
 
-@contextmanager
+def occasion(services: Services, run_id: str, step: str) -> str:
+    """What a step's mail is about, as no other mail of any platform: where its result stands."""
+    return f"{services.settings.store}/{keys.run(run_id, f'{step}.json')}"
+
+
+@contextlib.contextmanager
 def open_bundle(services: Services, run_id: str) -> Iterator[Bundle]:
     """The candidate of this run, verified."""
     with unzipped(services.store.get(keys.run(run_id, "bundle.zip"))) as folder:
         yield Bundle.load(folder, threads=2)
 
 
-@contextmanager
+@contextlib.contextmanager
 def unzipped(data: bytes) -> Iterator[Path]:
     """The files of a zip archive of ours in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(io.BytesIO(data)) as archive:

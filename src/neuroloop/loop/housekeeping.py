@@ -5,7 +5,7 @@ from datetime import timedelta
 
 from neuroloop.bootstrap import Services
 from neuroloop.core.errors import NeuroLoopError
-from neuroloop.core.schemas import now
+from neuroloop.core.schemas import PipelineEnd, now
 from neuroloop.loop.handoff import Result
 from neuroloop.records import erasure, orphans
 
@@ -28,4 +28,5 @@ def tidy(services: Services, *, force: bool = False) -> Result:
     except NeuroLoopError:
         _LOG.error("all but the leftovers is done: %s", result)
         raise
+    log.record_end(PipelineEnd(dag="housekeeping", outcome="done", run_id=f"{now():%Y%m%dT%H%M%S}", task="tidy"))
     return result

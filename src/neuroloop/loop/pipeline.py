@@ -18,7 +18,18 @@ import numpy as np
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import OutdatedBundle
-from neuroloop.core.schemas import LABELS, PARTS, RESEARCH_NOTICE, ArchitectureName, Part, Promotion, Snapshot, Split
+from neuroloop.core.schemas import (
+    LABELS,
+    PARTS,
+    RESEARCH_NOTICE,
+    ArchitectureName,
+    Outcome,
+    Part,
+    PipelineEnd,
+    Promotion,
+    Snapshot,
+    Split,
+)
 from neuroloop.data import dataset
 from neuroloop.data.dataset import Arrays
 from neuroloop.imaging.augment import AugmentParams
@@ -33,6 +44,7 @@ from neuroloop.loop.handoff import (
     kept,
     load_arrays,
     log,
+    occasion,
     open_bundle,
     open_test,
     openings,
@@ -104,16 +116,18 @@ def fit(
     epochs: int | None,
     minutes: float,
     warm_start: bytes | None = None,
+    gate_network: bytes | None = None,
     architecture: ArchitectureName = "compact",
     hyperparameters: Mapping[str, Any] = {},
     experiment: str = BUILD,
 ) -> Result:
     """Train on the run's shards and leave `bundle.zip`; `warm_start` are weights to begin from.
 
-    They are a start, not noise to be burnt away: the learning rate is then a third of a fresh training's.
+    The weights are a start, not noise to be burnt away: the learning rate is then a third of a fresh training's.
+    `gate_network` is an input gate's network to keep instead of training one.
     """
     # TensorFlow: only where a model is trained
-    from neuroloop.model import calibration, canary, devices, explanation, export, gate, network, training
+    from neuroloop.model import calibration, canary, devices, explanation, export, gate_training, network, training
     from neuroloop.model.bundle import OnnxModel, write
     from neuroloop.model.hyperparameters import configure
 
@@ -130,10 +144,11 @@ def fit(
     services.registry.log_params(
         run,
         {**{f"train_{name}": value for name, value in asdict(config).items()}, "image_size": size}
-        | {"parameters": parameters, "warm_start": warm_start is not None, "device": device}
+        | {"parameters": parameters, "warm_start": warm_start is not None}
         | {"architecture": architecture, "pretrained": weights.name if weights else "none"},
     )
-    services.registry.set_tags(run, {"architecture": architecture})
+    # The device is no parameter, which never changes: the next try may run on another machine.
+    services.registry.set_tags(run, {"architecture": architecture, "device": device})
     held_out = {part: load_arrays(services, run_id, part) for part in ("train", "validation", "calibration")}
 
     def shard(number: int) -> Callable[[], tuple[Any, Any]]:
@@ -144,6 +159,7 @@ def fit(
         return load
 
     split = read_split(services, version, kept(services, run_id, "held_out")["split"])
+    first_step = services.registry.next_step(run, "train_loss")  # behind the epochs of a try that was killed
 
     def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
         prefix = f"{split.name}_validation_"
@@ -151,7 +167,7 @@ def fit(
             prefix + name.removeprefix("val_") if name.startswith("val_") else f"train_{name}": value
             for name, value in metrics.items()
         }
-        services.registry.log_metrics(run, named, step=epoch)
+        services.registry.log_metrics(run, named, step=first_step + epoch)
         log.info("epoch %d: %s", epoch, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     validation = held_out["validation"]
@@ -173,11 +189,14 @@ def fit(
         validation.images, validation.labels, calibrated.probabilities(exported.run(validation.images).logits)
     )
     log.info("fitting the input gate")
-    fitted = gate.fit_gate(
+    learned = held_out["train"]
+    fitted = gate_training.fit_gate(
         lambda images: exported.run(images).features,
-        held_out["train"].images,
+        learned.images[np.unique(learned.groups, return_index=True)[1]],  # one of each group of twins
         validation.images,
         np.random.default_rng(seed),
+        steps=gate_training.steps_for(minutes),
+        onnx=gate_network,
     )
     with tempfile.TemporaryDirectory() as folder:
         write(
@@ -231,7 +250,10 @@ def evaluate_model(
     held_out = kept(services, run_id, "held_out")
     split = read_split(services, held_out["version"], held_out["split"])
     run = tracked(services, run_id, experiment)
-    test = open_test(services, run_id, "score the candidate, the baselines and the champion", experiment)
+    with open_bundle(services, run_id) as candidate:
+        subject = candidate.sha256
+    why = "score the candidate, the baselines and the champion"
+    test = open_test(services, run_id, why, experiment, subject=subject)
     train, validation, calibration = (load_arrays(services, run_id, part) for part in PARTS if part != "test")
     for part, arrays in zip(PARTS, (train, validation, calibration, test), strict=True):
         log_dataset(services, run, split, part, arrays)
@@ -369,13 +391,38 @@ def model_card(services: Services, run_id: str, manifest: Manifest, experiment: 
 
 
 def promote_model(services: Services, run_id: str, experiment: str = BUILD) -> Result:
-    """Decide, move the aliases, and write the ledger: the reason in words, whichever way it goes."""
+    """Decide, write the ledger, and move the aliases: the reason in words, whichever way it goes.
+
+    The ledger's row comes first and is the decision, so a repeat decides nothing anew. It moves no alias either where
+    another run or a person has changed the champion since.
+    """
     version = kept(services, run_id, "register_model")["version"]
+    ledger = services.log.promotions_since(run_id)
+    row = next((each for each in ledger if each.run_id == run_id), None)
+    if row is None:
+        row = decision(services, run_id, version, experiment)
+        services.log.record_promotion(row)
+    if any(each.promoted for each in ledger if each.run_id != run_id):
+        log.warning("the champion has changed since this run's decision: no alias moves")
+    elif row.promoted:
+        if row.previous:
+            services.registry.set_alias("previous", row.previous)
+        services.registry.set_alias("champion", version)
+    elif kept(services, run_id, "evaluate_model")["split"] == "grouped":
+        services.registry.set_alias("challenger", version)
+    run = tracked(services, run_id, experiment)
+    services.registry.set_tags(run, {"promoted": str(row.promoted).lower(), "promotion_reason": row.reason[:4000]})
+    services.registry.close_run(run)
+    result = {"version": version, "previous": row.previous, "promoted": row.promoted, "reason": row.reason}
+    return keep(services, run_id, "promote_model", result)
+
+
+def decision(services: Services, run_id: str, version: str, experiment: str) -> Promotion:
+    """Whether this run's version becomes the champion, as a row for the ledger."""
     evaluated = kept(services, run_id, "evaluate_model")
     current = services.registry.by_alias("champion")
     met = (evaluated["champion"] or evaluated["outdated"] or {}).get("version")
-    frozen = evaluated["split"] == "grouped"
-    if frozen and current is not None and current.version not in (version, met):
+    if evaluated["split"] == "grouped" and current is not None and current.version not in (version, met):
         log.info("version %s became champion since the evaluation: comparing with it", current.version)
         evaluated = reevaluate(services, run_id, experiment)
         met = current.version
@@ -400,7 +447,7 @@ def promote_model(services: Services, run_id: str, experiment: str = BUILD) -> R
         images=evaluated["test_images"],
         outdated=(evaluated["outdated"] or {}).get("reason", ""),
     )
-    row = Promotion(
+    return Promotion(
         run_id=run_id,
         version=version,
         previous=met,
@@ -409,18 +456,6 @@ def promote_model(services: Services, run_id: str, experiment: str = BUILD) -> R
         metrics={"candidate": evaluated["test"], "champion": before and before["test"]}
         | {"feedback": {"candidate": evaluated.get("feedback"), "champion": before and before.get("feedback")}},
     )
-    if promoted:
-        if met:
-            services.registry.set_alias("previous", met)
-        services.registry.set_alias("champion", version)
-    elif frozen:
-        services.registry.set_alias("challenger", version)
-    services.log.record_promotion(row)
-    run = tracked(services, run_id, experiment)
-    services.registry.set_tags(run, {"promoted": str(promoted).lower(), "promotion_reason": row.reason[:4000]})
-    services.registry.close_run(run)
-    result = {"version": version, "previous": met, "promoted": promoted, "reason": row.reason}
-    return keep(services, run_id, "promote_model", result)
 
 
 def reevaluate(services: Services, run_id: str, experiment: str) -> Result:
@@ -465,7 +500,9 @@ def send_email(services: Services, run_id: str, experiment: str = BUILD) -> Resu
             f"Compare the runs: {services.settings.mlflow_page}/{services.registry.runs_page(run)}",
         ]
     )
-    services.notifier.send(subject, body)
+    services.notifier.send(subject, body, once=occasion(services, run_id, "send_email"))
+    outcome: Outcome = "promoted" if promoted["promoted"] else "not_promoted"
+    services.log.record_end(PipelineEnd(dag=experiment, outcome=outcome, run_id=run_id, task="send_email"))
     for number in range(SHARDS):
         services.store.delete(shard_key(run_id, number))
     return keep(services, run_id, "send_email", {"subject": subject})

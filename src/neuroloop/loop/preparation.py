@@ -85,7 +85,9 @@ def _fetch(origin: DataSource, files: list[SourceFile], workspace: Path, run_id:
     """Bring `files` to `workspace/data`, remove what is not of them, and describe each from what is on disk."""
     journal = workspace / "fetched" / f"{keys.safe_run_id(run_id)}.txt"
     journal.parent.mkdir(parents=True, exist_ok=True)
-    done = dict(line.split(" ", 1)[::-1] for line in journal.read_text().splitlines()) if journal.exists() else {}
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    # A power cut may leave half a line; its image is fetched again.
+    done = {path: sha256 for sha256, _, path in (line.partition(" ") for line in lines)}
     wanted = {source.snapshot_path(file): file for file in files}
     if len(wanted) != len(files):
         raise InvalidSource("Two files of one class have the same name", fix="rename them in the source")
@@ -121,7 +123,7 @@ def _fetch(origin: DataSource, files: list[SourceFile], workspace: Path, run_id:
         )
 
     entries = []
-    with ThreadPoolExecutor(4) as pool, journal.open("a") as record:
+    with ThreadPoolExecutor(4) as pool, journal.open("a", buffering=1) as record:  # a kill loses no whole line
         for number, entry in enumerate(pool.map(one, sorted(wanted)), 1):
             entries.append(entry)
             if done.get(entry.path) != entry.sha256:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from neuroloop.bootstrap import Services
-from neuroloop.core.errors import NotFound
-from neuroloop.core.schemas import LABELS
+from neuroloop.core.errors import Forbidden, NotFound
+from neuroloop.core.schemas import LABELS, PipelineEnd
 from neuroloop.data import dataset
 from neuroloop.data.audit import thumbnail, twins
 from neuroloop.data.dataset import Arrays
@@ -24,15 +24,25 @@ from neuroloop.records import erasure, orphans
 
 def check_source_flag(services: Services, run_id: str) -> Result:
     """Count the unused corrections; `go` when there are strictly more than the threshold, or this run has its batch."""
-    erasure.finish_all(services.log, services.store)
-    orphans.settle_corrections(services.log, services.store)  # what a killed server left must not count
     threshold = services.settings.feedback_threshold
+    unsettled = _settled(services)
     waiting = len(feedback.waiting(services.store))
     mine = any(batch.run_id == run_id for batch in feedback.batches(services.store))
     verb = "more than" if waiting > threshold else "not more than"
-    reason = f"{waiting} corrections wait, {verb} {threshold}."
-    result = {"waiting": waiting, "threshold": threshold, "go": mine or waiting > threshold, "reason": reason}
+    reason = unsettled or f"{waiting} corrections wait, {verb} {threshold}."
+    go = mine or (not unsettled and waiting > threshold)
+    result = {"waiting": waiting, "threshold": threshold, "go": go, "reason": reason}
     return handoff.keep(services, run_id, "check_source_flag", result)
+
+
+def _settled(services: Services) -> str:
+    """See that what a killed server left does not count; if this identity may not, why corrections cannot be used."""
+    erasure.finish_all(services.log, services.store)
+    try:
+        orphans.settle_corrections(services.log, services.store)
+    except Forbidden as error:
+        return f"Housekeeping, which may, has to put the corrections in order first: {error}"
+    return ""
 
 
 def flag_false(services: Services, run_id: str, *, by_hand: bool) -> Result:
@@ -40,7 +50,9 @@ def flag_false(services: Services, run_id: str, *, by_hand: bool) -> Result:
     found = handoff.kept(services, run_id, "check_source_flag")
     if by_hand:
         body = f"Run {run_id} of {RETRAINING} did not retrain: {found['reason']}"
-        services.notifier.send(f"NeuroLoop {RETRAINING}: not enough corrections yet", body)
+        once = handoff.occasion(services, run_id, "flag_false")
+        services.notifier.send(f"NeuroLoop {RETRAINING}: not enough corrections yet", body, once=once)
+    services.log.record_end(PipelineEnd(dag=RETRAINING, outcome="nothing_to_do", run_id=run_id, task="flag_false"))
     return handoff.keep(services, run_id, "flag_false", {"waiting": found["waiting"], "reason": found["reason"]})
 
 
@@ -49,6 +61,7 @@ def flag_true(services: Services, run_id: str) -> Result:
     batch = feedback.claim(services.store, run_id, services.settings.feedback_threshold)
     if batch is None:
         log.info("another run has taken the corrections: nothing is left to do")
+        services.log.record_end(PipelineEnd(dag=RETRAINING, outcome="nothing_to_do", run_id=run_id, task="flag_true"))
         return {}
     result = {"batch": batch.number, "corrections": len(batch.corrections)}
     return handoff.keep(services, run_id, "flag_true", result)
@@ -56,14 +69,13 @@ def flag_true(services: Services, run_id: str) -> Result:
 
 def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: int | None, seed: int) -> Result:
     """Train the champion further on its own training part plus the corrections that are not held out."""
-    champion = services.registry.by_alias("champion")
-    if champion is None:
-        raise NotFound("no champion to retrain", fix=f"run {handoff.BUILD} first")
+    start = handoff.settled(services, run_id, "start", lambda: _start(services))["version"]
     with tempfile.TemporaryDirectory() as folder:
-        bundle = Bundle.load(services.registry.download_bundle(champion.version, Path(folder)))
+        bundle = Bundle.load(services.registry.download_bundle(start, Path(folder)))
         version, size = bundle.manifest.data_version, bundle.image_size
         statistics_json, weights = bundle.statistics, bundle.weights
         architecture, chosen = bundle.manifest.architecture, bundle.manifest.hyperparameters
+        gate_network = bundle.fitted_gate.onnx  # what a brain looks like has not changed
     found = feedback.allowed(services.log, feedback.used(services.store))
     kept, left_out = _trainable(services, version, found)
     preparation.write_held_out(services, run_id, version, size)
@@ -73,12 +85,13 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
     arrays = _joined(base, corrections_arrays(services, kept, size), times)
     preparation.write_shards(services, run_id, arrays, seed, simulated=split.simulated, experiment=RETRAINING)
     run = handoff.tracked(services, run_id, RETRAINING)
-    services.registry.set_tags(run, {"data_version": version, "warm_start_version": champion.version})
     counts = {**feedback.summary(found), "left_out": len(left_out)}
-    services.registry.log_params(
+    services.registry.log_params(run, {"data_version": version})
+    # Tags, not parameters, which never change: between two tries of this step, a correction may be erased.
+    services.registry.set_tags(
         run,
-        {"data_version": version, "corrections_repeats": times}
-        | {f"corrections_{name}": count for name, count in counts.items()},
+        {"data_version": version, "warm_start_version": start, "corrections_repeats": str(times)}
+        | {f"corrections_{name}": str(count) for name, count in counts.items()},
     )
     corrections = {"corrections": [each.model_dump() for each in found], "left_out": left_out}
     services.registry.log_bytes(run, "data/corrections.json", json.dumps(corrections, indent=1).encode())
@@ -92,11 +105,20 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         epochs=epochs,
         minutes=minutes,
         warm_start=weights,
+        gate_network=gate_network,
         architecture=architecture,
         hyperparameters=chosen,
         experiment=RETRAINING,
     )
-    return handoff.keep(services, run_id, "retrain_model", {**result, "from_version": champion.version, **counts})
+    return handoff.keep(services, run_id, "retrain_model", {**result, "from_version": start, **counts})
+
+
+def _start(services: Services) -> Result:
+    """The version to train further."""
+    champion = services.registry.by_alias("champion")
+    if champion is None:
+        raise NotFound("no champion to retrain", fix=f"run {handoff.BUILD} first")
+    return {"version": champion.version}
 
 
 def evaluate_model(services: Services, run_id: str) -> Result:

@@ -12,7 +12,10 @@ from neuroloop.model import evaluation, explanation, stress
 from neuroloop.model.bundle import Bundle, OnnxModel
 
 Result = dict[str, Any]
-_GATE = ("accepted_brains", "accepted_widened", "accepted_rendered", "rejected", "rejected_unseen")
+_GATE = (
+    *("accepted_brains", "accepted_widened", "accepted_rendered", "novel_widened", "novel_rendered"),
+    "rejected",
+)
 
 
 def scores_of(
@@ -46,7 +49,7 @@ def scores_of(
                 groups=test.groups,
             )
         ),
-        "gate": {name: getattr(candidate.gate, name) for name in _GATE},
+        "gate": {name: getattr(candidate.gate.facts, name) for name in _GATE},
     }
     if split.name == "legacy":
         result["leaked"] = _leaked(probabilities, test, split)

@@ -4,7 +4,7 @@
 | --- | --- |
 | `bundle.json` | the manifest: labels, image size, versions, calibration, metrics, sha256 of every other file |
 | `model.onnx` | the network; outputs `logits`, `cam`, `features` |
-| `gate.json` | the input gate |
+| `gate.json`, `gate.onnx` | the input gate: what was measured, and its network |
 | `statistics.json` | statistics of the training data, the reference for drift |
 | `weights.npz` | weights for the warm start of a retraining; optional |
 | `canary.npz` | images whose answers are known (`model.canary`), asked at every load; optional |
@@ -32,15 +32,16 @@ from neuroloop.model.calibration import Calibration
 from neuroloop.model.canary import Canary
 from neuroloop.model.card import Card, as_markdown
 from neuroloop.model.explanation import heat_map
-from neuroloop.model.gate import Gate
+from neuroloop.model.gate import FittedGate, Gate, InputGate
 
 Images = NDArray[np.uint8]
 _Record = TypeVar("_Record", bound=Record)
 
-MANIFEST, MODEL, GATE, STATISTICS, WEIGHTS = "bundle.json", "model.onnx", "gate.json", "statistics.json", "weights.npz"
+MANIFEST, MODEL, STATISTICS, WEIGHTS = "bundle.json", "model.onnx", "statistics.json", "weights.npz"
+GATE, GATE_MODEL = "gate.json", "gate.onnx"
 CARD, CARD_DATA, CANARY = "card.md", "card.json", "canary.npz"
-FORMAT = 2
-_REQUIRED, _OPTIONAL = {MODEL, GATE, STATISTICS}, {WEIGHTS, CARD, CARD_DATA, CANARY}
+FORMAT = 3
+_REQUIRED, _OPTIONAL = {MODEL, GATE, GATE_MODEL, STATISTICS}, {WEIGHTS, CARD, CARD_DATA, CANARY}
 _BATCH = 64  # images a forward pass; bounds the memory of a large set
 
 
@@ -89,8 +90,10 @@ class Outputs(NamedTuple):
     features: NDArray[np.float32]
     sets: dict[str, NDArray[np.bool_]]
     """level ("0.90", "0.95") -> (n, classes): the conformal prediction set"""
+    novelty: NDArray[np.float64]
+    """(n,), from 0: how unlike the training images; beyond 1 more than 99 % of validation images (`gate`)"""
     refer: NDArray[np.bool_]
-    """(n,): too uncertain to answer, a reader should look"""
+    """(n,): too uncertain or too novel to answer, a reader should look"""
 
 
 class OnnxModel:
@@ -140,7 +143,7 @@ class Bundle:
         self.sha256 = sha256
         """Identity of the whole bundle: the hash of `bundle.json`, which holds the hashes of the rest."""
         self._files = files
-        self.gate = _parsed(Gate, files[GATE], GATE)
+        self.gate = InputGate(_parsed(Gate, files[GATE], GATE), files[GATE_MODEL], threads=threads)
         self.card = _parsed(Card, files[CARD_DATA], CARD_DATA) if CARD_DATA in files else None
         """The model card, None before the model was evaluated."""
         self._network = OnnxModel(files[MODEL], threads=threads)
@@ -163,9 +166,12 @@ class Bundle:
             if not all(np.isfinite(values).all() for values in said):
                 raise InvalidBundle("the network answers with what is no number", fix="build the model again")
         try:
-            self.gate.judge(outputs.features[0], empty[0])
+            self.gate.facts.novelty(outputs.features)
+            gate_says = self.gate.scores(ramp)
         except ValueError as error:
             raise InvalidBundle("the gate does not fit the network", why=str(error)) from error
+        if not np.isfinite(gate_says).all():
+            raise InvalidBundle("the gate answers with what is no number", fix="build the model again")
         self.canary = Canary.from_bytes(files[CANARY]) if CANARY in files else None
         """Reference images, None in a bundle of before they were kept."""
         if self.canary is not None:
@@ -231,6 +237,11 @@ class Bundle:
         return self._files[MODEL]
 
     @property
+    def fitted_gate(self) -> FittedGate:
+        """The gate as `write` takes it."""
+        return FittedGate(self.gate.facts, self._files[GATE_MODEL])
+
+    @property
     def size(self) -> int:
         """Bytes of all files but the manifest."""
         return sum(map(len, self._files.values()))
@@ -241,8 +252,9 @@ class Bundle:
         calibration = self.manifest.calibration
         probabilities = calibration.probabilities(raw.logits)
         sets = {level: calibration.prediction_sets(probabilities, level) for level in calibration.conformal}
-        refer = calibration.refer(probabilities)
-        return Outputs(raw.logits, probabilities, raw.cam, raw.features, sets, refer)
+        novelty = self.gate.facts.novelty(raw.features)
+        refer = calibration.refer(probabilities) | (novelty > 1)
+        return Outputs(raw.logits, probabilities, raw.cam, raw.features, sets, novelty, refer)
 
     def heat(self, cam: NDArray[np.float32], class_index: int) -> NDArray[np.float32]:
         """The class-activation map of one class, float32 (image_size, image_size) in 0..1; see `heat_map`.
@@ -256,7 +268,7 @@ def write(
     folder: Path,
     *,
     onnx: bytes,
-    gate: Gate,
+    gate: FittedGate,
     statistics: bytes,
     image_size: int,
     architecture: ArchitectureName,
@@ -275,7 +287,7 @@ def write(
 
     Raises `InvalidBundle` where the parts do not fit together.
     """
-    files = {MODEL: onnx, GATE: gate.model_dump_json().encode(), STATISTICS: statistics}
+    files = {MODEL: onnx, GATE: gate.facts.model_dump_json().encode(), GATE_MODEL: gate.onnx, STATISTICS: statistics}
     if weights is not None:
         files[WEIGHTS] = weights
     if canary is not None:

@@ -303,16 +303,18 @@ def _gate(card: Card) -> str:
         "accepted_widened": "the same in unfamiliar contrasts, refused",
         "accepted_rendered": "simulated heads in any contrast and plane, refused",
     }
-    rows = [[words, _percent(1 - gate[name]), ""] for name, words in brains.items() if name in gate]
-    unseen = gate.get("rejected_unseen", {})
-    learned = gate.get("rejected", {})
-    for kind in {**learned, **unseen}:
-        shares = (_percent(1 - found[kind]) if kind in found else "" for found in (learned, unseen))
-        rows.append([f"{_words(kind)}, let through", *shares])
+    rows = [[words, _percent(1 - gate[name])] for name, words in brains.items() if name in gate]
+    novel = {
+        "novel_widened": "brains in unfamiliar contrasts, left to a reader as unlike the training images",
+        "novel_rendered": "simulated heads in any contrast and plane, left to a reader likewise",
+    }
+    rows += [[words, _percent(gate[name])] for name, words in novel.items() if name in gate]
+    rows += [[f"{_words(kind)}, let through", _percent(1 - share)] for kind, share in gate.get("rejected", {}).items()]
     return (
         "## Input gate: how often it errs\n\n"
-        + _table(["images", "share", "of a gate that has not learned this kind"], rows)
-        + "\n\nThe brains set the gate's threshold. The other kinds are made-up images; unlike ones may pass."
+        + _table(["images", "share"], rows)
+        + "\n\nThe brains set the gate's threshold. The other kinds are made-up images, and it has learned from more "
+        "of each: what is unlike them may pass more often."
     )
 
 

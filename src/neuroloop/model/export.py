@@ -23,13 +23,14 @@ OUTPUTS = ("logits", "cam", "features")
 _OPSET = 17
 
 
-def export_onnx(model: keras.Model) -> bytes:
+def export_onnx(model: keras.Model, outputs: tuple[str, ...] = OUTPUTS) -> bytes:
     """The network as an ONNX file, for serving without TensorFlow.
 
-    Input `image` float32 (n, s, s, 1), values 0..255; outputs `logits`, `cam`, `features` as in `network.build`;
-    the batch size is free. Normalisation layers are folded into the convolutions before them, in float32: the answers
-    stay those of the trained network to rounding. Only standard operators are used, so any ONNX runtime can read it;
-    what depends on the machine (memory layout, fused activations) is left to the runtime that loads it.
+    Input `image` float32 (n, s, s, 1), values 0..255; `outputs` are those of the model to keep, by default `logits`,
+    `cam`, `features` as in `network.build`; the batch size is free. Normalisation layers are folded into the
+    convolutions before them, in float32: the answers stay those of the trained network to rounding. Only standard
+    operators are used, so any ONNX runtime can read it; what depends on the machine (memory layout, fused activations)
+    is left to the runtime that loads it.
     """
     import tf2onnx
 
@@ -37,12 +38,12 @@ def export_onnx(model: keras.Model) -> bytes:
 
     @tf.function(input_signature=spec)
     def forward(image: Any) -> Any:
-        outputs = model(image, training=False)
-        return [outputs[name] for name in OUTPUTS]
+        found = model(image, training=False)
+        return [found[name] for name in outputs]
 
     proto, _ = tf2onnx.convert.from_function(forward, input_signature=spec, opset=_OPSET)
     # tf2onnx calls the outputs Identity:0 and so on, and each free dimension something else.
-    names = {output.name: name for output, name in zip(proto.graph.output, OUTPUTS, strict=True)}
+    names = {output.name: name for output, name in zip(proto.graph.output, outputs, strict=True)}
     for node in proto.graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]

@@ -70,10 +70,9 @@ def render(count: int, size: int, generator: np.random.Generator) -> Images:
 
 
 def make(kind: str, brains: Images, count: int, generator: np.random.Generator) -> Images:
-    """`count` canonical images uint8 (count, s, s) of a `kind` of either table below; some are made of `brains`."""
+    """`count` canonical images uint8 (count, s, s) of a `kind` of the table below; some are made of `brains`."""
     size = brains.shape[1]
-    maker = KINDS.get(kind) or HELD_OUT_KINDS[kind]
-    return np.stack([canonicalize(maker(brains, generator), size) for _ in range(count)])
+    return np.stack([canonicalize(KINDS[kind](brains, generator), size) for _ in range(count)])
 
 
 def _uniform(_: Images, generator: np.random.Generator) -> Images:
@@ -222,14 +221,10 @@ KINDS: dict[str, Callable[[Images, np.random.Generator], Images]] = {
     "head outline, other content": _framed,
     "brain in shuffled tiles": _shuffled,
     "brain with random phases": _phases,
-}
-"""What is no brain MRI, by name; each maker gives one uint8 (H, W) image."""
-
-HELD_OUT_KINDS: dict[str, Callable[[Images, np.random.Generator], Images]] = {
     "head CT": _head_ct,
     **{name: _drawn(part) for name, part in anatomy.BODY_PARTS.items()},
 }
-"""What a gate never learns from, so that its errors on them say something of other images that it has not seen."""
+"""What is no brain MRI, by name; each maker gives one uint8 (H, W) image."""
 
 
 def _grey(values: NDArray[np.floating]) -> Images:

@@ -6,6 +6,7 @@ database nobody gets in.
 """
 
 import asyncio
+import hmac
 import logging
 import math
 import re
@@ -34,9 +35,11 @@ RULES: dict[str, Role | None] = {
     "GET /health/ready": OPEN,
     "GET /docs": OPEN,
     "GET /openapi.json": OPEN,
+    "GET /ping": OPEN,
     "GET /v1/me": Role.UPLOADER,
     "POST /v1/predictions": Role.UPLOADER,
     "POST /v1/predictions:batch": Role.UPLOADER,
+    "POST /invocations": Role.UPLOADER,
     "GET /v1/predictions/{prediction_id}": Role.UPLOADER,
     "GET /v1/predictions/{prediction_id}/image": Role.UPLOADER,
     "GET /v1/model": Role.UPLOADER,
@@ -56,7 +59,10 @@ RULES: dict[str, Role | None] = {
 }
 """`METHOD /path` -> the least role that may call it; `docs/access.md` says the same in words."""
 LOCAL = frozenset({"GET /metrics"})
-"""Open to this machine too, where no proxy stands between."""
+"""Open to this machine too, where no proxy stands between, and to whoever has `METRICS_KEY`."""
+
+MANAGED = frozenset({"POST /invocations"})
+"""Open to all where the setting `SAGEMAKER` says that only SageMaker, which asks IAM, reaches the port."""
 
 PERSON_HEADER, ROLE_HEADER = "X-NeuroLoop-Person", "X-NeuroLoop-Role"
 """A key that delegates names with these the person it acts for (percent-encoded UTF-8) and that person's role."""
@@ -116,7 +122,8 @@ class Access:
     """Tells callers by their keys.
 
     `first` is the key of the settings: recorded at its first use, so that a new database needs no other way in. A key
-    that follows it in the settings takes its place, and the one before is revoked.
+    that follows it in the settings takes its place, and the one before is revoked. `scraper` is a key that opens the
+    routes of `LOCAL` to a program on another machine, and nothing else; it stands in no database.
     """
 
     def __init__(
@@ -124,12 +131,14 @@ class Access:
         keys: Callable[[], ApiKeys],
         *,
         first: str = "",
+        scraper: str = "",
         per_minute: int = 6000,
         strangers_per_minute: int = 120,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._keys, self._clock = keys, clock
         self._first = recorded(first, name=FRONTEND, role=Role.ADMIN, delegates=True) if first else None
+        self._scraper = scraper
         self._known: dict[str, _Known] = {}
         self._asking: dict[str, asyncio.Task[ApiKey | None]] = {}
         self._callers, self._strangers = Rate(per_minute, clock), Rate(strangers_per_minute, clock)
@@ -144,6 +153,11 @@ class Access:
         if not caller.role.covers(needed):
             raise HTTPException(403, f"This takes the role {needed}; {caller.name} is {caller.role}")
         return caller
+
+    def scrapes(self, request: Request) -> bool:
+        """Whether the request shows the scraper's key."""
+        shown = request.headers.get("authorization", "").partition(" ")[2].strip()
+        return bool(self._scraper) and hmac.compare_digest(shown.encode(), self._scraper.encode())
 
     def forget(self, key_id: str) -> None:
         """Ask the database about this key at its next use."""
@@ -213,11 +227,21 @@ class Access:
         return HTTPException(401, why, {"WWW-Authenticate": 'Bearer realm="neuroloop"'})
 
 
-class Guard:
-    """ASGI middleware that lets a request pass if the rule of its route does; `routes` are the application's."""
+SAGEMAKER = Caller(name="sagemaker", role=Role.UPLOADER, key_id="")
+"""Whose the predictions of `MANAGED` routes are."""
 
-    def __init__(self, app: ASGIApp, access: Access, routes: Callable[[], Sequence[BaseRoute]]) -> None:
+
+class Guard:
+    """ASGI middleware that lets a request pass if the rule of its route does; `routes` are the application's.
+
+    With `managed`, the routes of `MANAGED` take no key.
+    """
+
+    def __init__(
+        self, app: ASGIApp, access: Access, routes: Callable[[], Sequence[BaseRoute]], managed: bool = False
+    ) -> None:
         self._app, self._access, self._routes = app, access, routes
+        self._managed = MANAGED if managed else frozenset()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on with its caller in the state, or answer with a problem.
@@ -231,7 +255,10 @@ class Guard:
             request = Request(scope)
             rule = _rule(scope["method"], getattr(route, "path", ""))
             needed = RULES.get(rule, Role.ADMIN)
-            if needed is not OPEN and not (rule in LOCAL and is_local(request)):
+            open_here = rule in LOCAL and (is_local(request) or self._access.scrapes(request))
+            if rule in self._managed:
+                request.state.caller = SAGEMAKER
+            elif needed is not OPEN and not open_here:
                 try:
                     request.state.caller = await self._access.admit(request, needed)
                 except (HTTPException, NeuroLoopError) as error:

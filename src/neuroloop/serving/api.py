@@ -1,6 +1,8 @@
 """The inference API. `uvicorn neuroloop.serving.api:app --factory` serves it with the settings of the environment."""
 
 import asyncio
+import contextlib
+import contextvars
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +11,11 @@ from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Header, Query, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from neuroloop import __version__, bootstrap
+from neuroloop.core import logs
 from neuroloop.core.credentials import Role
 from neuroloop.core.errors import NeuroLoopError, Unavailable
 from neuroloop.core.schemas import (
@@ -27,7 +30,19 @@ from neuroloop.core.schemas import (
     Verdict,
 )
 from neuroloop.imaging.decode import FORMATS
-from neuroloop.serving import access, batch, headers, inference, intake, keyring, problems, rollback
+from neuroloop.serving import (
+    access,
+    admission,
+    batch,
+    headers,
+    inference,
+    intake,
+    keyring,
+    loop_metrics,
+    problems,
+    rollback,
+    sagemaker,
+)
 from neuroloop.serving.access import caller_of
 from neuroloop.serving.champion import Champion
 from neuroloop.serving.metrics import Metrics
@@ -86,6 +101,7 @@ _SANDBOX = {
     "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
     "frame-ancestors 'none'",
 }
+_PREDICTING = ("/v1/predictions", "/v1/predictions:batch", "/invocations")
 _UPLOAD = {
     "required": True,
     "content": {
@@ -156,15 +172,12 @@ class _Threads:
 
     async def run(self, function: Callable[..., T], *args: Any, seconds: float = ANSWER_SECONDS) -> T:
         """`function(*args)`. Raises `Unavailable` after `seconds`."""
-        work = asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        context = contextvars.copy_context()  # so that lines logged there name the request
+        work = asyncio.get_running_loop().run_in_executor(self._pool, partial(context.run, function, *args))
         try:
             return await asyncio.wait_for(work, seconds)
         except TimeoutError:
-            raise Unavailable(
-                "The answer took too long",
-                why=f"the store, the database or a free thread could not be had within {seconds:.0f} s",
-                fix="try again shortly",
-            ) from None
+            raise admission.too_slow(seconds) from None
 
     def close(self) -> None:
         """Drop what is queued; running work ends by its own time limits."""
@@ -179,8 +192,9 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     metrics = Metrics()
     champion = Champion(services, metrics)
     service = inference.InferenceService(services, champion, metrics)
+    loop = loop_metrics.LoopMetrics(services, metrics)
     # Apart from one another: slow predictions delay neither the other pages nor the probes.
-    predicting = _Threads(PREDICTING_THREADS, "predict")
+    predicting = admission.Places(PREDICTING_THREADS, "predict")
     asking = _Threads(8, "ask")
     probing = _Threads(4, "probe")
 
@@ -191,7 +205,8 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         yield
         await asyncio.to_thread(champion.stop)
         await asyncio.to_thread(service.decoder.close)
-        for threads in (predicting, asking, probing):
+        predicting.close()
+        for threads in (asking, probing):
             threads.close()
 
     app = FastAPI(
@@ -206,17 +221,20 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     door = access.Access(
         lambda: services.keys,
         first=first_key or services.settings.ui_api_key,
+        scraper=services.settings.metrics_key,
         per_minute=services.settings.rate_limit,
         strangers_per_minute=services.settings.rate_limit_strangers,
     )
-    app.add_middleware(access.Guard, access=door, routes=lambda: app.routes)
+    app.add_middleware(access.Guard, access=door, routes=lambda: app.routes, managed=services.settings.sagemaker)
     app.add_middleware(
         intake.BodyLimit,
         limit=lambda path: {
             "/v1/predictions": upload_limit,
             "/v1/predictions:batch": upload_limit * batch.BODY_UPLOADS,
+            "/invocations": upload_limit,
         }.get(path, intake.ENVELOPE_BYTES),
     )
+    app.add_middleware(admission.Door, places=predicting, paths=frozenset(_PREDICTING))
     app.add_middleware(RequestLog, metrics=metrics)
     app.add_middleware(headers.SecurityHeaders)
     problems.install(app)
@@ -241,10 +259,11 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         data = await intake.read_image(request)
         owner = caller_of(request).name
         ask = partial(service.predict, data, frame=frame, owner=owner, consent=agreed, request=key, images=images)
-        answer = await predicting.run(ask)
+        answer = await predicting.run(ask, seconds=ANSWER_SECONDS)
         request.state.prediction, request.state.version = answer.id, answer.model_version
         if isinstance(answer, inference.Answer):
-            return JSONResponse(answer.model_dump(mode="json"), 201, {"Location": f"/v1/predictions/{answer.id}"})
+            where = {"Location": f"/v1/predictions/{answer.id}"}
+            return Response(answer.model_dump_json(), 201, where, media_type="application/json")
         return problems.refusal(answer)
 
     @app.post(
@@ -263,9 +282,11 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
 
         async def ask(index: int, data: bytes) -> inference.Answer | inference.Rejection:
             one = f"{key} {index}" if key else ""
-            return await predicting.run(
-                partial(service.predict, data, owner=owner, consent=agreed, request=one, images=images)
-            )
+            part = partial(service.predict, data, owner=owner, consent=agreed, request=one, images=images)
+            said = await predicting.run(part, seconds=ANSWER_SECONDS, patient=True)
+            fields = {logs.PREDICTION: said.id, logs.MODEL: said.model_version}
+            _LOG.info("file %d of a batch is prediction %s, by version %s", index + 1, *fields.values(), extra=fields)
+            return said
 
         return await batch.answer(files, ask)
 
@@ -437,9 +458,13 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
 
     @app.get("/metrics", tags=["health"], response_class=Response)
     async def prometheus() -> Response:
-        """Figures for Prometheus."""
+        """Figures for Prometheus: of this server, and of the loop as the database has them."""
+        with contextlib.suppress(Unavailable):  # the figures of this server are worth having all the same
+            await asking.run(loop.refresh, seconds=CHECK_SECONDS)
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    answering = partial(predicting.run, seconds=ANSWER_SECONDS)
+    sagemaker.install(app, services.settings, service, predict=answering, probe=probing.run, upload=_UPLOAD)
     access.document(app)
     problems.document(app)
     return app
@@ -447,9 +472,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
 
 def app() -> FastAPI:
     """The API of the current settings; the factory that uvicorn calls."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    for chatty in ("urllib3.connectionpool", "httpx"):  # each of their retries would be a line; the metric counts them
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     services = bootstrap.services()
+    logs.configure(services.settings.log_format, "api")
     services.settings.require("database_url")
     return create_app(services)

@@ -41,7 +41,7 @@ from neuroloop.core.schemas import (
     now,
 )
 from neuroloop.data.corrections import unused
-from neuroloop.imaging.canonical import Box, canonicalize, head_box, place
+from neuroloop.imaging.canonical import Box, canonical_and_box, head_box, place
 from neuroloop.imaging.decode import Decoded, encode_png, objection
 from neuroloop.model.bundle import Bundle
 from neuroloop.model.card import Card, as_markdown
@@ -181,14 +181,16 @@ class InferenceService:
             if claim.answered:
                 return self._again(claim, read, images)
         bundle = served.bundle
-        canonical = canonicalize(pixels, bundle.image_size)
+        canonical, box = canonical_and_box(pixels, bundle.image_size)
         outputs = bundle.predict(canonical[None])
-        gate = _declared(bundle.gate.judge(outputs.features[0], canonical), objection(read.modality, read.body_part))
+        judged = bundle.gate.judge(canonical, float(outputs.novelty[0]))
+        gate = _declared(judged, objection(read.modality, read.body_part))
         prediction_id = claim.prediction_id if claim else str(uuid.uuid4())
         index = int(outputs.probabilities[0].argmax())
         label = LABELS[index] if gate.accepted else None
         key = keys.prediction(label, prediction_id) if label else keys.invalid(prediction_id)
-        self._services.store.put(key, encode_png(pixels), content_type="image/png")
+        png = encode_png(pixels)
+        self._services.store.put(key, png, content_type="image/png")
         probabilities = outputs.probabilities[0].astype(float).tolist()
         sets = {level: _open_classes(found[0], probabilities) for level, found in outputs.sets.items()}
         refer = bool(outputs.refer[0]) and label is not None
@@ -210,7 +212,7 @@ class InferenceService:
                 "height": pixels.shape[0],
                 "prediction_sets": sets if label else {},
                 "refer": refer,
-                "refer_reason": _refer_reason(max(probabilities), limit) if refer else "",
+                "refer_reason": _refer_reason(max(probabilities), limit, gate.novelty) if refer else "",
                 "consent": consent,
                 "owner": owner,
             }
@@ -226,7 +228,7 @@ class InferenceService:
         if label is None:
             return _rejection(prediction, read)
         heat = bundle.heat(outputs.cam[0], index) if explained and images else None
-        return _answer(prediction, read, heat, images=images)
+        return _answer(prediction, read, heat, images=images, png=png, box=box)
 
     def erase(self, prediction_id: str, *, reason: ErasureReason, by: str) -> Erasure:
         """Erase a prediction, see `records.erasure`. Raises `NotFound`, `Unavailable`."""
@@ -393,6 +395,7 @@ class InferenceService:
         if prediction.refer:
             self._metrics.referrals.labels(prediction.label).inc()
         self._metrics.prediction_seconds.observe(prediction.seconds)
+        self._metrics.gate_score.observe(prediction.gate.score)
 
     def _corrections_waiting(self) -> int:
         store = self._services.store
@@ -414,9 +417,20 @@ def _rejection(prediction: Prediction, read: Decoded) -> Rejection:
     )
 
 
-def _answer(prediction: Prediction, read: Decoded, heat: NDArray[np.float32] | None, *, images: bool = True) -> Answer:
-    """The answer, its images reduced to `SHOWN_SIDE`; the heat map is placed in that size, which is what is seen."""
-    image, heatmap = _shown(read.pixels, heat) if images else (None, None)
+def _answer(
+    prediction: Prediction,
+    read: Decoded,
+    heat: NDArray[np.float32] | None,
+    *,
+    images: bool = True,
+    png: bytes | None = None,
+    box: Box | None = None,
+) -> Answer:
+    """The answer, its images reduced to `SHOWN_SIDE`; the heat map is placed in that size, which is what is seen.
+
+    `png` and `box` are what was made of the pixels on the way, where it was: their PNG and the head in them.
+    """
+    image, heatmap = _shown(read.pixels, heat, png, box) if images else (None, None)
     return Answer(
         **prediction.model_dump(include=set(Answer.model_fields) & set(Prediction.model_fields) - {"gate"}),
         gate=prediction.gate,
@@ -428,17 +442,21 @@ def _answer(prediction: Prediction, read: Decoded, heat: NDArray[np.float32] | N
     )
 
 
-def _shown(pixels: NDArray[np.uint8], heat: NDArray[np.float32] | None) -> tuple[str, str | None]:
+def _shown(
+    pixels: NDArray[np.uint8], heat: NDArray[np.float32] | None, png: bytes | None, box: Box | None
+) -> tuple[str, str | None]:
     """The image and the heat map as an answer holds them."""
     scale = min(1.0, SHOWN_SIDE / max(pixels.shape))
     height, width = (max(1, round(side * scale)) for side in pixels.shape)
-    shown = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX)) if scale < 1 else pixels
+    if scale < 1:
+        reduced = Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX)
+        png = encode_png(np.asarray(reduced))
     overlay = None
     if heat is not None:
-        top, left, tall, wide = head_box(pixels)
-        box = Box(round(top * scale), round(left * scale), max(1, round(tall * scale)), max(1, round(wide * scale)))
-        overlay = np.rint(np.clip(place(heat, box, (height, width)), 0, 1) * 255).astype(np.uint8)
-    return _base64(shown), None if overlay is None else _base64(overlay)
+        top, left, tall, wide = box or head_box(pixels)
+        there = Box(round(top * scale), round(left * scale), max(1, round(tall * scale)), max(1, round(wide * scale)))
+        overlay = np.rint(np.clip(place(heat, there, (height, width)), 0, 1) * 255).astype(np.uint8)
+    return _base64(png or encode_png(pixels)), None if overlay is None else _base64(encode_png(overlay))
 
 
 def _known_form(prediction_id: str) -> None:
@@ -475,15 +493,20 @@ def _open_classes(found: NDArray[np.bool_], probabilities: list[float]) -> list[
     return [LABELS[index] for index in order if found[index]]
 
 
-def _refer_reason(largest: float, limit: float) -> str:
+def _refer_reason(largest: float, limit: float, novelty: float) -> str:
+    if novelty > 1:
+        return (
+            f"The scan is unlike those that the model has learned from (novelty {novelty:.2f}, limit 1): another "
+            "scanner, sequence or state. How often the model errs on such scans has not been measured."
+        )
     return (
         f"The largest probability, {100 * largest:.1f} %, is below {100 * limit:.1f} %: where the model was this "
         "uncertain, it was wrong too often in calibration."
     )
 
 
-def _base64(pixels: NDArray[np.uint8]) -> str:
-    return base64.b64encode(encode_png(pixels)).decode("ascii")
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 def _mail(raw: bytes) -> Mail:

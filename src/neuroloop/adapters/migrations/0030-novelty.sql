@@ -1,0 +1,1 @@
+ALTER TABLE predictions ADD COLUMN gate_novelty double precision NOT NULL DEFAULT 0;

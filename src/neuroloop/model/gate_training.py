@@ -1,0 +1,225 @@
+"""Fits the input gate: a small network of its own that has seen varied brains and varied other images.
+
+It learns from the training part's brains, from simulated heads in any contrast and plane, and from images of the kinds
+in `outliers`, all of them varied anew each time (`vary`), so that neither contrast nor sharpness nor noise tells one
+from the other: only what is in the picture does. Imports TensorFlow: for the offline side only.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import cv2
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+from numpy.typing import NDArray
+
+from neuroloop.imaging.augment import AugmentParams, augment_batch
+from neuroloop.model import export, outliers
+from neuroloop.model.gate import SIDE, FittedGate, Floats, Gate, Images, InputGate, distance, measure, shrink
+from neuroloop.model.network import FusedBatchNormalization
+
+_CHANNELS = (16, 24, 48, 96)
+_BATCH = 64
+_LEARNING_RATE, _WEIGHT_DECAY, _SMOOTHING = 2e-3, 0.02, 0.02
+_WARM_UP = 60  # steps
+_MAX_VALIDATION = 400  # brains of each sort that the threshold rests on
+_KEEP, _KEEP_WIDENED = 0.99, 0.97  # shares of validation brains, plain and widened, that the threshold must accept
+_FAMILIAR = 0.99  # share of validation brains that must lie within a novelty of 1
+_PLACES = AugmentParams(rotation_degrees=20, shift=0.08, shear_degrees=8, zoom=0.2)
+_ROWS, _COLUMNS = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j].astype(np.float32)
+
+
+def steps_for(minutes: float) -> int:
+    """Steps of a gate beside a classifier's training of `minutes`: a fourth of it or so, and neither none nor for ever.
+
+    6,000 steps are where held-out kinds no longer gained on the public set.
+    """
+    return int(np.clip(250 * minutes, 200, 6000))
+
+
+def fit_gate(
+    predict_features: Callable[[Images], Floats],
+    brains_train: Images,
+    brains_validation: Images,
+    generator: np.random.Generator,
+    *,
+    steps: int = 0,
+    per_kind: int = 160,
+    without: Collection[str] = (),
+    onnx: bytes | None = None,
+) -> FittedGate:
+    """Fit the gate of one classifier.
+
+    `predict_features` maps uint8 (n, s, s) to the classifier's features (n, f); both sets of brains are canonical uint8
+    (n, s, s), the second one unseen by the classifier. `per_kind` images are made of each kind of `outliers.KINDS`, and
+    as many simulated heads as of seven kinds; kinds that `without` names are not learned, to see how it does then.
+    A network that is there already is given as `onnx` and kept: only its threshold and what depends on the classifier
+    is found anew. Raises `ValueError` with fewer than 10 brains in a set.
+    """
+    if min(len(brains_train), len(brains_validation)) < 10:
+        raise ValueError("a gate needs at least 10 brains to learn from and 10 to set its threshold")
+    if onnx is None:
+        kinds = [kind for kind in outliers.KINDS if kind not in without]
+        others = [shrink(outliers.make(kind, brains_train, per_kind, generator)) for kind in kinds]
+        heads = outliers.render(7 * per_kind, SIDE, generator)
+        small = shrink(brains_train)
+        brains = [small, outliers.widen(small, generator), heads]
+        onnx = train(brains, others, steps=steps, generator=generator)
+
+    raw = InputGate(_NEUTRAL, onnx, threads=2)
+    validation = brains_validation[generator.permutation(len(brains_validation))[:_MAX_VALIDATION]]
+    widened = outliers.widen(validation, generator)
+    rendered = outliers.render(per_kind, brains_train.shape[1], generator)
+    features = predict_features(brains_train)
+    centre, scale = features.mean(axis=0).astype(np.float64), features.std(axis=0).astype(np.float64) + 1e-3
+    away = {
+        name: distance(predict_features(images), centre, scale)
+        for name, images in {"plain": validation, "widened": widened, "rendered": rendered}.items()
+    }
+    plain, wide = raw.logits(validation), raw.logits(widened)
+    offset = float(min(np.quantile(plain, 1 - _KEEP), np.quantile(wide, 1 - _KEEP_WIDENED)))
+    far = float(np.quantile(away["plain"], _FAMILIAR))
+
+    def refused(kind: str) -> float:
+        fresh = outliers.make(kind, validation, max(per_kind // 4, 10), generator)
+        return float((raw.logits(fresh) < offset).mean())
+
+    facts = Gate(
+        offset=offset,
+        width=max(float(np.median(plain)) - offset, 1e-6) / math.log(19),  # the median brain scores 0.95
+        threshold=0.5,
+        threshold_origin=(
+            f"A score of 0.5 is where at least {_KEEP:.0%} of {len(validation)} validation brains and "
+            f"{_KEEP_WIDENED:.0%} of the same brains in unfamiliar contrasts are accepted."
+        ),
+        usual=tuple(map(tuple, np.quantile(measure(brains_train), (0.01, 0.99), axis=0).T.tolist())),
+        centre=tuple(centre.tolist()),
+        scale=tuple(scale.tolist()),
+        far=far,
+        far_origin=f"{_FAMILIAR:.0%} of {len(validation)} validation brains lie within a novelty of 1.",
+        accepted_brains=float((plain >= offset).mean()),
+        accepted_widened=float((wide >= offset).mean()),
+        accepted_rendered=float((raw.logits(rendered) >= offset).mean()),
+        novel_widened=float((away["widened"] > far).mean()),
+        novel_rendered=float((away["rendered"] > far).mean()),
+        rejected={kind: refused(kind) for kind in outliers.KINDS},
+    )
+    return FittedGate(facts, onnx)
+
+
+_NEUTRAL = Gate(
+    offset=0, width=1, threshold=0.5, threshold_origin="", usual=(), centre=(), scale=(), far=1, far_origin="",
+    accepted_brains=0, accepted_widened=0, accepted_rendered=0, novel_widened=0, novel_rendered=0, rejected={},
+)  # fmt: skip
+
+
+def train(brains: list[Images], others: list[Images], *, steps: int, generator: np.random.Generator) -> bytes:
+    """Train a gate's network on sets of uint8 (n, 64, 64) images; an ONNX file.
+
+    Half of each batch are brains, half are others, and each set of a side has an equal share of it. AdamW, warm-up and
+    cosine. Fixed by the generator, on the same machine with the same number of threads.
+    """
+    keras.utils.set_random_seed(int(generator.integers(2**31)))
+    model = _network()
+    optimizer = keras.optimizers.AdamW(_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+    optimizer.build(model.trainable_variables)
+    image, scalar = tf.TensorSpec((_BATCH, SIDE, SIDE), tf.float32), tf.TensorSpec((), tf.float32)
+    answer = tf.constant((np.arange(_BATCH) < _BATCH // 2) * (1 - _SMOOTHING) + _SMOOTHING / 2, tf.float32)
+
+    @tf.function(input_signature=[image, scalar])
+    def step(images: Any, rate: Any) -> None:
+        optimizer.learning_rate.assign(rate)
+        variables = model.trainable_variables
+        with tf.GradientTape() as tape:
+            logits = model(images[..., None], training=True)["logit"][:, 0]
+            loss = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(answer, logits))
+        optimizer.apply(tape.gradient(loss, [variable.value for variable in variables]), variables)
+
+    for number, images in zip(range(steps), _batches(brains, others, generator), strict=False):
+        rate = _LEARNING_RATE * min(1.0, (number + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * number / steps))
+        step(tf.constant(images), tf.constant(rate, tf.float32))
+    return export.export_onnx(model, outputs=("logit",))
+
+
+def _network() -> keras.Model:
+    """Four halvings and three residual convolutions, 0.14 M parameters; mean and maximum over the places decide."""
+    image = keras.Input((SIDE, SIDE, 1), name="image")
+    x = layers.Rescaling(1 / 64, offset=-1.0)(image)
+    x = _convolved(x, _CHANNELS[0], 4, 2)
+    for channels in _CHANNELS[1:]:
+        x = _convolved(x, channels, 2, 2)
+        x = layers.Add()([x, _convolved(x, channels, 3, 1)])
+    pooled = [layers.GlobalAveragePooling2D()(x), layers.GlobalMaxPooling2D()(x)]
+    x = layers.Dropout(0.3)(layers.Concatenate()(pooled))
+    return keras.Model(image, {"logit": layers.Dense(1, name="logit")(x)}, name="gate")
+
+
+def _convolved(x: Any, channels: int, kernel: int, stride: int) -> Any:
+    x = layers.Conv2D(channels, kernel, stride, padding="same", use_bias=False)(x)
+    return layers.ReLU()(FusedBatchNormalization(momentum=0.9)(x))
+
+
+def _batches(brains: list[Images], others: list[Images], generator: np.random.Generator) -> Iterator[Floats]:
+    """Without end: float32 (64, 64, 64), first half brains."""
+    half = _BATCH // 2
+
+    def drawn(sets: list[Images]) -> list[Images]:
+        chosen = (sets[index] for index in generator.integers(len(sets), size=half))
+        return [each[generator.integers(len(each))] for each in chosen]
+
+    while True:
+        yield vary(np.stack(drawn(brains) + drawn(others)), generator)
+
+
+def vary(images: Images, generator: np.random.Generator) -> Floats:
+    """Each image as another scanner or camera might show it: uint8 (n, 64, 64) -> float32 (n, 64, 64), 0..255.
+
+    Place, contrast (inverted or any curve, too), shading, sharpness and noise are drawn anew. The same is done to
+    brains and to what is none.
+    """
+    count = len(images)
+
+    def some(share: float) -> NDArray[np.intp]:
+        return np.flatnonzero(generator.random(count) < share)
+
+    def each(low: float, high: float, share: float = 1.0) -> Floats:
+        drawn = generator.uniform(low, high, (count, 1, 1)) * (generator.random((count, 1, 1)) < share)
+        return drawn.astype(np.float32)
+
+    turned = images.copy()
+    for index in some(0.15):
+        turned[index] = np.rot90(turned[index], int(generator.integers(1, 4)))
+    moved = augment_batch(turned, generator, _PLACES)
+    tones = np.stack([_tone(generator) for _ in range(count)])
+    x = tones[np.arange(count)[:, None, None], moved]
+    down, across, both = (each(-0.4, 0.4) for _ in range(3))
+    x *= np.exp(each(1, 1, 0.5) * (down * _ROWS + across * _COLUMNS + both * _ROWS * _COLUMNS))
+    for index in some(0.25):
+        x[index] = cv2.GaussianBlur(x[index], (0, 0), generator.uniform(0.4, 1.4))
+    for index in some(0.1):
+        side = int(generator.integers(20, 44))
+        coarse = cv2.resize(x[index], (side, side), interpolation=cv2.INTER_AREA)
+        x[index] = cv2.resize(coarse, (SIDE, SIDE))
+    noise = generator.standard_normal(x.shape, dtype=np.float32) * each(0, 0.06, 0.5)
+    x += noise * np.maximum(moved > 5, each(1, 1, 0.4))  # of the whole frame, or of the head alone
+    return 255 * np.clip(x, 0, 1, out=x)
+
+
+def _tone(generator: np.random.Generator) -> Floats:
+    """A curve of greys, float32 (256,): as it was, gamma, the inverse, or any smooth one; black stays black."""
+    x = np.linspace(0, 1, 256)
+    match generator.integers(8):
+        case 0:
+            y = x ** math.exp(generator.uniform(-0.8, 0.8))
+        case 1:
+            y = np.where(x > 0.02, (1.05 - x) ** math.exp(generator.uniform(-0.3, 0.7)), x)
+        case 2:
+            y = np.where(x > 0.02, np.interp(x, np.linspace(0, 1, 5), np.r_[0.0, generator.uniform(0, 1, 4)]), 0)
+        case _:
+            y = x
+    if generator.random() < 0.3:  # overexposed
+        y = y * (1 + generator.uniform(0, 0.6))
+    return np.clip(y, 0, 1).astype(np.float32)

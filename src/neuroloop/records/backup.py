@@ -1,0 +1,225 @@
+"""One backup: both databases and every object of the store, with hashes, and the way back into an empty stack.
+
+```
+<backup>/manifest.json                       written last: a folder without it is no backup
+<backup>/databases/<name>/<table>/000001.copy
+<backup>/objects/<key>                       the store as it stands: images, corrections, batches, data versions, models
+```
+
+The databases are dumped first, each as of one moment, then the objects are copied: the platform stores an object
+before the row that names it, so what the rows name is there. What is erased or moved while the copying goes on would be
+missed: then the databases are dumped anew, until rows and objects agree. The prediction log is dumped before MLflow's
+database, so that the ledger names no version that the registry lacks. Airflow's own database is not in it: its history
+of runs is no part of the loop, whose steps and batches stand in the store.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+
+from pydantic import Field, ValidationError
+
+from neuroloop import __version__
+from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound
+from neuroloop.core.ports import Database, ObjectStore
+from neuroloop.core.schemas import DatabaseDump, Record, now
+
+MANIFEST = "manifest.json"
+UNFINISHED = "restore-unfinished.json"
+"""In the store while a restore goes on: with it the same restore may be repeated after it broke off."""
+_FORMAT = 1
+_ATTEMPTS = 4
+_AT_ONCE = 8
+_LOG = logging.getLogger(__name__)
+Say = Callable[[str], None]
+
+
+class CopiedObject(Record):
+    """One object of the store."""
+
+    sha256: str
+    size: int = Field(ge=0, description="bytes")
+
+
+class Manifest(Record):
+    """What a backup holds."""
+
+    format: int = _FORMAT
+    made_at: datetime = Field(default_factory=now)
+    program: str = Field(default=__version__, description="the NeuroLoop that made it")
+    databases: dict[str, DatabaseDump]
+    objects: dict[str, CopiedObject]
+    missing: tuple[str, ...] = Field(description="what rows name and the store had not: lost before the backup")
+
+    @property
+    def rows(self) -> int:
+        """Rows of all tables."""
+        return sum(table.rows for dump in self.databases.values() for table in dump.tables)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all objects."""
+        return sum(each.size for each in self.objects.values())
+
+
+class _Progress(Record):
+    """What of a restore is done."""
+
+    made_at: datetime
+    loaded: tuple[str, ...] = ()
+
+
+def backup(databases: Mapping[str, Database], store: ObjectStore, target: ObjectStore, *, say: Say) -> Manifest:
+    """Copy everything into the empty `target`, while the platform runs. Raises `AlreadyExists`, `Unavailable`."""
+    if target.list(""):
+        raise AlreadyExists("the backup's folder is not empty", fix="name another one")
+    copied: dict[str, CopiedObject] = {}
+    lost: set[str] = set()
+    for attempt in range(1, _ATTEMPTS + 1):
+        for key in target.list("databases/"):  # of the attempt before: what was erased since must not stay in it
+            target.delete(key)
+        dumps = {name: _dumped(name, database, target) for name, database in databases.items()}
+        say(f"databases: {sum(table.rows for dump in dumps.values() for table in dump.tables):,} rows")
+        there = set(store.list(""))
+        copied |= _copy(store, target, sorted(there - copied.keys()))
+        # Away in between, such as one that was erased: it must not live on in the backup.
+        for key in copied.keys() - set(store.list("")):
+            target.delete(_object(key))
+            del copied[key]
+        say(f"objects: {len(copied):,}")
+        missing = {key for dump_key in dumps for key in _named(dumps[dump_key], dump_key, target)} - copied.keys()
+        if missing <= lost:  # nobody moved them: they were not there before either
+            break
+        lost = missing
+        say(f"{len(missing)} objects went while they were copied: once more (attempt {attempt})")
+    manifest = Manifest(databases=dumps, objects=copied, missing=tuple(sorted(missing)))
+    for key in manifest.missing:
+        _LOG.warning("%s is named by a row and was not in the store", key)
+    target.create(MANIFEST, manifest.model_dump_json(indent=1).encode(), content_type="application/json")
+    return manifest
+
+
+def read_manifest(source: ObjectStore) -> Manifest:
+    """The manifest of a backup. Raises `NotFound` where it is none, `NeuroLoopError` where it is damaged."""
+    try:
+        return Manifest.model_validate_json(source.get(MANIFEST))
+    except NotFound:
+        raise NotFound(
+            "there is no whole backup here", why=f"it has no {MANIFEST}", fix="name the folder of one backup"
+        ) from None
+    except (ValueError, ValidationError) as error:
+        raise NeuroLoopError(
+            "the backup's manifest cannot be read",
+            why=f"it is damaged, or of a later version than {__version__}: {str(error).splitlines()[0]}",
+            fix="restore it with the version that made it",
+        ) from None
+
+
+def restore(databases: Mapping[str, Database], store: ObjectStore, source: ObjectStore, *, say: Say) -> Manifest:
+    """Bring a backup into an empty store and empty databases; every hash is compared.
+
+    After it broke off, the same restore goes on. Raises `AlreadyExists` where something is there, before anything is
+    written.
+    """
+    manifest = read_manifest(source)
+    if manifest.databases.keys() != databases.keys():
+        raise NeuroLoopError(
+            f"the backup holds the databases {', '.join(manifest.databases)}", why=f"asked for: {', '.join(databases)}"
+        )
+    progress = _begun(databases, store, manifest)
+    there = set(store.list(""))
+    _LOG.info("restoring the backup of %s", manifest.made_at)
+    wanted = [key for key in sorted(manifest.objects) if key not in there]
+    _bring(source, store, wanted, manifest.objects)
+    for key in sorted(there & manifest.objects.keys()):
+        _compare(key, store.get(key), manifest.objects[key])
+    say(f"objects: {len(manifest.objects):,}")
+    for name, database in databases.items():
+        if name not in progress.loaded:
+            database.load(manifest.databases[name], lambda part, name=name: source.get(_part(name, part)))  # type: ignore[misc]
+            progress = progress.model_copy(update={"loaded": (*progress.loaded, name)})
+            store.put(UNFINISHED, progress.model_dump_json().encode())
+    say(f"databases: {manifest.rows:,} rows")
+    store.delete(UNFINISHED)
+    return manifest
+
+
+def _begun(databases: Mapping[str, Database], store: ObjectStore, manifest: Manifest) -> _Progress:
+    """The marker of this restore, new or as it broke off. Raises `AlreadyExists`."""
+    there = store.list("")
+    if UNFINISHED in there:
+        progress = _Progress.model_validate_json(store.get(UNFINISHED))
+        strangers = [key for key in there if key not in manifest.objects and key != UNFINISHED]
+        if progress.made_at != manifest.made_at or strangers:
+            raise AlreadyExists("another restore broke off here", fix="empty the store and the databases")
+    else:
+        if there:
+            raise AlreadyExists(
+                f"the store is not empty: {len(there)} objects, such as {there[0]}",
+                why="a restore would mix two histories",
+                fix="name an empty one in NEUROLOOP_STORE_URL",
+            )
+        progress = _Progress(made_at=manifest.made_at)
+    for name, database in databases.items():
+        if name not in progress.loaded and not database.empty():
+            raise AlreadyExists(
+                f"the database {name} is not empty",
+                why="a part of the platform has started on it, or it is in use",
+                fix="stop all parts but PostgreSQL, and make the database anew",
+            )
+    store.put(UNFINISHED, progress.model_dump_json().encode())
+    return progress
+
+
+def _dumped(name: str, database: Database, target: ObjectStore) -> DatabaseDump:
+    return database.dump(lambda part, data: target.put(_part(name, part), data))
+
+
+def _named(dump: DatabaseDump, name: str, target: ObjectStore) -> Iterable[str]:
+    """The keys that rows of a dump name: the images of predictions."""
+    for table in dump.tables:
+        if "object_key" in table.columns:
+            index = table.columns.index("object_key")
+            for part in table.parts:
+                for line in target.get(_part(name, part.name)).decode().splitlines():
+                    yield line.split("\t")[index]
+
+
+def _copy(store: ObjectStore, target: ObjectStore, wanted: list[str]) -> dict[str, CopiedObject]:
+    """Copy the objects that are still there, several at a time."""
+
+    def one(key: str) -> tuple[str, CopiedObject] | None:
+        try:
+            data = store.get(key)
+        except NotFound:
+            return None
+        target.put(_object(key), data)
+        return key, CopiedObject(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return dict(found for found in pool.map(one, wanted) if found)
+
+
+def _bring(source: ObjectStore, store: ObjectStore, wanted: list[str], objects: Mapping[str, CopiedObject]) -> None:
+    def one(key: str) -> None:
+        data = source.get(_object(key))
+        _compare(key, data, objects[key])
+        store.put(key, data)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(one, wanted))
+
+
+def _compare(key: str, data: bytes, known: CopiedObject) -> None:
+    if hashlib.sha256(data).hexdigest() != known.sha256:
+        raise NeuroLoopError(f"{key} of the backup is damaged", why="its hash is not the manifest's")
+
+
+def _object(key: str) -> str:
+    return f"objects/{key}"
+
+
+def _part(database: str, part: str) -> str:
+    return f"databases/{database}/{part}"

@@ -1,0 +1,163 @@
+"""Back-pressure: how many predictions are worked on, how many wait, and what becomes of the rest.
+
+A queue without an end turns a crowd into answers that come when nobody waits for them any more. This one has room for
+a burst. Once that overflows it is no burst but more than the server can do, and a short queue is enough to keep the
+threads busy: until no more are turned away, only so many wait, the latest of those who waited are sent off, and the
+answers that are given stay quick. Whoever is turned away learns it at once, before a key is looked up or a body read.
+"""
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from neuroloop.core.errors import Unavailable
+from neuroloop.serving import problems
+
+BURST = 64
+"""Requests that may wait while all is well."""
+CROWD = 2
+"""Requests that may wait while others are being turned away: enough that no thread is idle until the next comes."""
+CALM_SECONDS = 1.0
+"""A crowd is over when nobody was turned away for so long."""
+_LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class _Waiting(NamedTuple):
+    turn: "asyncio.Future[None]"
+    patient: bool
+
+
+class Places:
+    """`at_once` threads for blocking work, and a bounded queue in front of them. One event loop uses it."""
+
+    def __init__(self, at_once: int, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._pool = ThreadPoolExecutor(at_once, thread_name_prefix=name)
+        self._free, self._clock = at_once, clock
+        self._queue: deque[_Waiting] = deque()
+        self._crowded_until = 0.0
+
+    def full(self) -> bool:
+        """Whether one more would be turned away."""
+        return len(self._queue) >= (CROWD if self._clock() < self._crowded_until else BURST)
+
+    def turned_away(self) -> Unavailable:
+        """Note that one was turned away, which makes it a crowd; the error to tell them."""
+        now = self._clock()
+        if now >= self._crowded_until:
+            _LOG.warning("more requests than can be answered; some are turned away")
+        self._crowded_until = now + CALM_SECONDS
+        latest = [each for each in self._queue if not each.patient][CROWD:]
+        for each in latest:
+            self._queue.remove(each)
+            if not each.turn.done():
+                each.turn.set_exception(_crowded())
+        return _crowded()
+
+    async def run(self, function: Callable[..., T], *args: Any, seconds: float, patient: bool = False) -> T:
+        """`function(*args)` in a thread. Raises `Unavailable` where the queue is full, or after `seconds`.
+
+        Who is `patient` waits however long the queue is, and is not sent off: parts of a request that was let in.
+        """
+        deadline = self._clock() + seconds
+        try:
+            await self._place(seconds, patient)
+            job = self._start(function, *args)
+            return await asyncio.wait_for(asyncio.wrap_future(job), max(0.0, deadline - self._clock()))
+        except TimeoutError:
+            raise too_slow(seconds) from None
+
+    def close(self) -> None:
+        """Drop what is queued; running work ends by its own time limits."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _place(self, seconds: float, patient: bool) -> None:
+        if self._free and not self._queue:
+            self._free -= 1
+            return
+        if not patient and self.full():
+            raise self.turned_away()
+        waiting = _Waiting(asyncio.get_running_loop().create_future(), patient)
+        self._queue.append(waiting)
+        try:
+            await asyncio.wait_for(waiting.turn, seconds)
+        except BaseException:
+            if waiting in self._queue:
+                self._queue.remove(waiting)
+            elif waiting.turn.done() and not waiting.turn.cancelled() and waiting.turn.exception() is None:
+                self._pass_on()  # the turn came as the client left
+            raise
+
+    def _start(self, function: Callable[..., T], *args: Any) -> "Future[T]":
+        """Begin; the place is free again when the work has ended, not when somebody stops waiting for it."""
+        loop = asyncio.get_running_loop()
+        try:
+            context = contextvars.copy_context()  # so that lines logged there name the request
+            job = self._pool.submit(context.run, function, *args)
+        except BaseException:
+            self._pass_on()
+            raise
+        job.add_done_callback(lambda _: _on(loop, self._pass_on))
+        return job
+
+    def _pass_on(self) -> None:
+        """Give a free place to whoever has waited longest."""
+        while self._queue:
+            turn = self._queue.popleft().turn
+            if not turn.done():
+                return turn.set_result(None)
+        self._free += 1
+
+
+class Door:
+    """ASGI middleware that turns requests to `paths` away while `places` are full: at no cost, so before all else."""
+
+    def __init__(self, app: ASGIApp, places: Places, paths: frozenset[str]) -> None:
+        self._app, self._places, self._paths = app, places, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on, or not."""
+        if (
+            scope["type"] == "http"
+            and scope["path"] in self._paths
+            and scope["method"] == "POST"
+            and self._places.full()
+        ):
+            scope["route"] = _Named(scope["path"])  # for the log and the metrics, as if it had been reached
+            answer = problems.from_error(self._places.turned_away())
+            if "transfer-encoding" in Headers(scope=scope):  # it may have no end, and nobody will read it
+                answer.headers["Connection"] = "close"
+            return await answer(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+def too_slow(seconds: float) -> Unavailable:
+    """The error of work that was not done in time."""
+    return Unavailable(
+        "The answer took too long",
+        why=f"the store, the database or a free thread could not be had within {seconds:.0f} s",
+        fix="try again shortly",
+    )
+
+
+class _Named(NamedTuple):
+    path: str
+
+
+def _on(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call)
+
+
+def _crowded() -> Unavailable:
+    return Unavailable(
+        "The service is busy", why="more images are waiting than it can answer in time", fix="try again shortly"
+    )

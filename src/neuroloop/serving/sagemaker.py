@@ -1,0 +1,69 @@
+"""The two routes that Amazon SageMaker asks of a container, beside those of the API.
+
+SageMaker lets nobody in whom IAM does not, and passes no header of the caller on, so with the setting `SAGEMAKER` these
+take no key (`access.MANAGED`). It gives `GET /ping` two seconds, and a prediction sixty.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Header, Request, Response
+from fastapi.responses import JSONResponse
+
+from neuroloop.core.errors import NeuroLoopError
+from neuroloop.core.schemas import Consent
+from neuroloop.core.settings import Settings
+from neuroloop.serving import inference, intake, problems
+from neuroloop.serving.access import caller_of
+
+PING_SECONDS = 1.5
+Run = Callable[..., Coroutine[Any, Any, Any]]
+"""Runs `function(*args)` in a thread: `await run(function, seconds=...)`."""
+Attributes = Annotated[
+    Consent | None,
+    Header(
+        alias="X-Amzn-SageMaker-Custom-Attributes",
+        description="The consent, as in X-Consent: the one header of a caller that SageMaker passes on",
+    ),
+]
+
+
+def install(
+    app: FastAPI,
+    settings: Settings,
+    service: inference.InferenceService,
+    *,
+    predict: Run,
+    probe: Run,
+    upload: dict[str, Any],
+) -> None:
+    """Give `app` both routes; `upload` is OpenAPI's description of a body that is an image."""
+
+    @app.get("/ping", tags=["health"], response_class=Response, responses={503: {"description": "Not ready"}})
+    async def ping() -> Response:
+        """Whether a prediction would be answered; no body."""
+        checks = (service.check_database, service.check_store, service.check_model)
+        try:
+            await asyncio.gather(*(probe(check, seconds=PING_SECONDS) for check in checks))
+        except NeuroLoopError:
+            return Response(status_code=503)
+        return Response(status_code=200)
+
+    @app.post(
+        "/invocations",
+        tags=["predictions"],
+        openapi_extra={"requestBody": upload},
+        responses=problems.responses(400, 408, 410, 413, 415, 422, 503, 507),
+        response_model=inference.Answer,
+    )
+    async def invocations(request: Request, consent: Attributes = None) -> Any:
+        """Classify one slice, as `POST /v1/predictions` does."""
+        agreed = intake.consent(consent, settings)
+        data = await intake.read_image(request)
+        answer = await predict(partial(service.predict, data, owner=caller_of(request).name, consent=agreed))
+        request.state.prediction, request.state.version = answer.id, answer.model_version
+        if isinstance(answer, inference.Answer):
+            return JSONResponse(answer.model_dump(mode="json"))
+        return problems.refusal(answer)

@@ -1,0 +1,78 @@
+"""The task `promote_model` when it is tried again: its first decision stands, and nobody else's is undone."""
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from neuroloop.bootstrap import Services
+from neuroloop.core.schemas import LABELS
+from neuroloop.core.settings import Settings
+from neuroloop.loop import handoff, pipeline
+from neuroloop.loop.promotion import BASELINES
+from neuroloop.serving.rollback import make_champion
+from serving.running import write_bundle
+
+GOOD = {"accuracy": 0.9, "macro_f1": 0.9} | {f"recall_{label}": 0.9 for label in LABELS}
+
+
+@pytest.fixture
+def services(tmp_path: Path, postgres_url: str, mlflow_uri: str) -> Services:
+    return Services(Settings(home=tmp_path, database_url=postgres_url, mlflow_tracking_uri=mlflow_uri))
+
+
+@pytest.fixture
+def champion(services: Services, tmp_path: Path) -> str:
+    version = registered(services, "first", tmp_path / "first")
+    services.registry.set_alias("champion", version)
+    return version
+
+
+def registered(services: Services, name: str, folder: Path) -> str:
+    run = services.registry.open_run(f"{name}-{uuid.uuid4()}", experiment=handoff.BUILD)
+    return services.registry.register(run, write_bundle(folder), tags={}).version
+
+
+@pytest.fixture
+def run_id(services: Services, champion: str, tmp_path: Path) -> str:
+    """A run that has evaluated and registered a model which is good enough."""
+    run_id = f"manual__{uuid.uuid4()}"
+    run = handoff.tracked(services, run_id)
+    version = services.registry.register(run, write_bundle(tmp_path / "second", data_version="d2"), tags={}).version
+    handoff.keep(services, run_id, "register_model", {"version": version})
+    evaluated = {"test": GOOD, "baselines": {f"{name}_macro_f1": 0.3 for name in BASELINES}, "simulated": True}
+    outdated = {"version": champion, "reason": "its format is an older one"}
+    about = {"split": "grouped", "test_images": dict.fromkeys(LABELS, 30), "champion": None, "outdated": outdated}
+    handoff.keep(services, run_id, "evaluate_model", evaluated | about)
+    return run_id
+
+
+def alias(services: Services, name: str) -> str:
+    return services.registry.by_alias(name).version
+
+
+def test_a_decision_that_was_written_before_a_kill_is_carried_out_by_the_next_try(services, champion, run_id):
+    version = handoff.kept(services, run_id, "register_model")["version"]
+    row = pipeline.decision(services, run_id, version, handoff.BUILD)
+    services.log.record_promotion(row)
+    assert alias(services, "champion") == champion
+    assert pipeline.promote_model(services, run_id)["promoted"]
+    assert (alias(services, "champion"), alias(services, "previous")) == (version, champion)
+    assert services.log.promotions() == [row]
+
+
+def test_a_decision_stands_even_where_the_scores_are_others_by_now(services, champion, run_id):
+    first = pipeline.promote_model(services, run_id)
+    worse = handoff.kept(services, run_id, "evaluate_model") | {"test": GOOD | {"macro_f1": 0.1}}
+    handoff.keep(services, run_id, "evaluate_model", worse)
+    assert pipeline.promote_model(services, run_id) == first
+    assert len(services.log.promotions()) == 1
+
+
+def test_a_repeat_does_not_undo_what_a_person_has_decided_since(services, champion, run_id):
+    promoted = pipeline.promote_model(services, run_id)
+    make_champion(services, champion, by="ann", reason="Wrong on pituitary")
+    assert alias(services, "champion") == champion
+    assert pipeline.promote_model(services, run_id) == promoted
+    assert (alias(services, "champion"), alias(services, "previous")) == (champion, promoted["version"])
+    assert len(services.log.promotions()) == 2

@@ -1,0 +1,177 @@
+"""Back-pressure: who waits, who is turned away, and that the service stays itself under a crowd."""
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from neuroloop.bootstrap import Services
+from neuroloop.core.errors import Unavailable
+from neuroloop.serving.admission import BURST, CALM_SECONDS, CROWD, Places
+from serving.running import BEARER, encoded, head, serving
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def settled() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def start(places: Places, work, count: int, **how) -> list[asyncio.Task]:
+    return [asyncio.ensure_future(places.run(work, number, seconds=30, **how)) for number in range(count)]
+
+
+def test_a_burst_waits_and_all_of_it_is_answered_in_its_order():
+    async def play() -> list[int]:
+        places, order, gate = Places(1, "test"), [], threading.Event()
+        tasks = start(places, lambda n: (gate.wait(20), order.append(n)), 1 + BURST)
+        await settled()
+        assert places.full()
+        gate.set()
+        await asyncio.gather(*tasks)
+        places.close()
+        return order
+
+    assert asyncio.run(play()) == list(range(1 + BURST))
+
+
+def test_one_too_many_is_turned_away_at_once_and_the_latest_of_those_who_wait_with_it():
+    async def play() -> tuple[list, list]:
+        places, gate = Places(1, "test"), threading.Event()
+        tasks = start(places, lambda n: gate.wait(20) and n, 1 + BURST)
+        await settled()
+        with pytest.raises(Unavailable, match="busy"):
+            await places.run(len, "", seconds=30)
+        await settled()
+        done = [task for task in tasks if task.done()]
+        gate.set()
+        said = await asyncio.gather(*tasks, return_exceptions=True)
+        places.close()
+        return [tasks.index(task) for task in done], said
+
+    sent_off, said = asyncio.run(play())
+    assert sent_off == list(range(1 + CROWD, 1 + BURST))
+    assert said[: 1 + CROWD] == list(range(1 + CROWD))
+    assert all(isinstance(each, Unavailable) for each in said[1 + CROWD :])
+
+
+def test_only_few_wait_until_nobody_was_turned_away_for_a_while():
+    async def play() -> None:
+        clock, gate = Clock(), threading.Event()
+        places = Places(1, "test", clock)
+        places.turned_away()
+        tasks = start(places, lambda n: gate.wait(20), 1 + CROWD)
+        await settled()
+        assert places.full()
+        clock.now += CALM_SECONDS
+        assert not places.full()
+        gate.set()
+        await asyncio.gather(*tasks)
+        places.close()
+
+    asyncio.run(play())
+
+
+def test_the_parts_of_a_request_that_was_let_in_are_not_sent_off():
+    async def play() -> list:
+        places, gate = Places(1, "test"), threading.Event()
+        tasks = start(places, lambda n: gate.wait(20) and n, 1 + BURST, patient=True)
+        await settled()
+        places.turned_away()
+        tasks += start(places, lambda n: gate.wait(20) and n, 1, patient=True)
+        gate.set()
+        said = await asyncio.gather(*tasks)
+        places.close()
+        return said
+
+    assert asyncio.run(play()) == [*range(1 + BURST), 0]
+
+
+def test_a_place_is_free_when_the_work_has_ended_not_when_somebody_stops_waiting():
+    async def play() -> None:
+        places, gate, ran = Places(1, "test"), threading.Event(), threading.Event()
+        with pytest.raises(Unavailable, match="too long"):
+            await places.run(gate.wait, 20, seconds=0.05)
+        with pytest.raises(Unavailable, match="too long"):
+            await places.run(ran.set, seconds=0.05)
+        assert not ran.is_set()  # it gave up while it waited, so it is never begun
+        gate.set()
+        await places.run(ran.set, seconds=20)
+        assert ran.is_set()
+        places.close()
+
+    asyncio.run(play())
+
+
+def test_who_leaves_while_waiting_takes_no_place_with_them():
+    async def play() -> int:
+        places, gate = Places(1, "test"), threading.Event()
+        first = start(places, lambda n: gate.wait(20), 1)
+        leaving = start(places, lambda n: n, 5)
+        await settled()
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        gate.set()
+        await asyncio.gather(*first)
+        found = await places.run(lambda: 7, seconds=20)
+        places.close()
+        return found
+
+    assert asyncio.run(play()) == 7
+
+
+def test_an_error_of_the_work_frees_its_place():
+    async def play() -> None:
+        places = Places(1, "test")
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError):
+                await places.run(lambda: 1 / 0, seconds=20)
+        places.close()
+
+    asyncio.run(play())
+
+
+def test_a_crowd_gets_answers_or_503_and_the_probes_answer_all_the_while(services: Services, champion: str):
+    data = encoded(head("glioma"))
+    with serving(services) as api, httpx.Client(base_url=f"http://127.0.0.1:{api.port}", timeout=60) as client:
+        ended = threading.Event()
+
+        def crowd(_: int) -> list[httpx.Response]:
+            with httpx.Client(base_url=f"http://127.0.0.1:{api.port}", timeout=60, headers=BEARER) as one:
+                return [one.post("/v1/predictions", files={"file": ("a.png", data)}) for _ in range(3)]
+
+        def probe() -> list[int]:
+            said = []
+            while not ended.is_set():
+                said += [client.get(f"/health/{name}").status_code for name in ("live", "ready")]
+                time.sleep(0.05)
+            return said
+
+        with ThreadPoolExecutor(3 * BURST + 1) as pool:
+            probed = pool.submit(probe)
+            answers = [answer for some in pool.map(crowd, range(3 * BURST)) for answer in some]
+            ended.set()
+            assert set(probed.result()) == {200}
+        given = [answer for answer in answers if answer.status_code == 201]
+        refused = [answer for answer in answers if answer.status_code != 201]
+        assert {answer.status_code for answer in refused} == {503}
+        assert len(given) > BURST // 2  # on a slow machine some of the burst are given up for their time limit
+        for answer in refused:
+            assert int(answer.headers["Retry-After"]) > 0
+            assert answer.headers["Content-Type"] == "application/problem+json"
+            assert answer.headers["X-Request-Id"]
+        assert len({answer.json()["id"] for answer in given}) == len(given)
+        rows = services.log.known([answer.json()["id"] for answer in given])
+        assert len(rows) == len(given)
+        assert {row.object_key for row in rows.values()} <= set(api.stored())
+        assert api.client.post("/v1/predictions", files={"file": ("a.png", data)}).status_code == 201

@@ -104,7 +104,7 @@ class Services:
 def open_store(url: str) -> ObjectStore:
     """`file:///folder`, or `gs://bucket`, `s3://bucket` or `az://container`, each with or without a `/prefix`.
 
-    `gs://bucket?endpoint=http://emulator:4443` names an emulator.
+    `gs://bucket?endpoint=http://host:4443` is the bucket of an emulator.
     """
     parts = urlsplit(url)
     match parts.scheme:

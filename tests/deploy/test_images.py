@@ -66,9 +66,9 @@ def test_the_lists_are_made_by_the_makefile_from_the_groups():
 
 
 def test_the_api_and_all_its_adapters_can_be_imported_with_its_packages_only():
-    adapters = ("gcs", "folder", "postgres", "mlflow_registry", "smtp")
+    adapters = ("gcs", "cloud", "folder", "postgres", "mlflow_registry", "smtp")
     modules = ("cli", "serving.api", "serving.decode_worker", "serving.rollback")
-    lazy = ("pydicom", "openjpeg", "gdcm", "nibabel", "mlflow.tracking", "aiosmtpd.controller", "yoyo")
+    lazy = ("pydicom", "openjpeg", "gdcm", "nibabel", "ecs_logging", "aiosmtpd.controller", "yoyo")
     ours = [f"neuroloop.{module}" for module in (*modules, *(f"adapters.{adapter}" for adapter in adapters))]
     assert imported("api", *ours, *lazy) == ""
 

@@ -59,7 +59,7 @@ def test_a_log_that_cannot_be_read_says_so_instead_of_failing(tmp_path: Path):
     with GcsServer("bucket").serve() as server:
         logs = StoreTaskLogs(tmp_path, open_store(f"gs://bucket?endpoint={server.url}"))
         assert logs.read(PATH) == ([], None)
-        server.faults.append(("GET", 403, False))
+        server.faults.extend([("GET", 400, False)] * 10)
         where, lines = logs.read(PATH)
     assert lines is None
     assert "cannot be asked" in where[0]

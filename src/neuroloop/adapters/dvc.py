@@ -25,9 +25,9 @@ _VERSION = re.compile(r"md5: ([0-9a-f]{32})\.dir\b")
 class DvcVersions:
     """`ports.DataVersions` by DVC. `remote_url` is `file:///folder`, or `gs://`, `s3://` or `az://bucket/prefix`.
 
-    The remote has DVC's own layout, `files/md5/ab/cdef...`, which `keys.image` names too. For `gs://`, an emulator
-    at `endpoint` or `STORAGE_EMULATOR_HOST` is asked instead of the cloud; the other vendors' own variables are
-    honoured; `s3://` takes the extra `aws` of this package.
+    The remote has DVC's own layout, `files/md5/ab/cdef...`, which `keys.image` names too. For `gs://`, an emulator at
+    `endpoint` or `STORAGE_EMULATOR_HOST` is asked instead of the cloud; the vendors' own variables are honoured;
+    `s3://` takes the extra `aws` of this package.
     """
 
     def __init__(self, remote_url: str, endpoint: str = "") -> None:

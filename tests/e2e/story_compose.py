@@ -2,8 +2,8 @@
 
 `make story-compose` runs it and prints what happened; the last line is one JSON object. The stack is a compose project
 of its own, with passwords and ports of its own, and is removed with its volumes at the end. `COMPOSE_FILE` names the
-compose files, as docker compose itself has it. Data and trainings are those of the other story: on fewer scans, the first
-model does not beat the trivial baselines, and is rightly not promoted.
+compose files, as docker compose itself has it. Data and trainings are those of the other story: on fewer scans, the
+first model does not beat the trivial baselines, and is rightly not promoted.
 """
 
 import json

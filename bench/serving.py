@@ -47,7 +47,7 @@ from neuroloop.adapters.mlflow_registry import MODEL, MlflowRegistry
 from neuroloop.core.credentials import new_key
 from neuroloop.core.schemas import LABELS, NO_TUMOUR
 from neuroloop.imaging.canonical import canonicalize
-from neuroloop.model import calibration, gate
+from neuroloop.model import calibration
 from neuroloop.model.bundle import Bundle, OnnxModel, write
 
 SIDE, UPLOADS, SIZE = 512, 24, 128
@@ -111,37 +111,29 @@ def scans() -> list[np.ndarray]:
 
 
 def untrained_bundle(seed: int, images: np.ndarray, folder: Path) -> Path:
-    """A whole bundle around an untrained network, with a gate that weighs nothing and accepts: both take as long."""
+    """A whole bundle around an untrained network, with a gate that accepts all: both take as long."""
     import keras
 
-    from neuroloop.model import export, network
+    from neuroloop.model import export, gate_training, network
 
     keras.utils.set_random_seed(seed)
     model = network.build(SIZE)
     onnx = export.export_onnx(model)
     exported = OnnxModel(onnx)
     outputs = exported.run(images[:100])
-    inputs = outputs.features.shape[1] + len(gate._MEASURES)
-    terms = gate._terms(np.zeros((1, inputs)), np.zeros(inputs), np.ones(inputs)).shape[1]
-    accepting = gate.Gate(
-        centre=(0.0,) * inputs,
-        scale=(1.0,) * inputs,
-        weights=(0.0,) * terms,
-        offset=-1.0,
-        width=1.0,
-        usual=((0.0, 1.0),) * len(gate._MEASURES),
-        threshold=0.5,
-        threshold_origin="none, for a measurement of time",
-        accepted_brains=1.0,
-        accepted_widened=1.0,
-        accepted_rendered=1.0,
-        rejected_unseen={},
-        rejected={},
+    fitted = gate_training.fit_gate(
+        lambda some: exported.run(some).features,
+        images[:100],
+        images[:100],
+        np.random.default_rng(seed),
+        steps=1,
+        per_kind=1,
     )
+    accepting = fitted.facts.model_copy(update={"offset": -1e6, "far": 1e6})
     return write(
         folder,
         onnx=onnx,
-        gate=accepting,
+        gate=fitted._replace(facts=accepting),
         statistics=b"{}",
         image_size=SIZE,
         architecture="compact",
@@ -163,8 +155,8 @@ def a_bundle(folder: Path, given: Path | None, pixels: list[np.ndarray]) -> tupl
         said = bundle.predict(fitting)
         chosen = [
             one
-            for one, image, features, logits in zip(pixels, fitting, said.features, said.logits, strict=True)
-            if LABELS[int(logits.argmax())] != NO_TUMOUR and bundle.gate.judge(features, image).accepted
+            for one, image, novelty, logits in zip(pixels, fitting, said.novelty, said.logits, strict=True)
+            if LABELS[int(logits.argmax())] != NO_TUMOUR and bundle.gate.judge(image, float(novelty)).accepted
         ]
         if len(chosen) >= UPLOADS:
             return path, chosen[:UPLOADS]

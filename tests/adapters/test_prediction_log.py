@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -354,6 +355,33 @@ def test_many_threads_share_a_few_connections(postgres_url: str):
             " AND datname = current_database()"
         )
         assert cursor.fetchone()[0] <= 2
+
+
+def test_a_process_killed_at_any_commit_of_the_migrations_is_followed_by_one_that_finishes_them(
+    postgres_server, free_port
+):
+    program = "import sys; from neuroloop.adapters.postgres import PostgresLog; PostgresLog(sys.argv[1]).promotions()"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    commits = last = 0
+
+    def committed() -> None:
+        nonlocal commits
+        commits += 1
+        if commits == last:
+            child.kill()  # it has not had the answer yet
+
+    with Relay(postgres_server.port, free_port()) as relay:
+        relay.tell_of(b"COMMIT", committed)
+        for last in range(1, 50):  # noqa: B007 (`committed` reads it)
+            commits, url = 0, postgres_server.new_database()
+            child = subprocess.Popen(
+                [sys.executable, "-c", program, url.replace(str(postgres_server.port), str(relay.port))],
+                env=environment,
+            )
+            if child.wait(120) == 0:
+                break
+            assert PostgresLog(url).promotions() == []
+    assert last > len(list((Path(postgres.__file__).parent / "migrations").glob("*.sql")))
 
 
 def test_processes_that_start_at_once_migrate_an_empty_database_once(postgres_url: str):

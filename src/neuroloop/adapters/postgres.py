@@ -490,11 +490,18 @@ class PostgresLog:
             import yoyo  # slow to load, and seldom needed
 
             with contextlib.closing(self._connect(_MIGRATION_SECONDS)) as holder, holder.cursor() as cursor:
-                # yoyo's own lock is a row, which a killed process leaves behind; this one ends with the connection.
+                # yoyo's own lock, while it makes its tables, is a row, which a killed process leaves behind. This one
+                # ends with the connection, so whoever holds it may break that one.
                 cursor.execute("SELECT pg_advisory_lock(%s)", (_MIGRATION_LOCK,))
                 with yoyo.get_backend(_with_session(self._url, _MIGRATION_SECONDS)) as backend:
+                    backend.break_lock()
                     missing = backend.to_apply(yoyo.read_migrations(str(_MIGRATIONS)))
-                    backend.apply_migrations(missing)
+                    for migration in missing:
+                        # yoyo alone commits the mark after the steps: a process killed in between would leave a
+                        # database on which every later one tries the same steps, in vain.
+                        with backend.transaction():
+                            migration.process_steps(backend, "apply")
+                            backend.mark_one(migration)
             self._migrated = True
             return [str(migration.id) for migration in missing]
 

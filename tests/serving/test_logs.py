@@ -20,7 +20,7 @@ from serving.running import encoded, head, noise, wait
 from serving.test_privacy import MARK, dicom_of, marked, png
 
 ROOT = Path(__file__).parents[2]
-SECRET = "hunter2-planted-secret"
+SECRET = "hunter2-planted-secret"  # pragma: allowlist secret
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -107,7 +107,7 @@ def field(line: dict, name: str):
 
 def test_every_line_of_the_api_is_ecs_and_a_request_can_be_followed_by_its_ids(api, champion):
     process, client, _ = api
-    trace = "0af7651916cd43dd8448eb211c80319c"
+    trace = "0af7651916cd43dd8448eb211c80319c"  # pragma: allowlist secret
     answer = client.post(
         "/v1/predictions",
         files={"file": ("a.png", encoded(head("glioma")))},

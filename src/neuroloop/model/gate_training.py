@@ -25,6 +25,7 @@ _CHANNELS = (16, 24, 48, 96)
 _BATCH = 64
 _LEARNING_RATE, _WEIGHT_DECAY, _SMOOTHING = 2e-3, 0.02, 0.02
 _WARM_UP = 60  # steps
+_PER_KIND = 160
 _MAX_VALIDATION = 400  # brains of each sort that the threshold rests on
 _KEEP, _KEEP_WIDENED = 0.99, 0.97  # shares of validation brains, plain and widened, that the threshold must accept
 _FAMILIAR = 0.99  # share of validation brains that must lie within a novelty of 1
@@ -47,20 +48,21 @@ def fit_gate(
     generator: np.random.Generator,
     *,
     steps: int = 0,
-    per_kind: int = 160,
+    per_kind: int | None = None,
     without: Collection[str] = (),
     onnx: bytes | None = None,
 ) -> FittedGate:
     """Fit the gate of one classifier.
 
     `predict_features` maps uint8 (n, s, s) to the classifier's features (n, f); both sets of brains are canonical uint8
-    (n, s, s), the second one unseen by the classifier. `per_kind` images are made of each kind of `outliers.KINDS`, and
-    as many simulated heads as of seven kinds; kinds that `without` names are not learned, to see how it does then.
+    (n, s, s), the second one unseen by the classifier. `per_kind` images are made of each kind of `outliers.KINDS`, by
+    default 40 to 160, for few are enough for few steps, and as many simulated heads as of seven kinds; kinds that `without` names are not learned, to see how it does then.
     A network that is there already is given as `onnx` and kept: only its threshold and what depends on the classifier
     is found anew. Raises `ValueError` with fewer than 10 brains in a set.
     """
     if min(len(brains_train), len(brains_validation)) < 10:
         raise ValueError("a gate needs at least 10 brains to learn from and 10 to set its threshold")
+    per_kind = per_kind or int(np.clip(steps // 5, 40, _PER_KIND))
     if onnx is None:
         kinds = [kind for kind in outliers.KINDS if kind not in without]
         others = [shrink(outliers.make(kind, brains_train, per_kind, generator)) for kind in kinds]

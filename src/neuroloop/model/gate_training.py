@@ -56,9 +56,10 @@ def fit_gate(
 
     `predict_features` maps uint8 (n, s, s) to the classifier's features (n, f); both sets of brains are canonical uint8
     (n, s, s), the second one unseen by the classifier. `per_kind` images are made of each kind of `outliers.KINDS`, by
-    default 40 to 160, for few are enough for few steps, and as many simulated heads as of seven kinds; kinds that `without` names are not learned, to see how it does then.
-    A network that is there already is given as `onnx` and kept: only its threshold and what depends on the classifier
-    is found anew. Raises `ValueError` with fewer than 10 brains in a set.
+    default 40 to 160, for few are enough for few steps, and as many simulated heads as of seven kinds. Kinds that
+    `without` names are not learned, to see how it does then. A network that is there already is given as `onnx` and
+    kept: only its threshold and what depends on the classifier is found anew. Raises `ValueError` with fewer than 10
+    brains in a set.
     """
     if min(len(brains_train), len(brains_validation)) < 10:
         raise ValueError("a gate needs at least 10 brains to learn from and 10 to set its threshold")

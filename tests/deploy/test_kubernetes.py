@@ -206,9 +206,9 @@ def test_the_probes_ask_the_routes_that_there_are():
     rules = importlib.import_module("neuroloop.serving.access").RULES
     assert {asked["api", "livenessProbe"], asked["api", "readinessProbe"]} == {"/health/live", "/health/ready"}
     assert all(rules[f"GET {path}"] is None for (who, _), path in asked.items() if who == "api")
-    compose = yaml.safe_load((ROOT / "docker-compose.yaml").read_text())["services"]
-    for who, service in (("frontend", "ui"), ("mlflow", "mlflow")):
-        assert compose[service]["healthcheck"]["test"][3].endswith(asked[who, "readinessProbe"])
+    images = (ROOT / "deploy" / "Dockerfile").read_text()
+    for who, port in (("frontend", 8501), ("mlflow", 5000)):
+        assert f'"http://127.0.0.1:{port}{asked[who, "readinessProbe"]}"' in images
 
 
 @each_environment

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse
 
-from neuroloop.core.errors import NeuroLoopError
+from neuroloop.core.errors import NeuroLoopError, Unavailable
 from neuroloop.core.schemas import Consent
 from neuroloop.core.settings import Settings
 from neuroloop.serving import inference, intake, problems
@@ -41,14 +41,14 @@ def install(
 ) -> None:
     """Give `app` both routes; `upload` is OpenAPI's description of a body that is an image."""
 
-    @app.get("/ping", tags=["health"], response_class=Response, responses={503: {"description": "Not ready"}})
+    @app.get("/ping", tags=["health"], response_class=Response, responses=problems.responses(503))
     async def ping() -> Response:
-        """Whether a prediction would be answered; no body."""
+        """Whether a prediction would be answered: 200 without a body, else 503 with the reason."""
         checks = (service.check_database, service.check_store, service.check_model)
         try:
             await asyncio.gather(*(probe(check, seconds=PING_SECONDS) for check in checks))
-        except NeuroLoopError:
-            return Response(status_code=503)
+        except NeuroLoopError as error:
+            raise Unavailable("not ready", why=str(error)) from error
         return Response(status_code=200)
 
     @app.post(

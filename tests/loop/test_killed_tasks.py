@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import psycopg2
 import psycopg2.extras
 import pytest
@@ -276,6 +277,10 @@ def content(name: str, data: bytes) -> Any:
     if name.endswith(".zip"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return {each: content(each, archive.read(each)) for each in archive.namelist()}
+    if name.endswith(".onnx"):  # its exporter numbers the names as it likes
+        graph = onnx.load_from_string(data).graph
+        weights = b"".join(sorted(each.raw_data for each in graph.initializer))
+        return {"operations": [node.op_type for node in graph.node], "weights": digest(weights)}
     if name.endswith("MLmodel"):
         kept = (line for line in data.decode().splitlines() if not re.search("uuid|utc_time|model_id|run_id", line))
         return "\n".join(kept)
@@ -288,9 +293,14 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:20]
 
 
-def differences(here: dict[str, Any], there: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    names = {name for name in here.keys() | there.keys() if here.get(name) != there.get(name)}
-    return {name: (repr(here.get(name))[:600], repr(there.get(name))[:600]) for name in sorted(names)}
+def differences(here: Any, there: Any, name: str = "") -> dict[str, tuple[str, str]]:
+    """Where two of what `left` gives differ: path -> both."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        found = {}
+        for key in sorted(here.keys() | there.keys()):
+            found |= differences(here.get(key), there.get(key), f"{name}/{key}")
+        return found
+    return {} if here == there else {name: (repr(here)[:400], repr(there)[:400])}
 
 
 # --- the two of them ------------------------------------------------------------------------------------

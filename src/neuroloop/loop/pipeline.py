@@ -195,7 +195,7 @@ def fit(
         learned.images[np.unique(learned.groups, return_index=True)[1]],  # one of each group of twins
         validation.images,
         np.random.default_rng(seed),
-        steps=gate_training.steps_for(minutes),
+        steps=gate_training.steps_for(minutes, epochs),
         onnx=gate_network,
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults lock browser emulators validate images push registry-login bump publish-bump bench-serving compose-env story-compose
+.PHONY: kills help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults lock browser emulators validate images push registry-login bump publish-bump bench-serving compose-env story-compose
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ bench-inference: .venv/dev ## one image, from bytes to heat map
 
 bench-explanation: .venv/dev ## do heat maps point at the lesions of simulated scans; trains for some minutes
 	@$(BIN)/python bench/explanation.py
+
+kills: .venv/dev ## each task of both DAGs killed and tried again, to the end; the quick ones are among the tests
+	@$(BIN)/python -m pytest -m e2e tests/loop/test_killed_tasks.py
 
 bench-gate: .venv/dev ## how often the input gate errs, kind by kind; trains for some minutes
 	@$(BIN)/python bench/gate.py

@@ -64,6 +64,8 @@ STEPS = [
     *((RETRAINING, RETRAINING_RUN, task) for task in ("evaluate_model", "register_model", "promote_model")),
     (RETRAINING, RETRAINING_RUN, "send_email"),
 ]
+IN_EVERY_RUN = 6
+"""Steps that the test suite takes each time, the quick ones; all of them: `make kills`."""
 CORRECTED_AT = datetime(2026, 1, 1, tzinfo=UTC)
 LONG = {"building_model", "retrain_model", "evaluate_model"}
 """Tasks that compute for long: killed at few points, which `moments` chooses."""
@@ -407,7 +409,9 @@ def moments(task: str, events: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "step", STEPS, ids=lambda step: f"{step[0]}-{step[1][:1]}{step[1].split('T')[0][-2:]}-{step[2]}"
+    "step",
+    [pytest.param(step, marks=[pytest.mark.kills] * (n >= IN_EVERY_RUN)) for n, step in enumerate(STEPS)],
+    ids=lambda step: f"{step[0]}-{step[1][:1]}{step[1].split('T')[0][-2:]}-{step[2]}",
 )
 def test_a_task_that_is_killed_and_tried_again_leaves_what_an_undisturbed_one_leaves(
     reference: Reference, disturbed: Platform, step: tuple[str, str, str]
@@ -455,6 +459,7 @@ def killed_while_dvc_works(platform: Platform, step: tuple[str, str, str]) -> in
 # --- what the whole run comes to ------------------------------------------------------------------------
 
 
+@pytest.mark.kills
 def test_the_killed_runs_registered_promoted_claimed_and_told_once(reference: Reference, disturbed: Platform):
     reference.of(STEPS[-1])
     services = disturbed.services
@@ -472,6 +477,7 @@ def test_the_killed_runs_registered_promoted_claimed_and_told_once(reference: Re
 PRIVATE_RUN, READER = "manual__2026-01-04T00:00:00+00:00", "Trillian-McMillan"
 
 
+@pytest.mark.kills
 def test_of_a_corrected_upload_only_pixels_reach_training_registry_and_logs(reference: Reference, disturbed: Platform):
     """Marks wherever a file can carry a name, as `serving.test_privacy` plants them, and a reader's name."""
     reference.of(STEPS[-1])

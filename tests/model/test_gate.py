@@ -42,7 +42,7 @@ def test_the_rates_of_every_kind_are_kept(bundle):
     facts = bundle.gate.facts
     assert facts.rejected.keys() == outliers.KINDS.keys()
     assert np.mean(list(facts.rejected.values())) >= 0.5
-    assert min(facts.accepted_brains, facts.accepted_widened) >= 0.97
+    assert min(facts.accepted_brains, facts.accepted_widened) >= 0.95  # of 60
 
 
 def test_a_rejection_says_why_and_an_acceptance_needs_no_reason(bundle, tiny_model):

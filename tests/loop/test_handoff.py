@@ -10,8 +10,8 @@ from neuroloop.loop import handoff, retraining
 
 
 @pytest.fixture
-def services(tmp_path: Path, smtp_sink) -> Services:
-    return Services(Settings(home=tmp_path, notify_url=smtp_sink.url))
+def services(tmp_path: Path, smtp_sink, postgres_url: str) -> Services:
+    return Services(Settings(home=tmp_path, notify_url=smtp_sink.url, database_url=postgres_url))
 
 
 def test_what_the_first_try_settled_holds_for_every_later_one_of_the_run(services: Services):

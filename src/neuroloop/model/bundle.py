@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
@@ -33,6 +32,7 @@ from neuroloop.model.canary import Canary
 from neuroloop.model.card import Card, as_markdown
 from neuroloop.model.explanation import heat_map
 from neuroloop.model.gate import FittedGate, Gate, InputGate
+from neuroloop.model.onnx_session import open_session
 
 Images = NDArray[np.uint8]
 _Record = TypeVar("_Record", bound=Record)
@@ -101,14 +101,7 @@ class OnnxModel:
 
     def __init__(self, onnx: bytes, *, threads: int = 1) -> None:
         """Load `onnx`; `threads` is the number of cores one call may use. Raises `InvalidBundle`."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a dozen unrelated types for a bad file
-            raise InvalidBundle("the network cannot be loaded", why=str(error), fix="build the model again") from error
+        self._session = open_session(onnx, "the network", threads=threads)
         outputs = tuple(output.name for output in self._session.get_outputs())
         inputs = [(value.name, len(value.shape)) for value in self._session.get_inputs()]
         if outputs != RawOutputs._fields or inputs != [("image", 4)]:

@@ -14,7 +14,6 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
@@ -22,6 +21,7 @@ from scipy import ndimage
 
 from neuroloop.core.errors import InvalidBundle
 from neuroloop.core.schemas import GateResult, Record
+from neuroloop.model.onnx_session import open_session
 
 Images = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -96,15 +96,7 @@ class InputGate:
 
     def __init__(self, facts: Gate, onnx: bytes, *, threads: int = 1) -> None:
         """Load the network; `threads` is the number of cores one call may use. Raises `InvalidBundle`."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a dozen unrelated types for a bad file
-            why = str(error)
-            raise InvalidBundle("the gate's network cannot be loaded", why=why, fix="build the model again") from error
+        self._session = open_session(onnx, "the gate's network", threads=threads)
         inputs = [(value.name, value.shape[1:]) for value in self._session.get_inputs()]
         outputs = [value.name for value in self._session.get_outputs()]
         if inputs != [("image", [SIDE, SIDE, 1])] or outputs != ["logit"]:

@@ -9,7 +9,7 @@ from neuroloop.core import keys
 from neuroloop.core.errors import AlreadyExists
 from neuroloop.core.ports import ObjectStore, PredictionLog
 from neuroloop.core.schemas import Record
-from neuroloop.data import corrections
+from neuroloop.records.corrections import waiting as waiting
 
 HELD_OUT_OF = 5
 """One correction in five, by hash, is never trained on: the feedback test set."""
@@ -33,11 +33,6 @@ class Correction(Record):
     label: str
     sha256: str
     held_out: bool
-
-
-def waiting(store: ObjectStore) -> list[str]:
-    """Keys of the corrected images that no batch has used."""
-    return corrections.unused(store.list(keys.CORRECTIONS), (store.get(key) for key in store.list(keys.BATCHES)))
 
 
 def batches(store: ObjectStore) -> list[Batch]:

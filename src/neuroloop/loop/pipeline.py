@@ -251,13 +251,11 @@ def evaluate_model(
     split = read_split(services, held_out["version"], held_out["split"])
     run = tracked(services, run_id, experiment)
     with open_bundle(services, run_id) as candidate:
-        subject = candidate.sha256
-    why = "score the candidate, the baselines and the champion"
-    test = open_test(services, run_id, why, experiment, subject=subject)
-    train, validation, calibration = (load_arrays(services, run_id, part) for part in PARTS if part != "test")
-    for part, arrays in zip(PARTS, (train, validation, calibration, test), strict=True):
-        log_dataset(services, run, split, part, arrays)
-    with open_bundle(services, run_id) as candidate:
+        why = "score the candidate, the baselines and the champion"
+        test = open_test(services, run_id, why, experiment, subject=candidate.sha256)
+        train, validation, calibration = (load_arrays(services, run_id, part) for part in PARTS if part != "test")
+        for part, arrays in zip(PARTS, (train, validation, calibration, test), strict=True):
+            log_dataset(services, run, split, part, arrays)
         log.info("scoring the candidate on %d images, then under stress", len(test.images))
         probabilities = candidate.predict(test.images).probabilities
         result = scoring.scores_of(candidate, probabilities, split, train, calibration, test)

@@ -13,9 +13,15 @@ from neuroloop.core import keys
 from neuroloop.core.errors import Erased
 from neuroloop.core.ports import ObjectStore, PredictionLog
 from neuroloop.core.schemas import LABELS, Feedback, Label, Prediction, Verdict
+from neuroloop.data.corrections import unused
 
 _LOG = logging.getLogger(__name__)
 _ROUNDS = 5  # of putting the store in order while other readers of the same image keep answering
+
+
+def waiting(store: ObjectStore) -> list[str]:
+    """Keys of the corrected images that no batch has used."""
+    return unused(store.list(keys.CORRECTIONS), (store.get(key) for key in store.list(keys.BATCHES)))
 
 
 def may_train(prediction: Prediction) -> bool:

@@ -40,13 +40,12 @@ from neuroloop.core.schemas import (
     Verdict,
     now,
 )
-from neuroloop.data.corrections import unused
 from neuroloop.imaging.canonical import Box, canonical_and_box, head_box, place
 from neuroloop.imaging.decode import Decoded, encode_png, objection
 from neuroloop.model.bundle import Bundle
 from neuroloop.model.card import Card, as_markdown
 from neuroloop.model.explanation import heat_map
-from neuroloop.records import erasure
+from neuroloop.records import corrections, erasure
 from neuroloop.serving import feedback as verdicts
 from neuroloop.serving.champion import Champion, Served
 from neuroloop.serving.decoding import Decoder
@@ -244,7 +243,10 @@ class InferenceService:
         if verdicts.record(log, store, prediction, given):
             self._metrics.feedback.labels(verdict.value).inc()
         return FeedbackReceipt(
-            prediction_id=prediction.id, verdict=verdict, label=label, corrections_waiting=self._corrections_waiting()
+            prediction_id=prediction.id,
+            verdict=verdict,
+            label=label,
+            corrections_waiting=len(corrections.waiting(store)),
         )
 
     def prediction(self, prediction_id: str, owner: str | None = None) -> RecordedPrediction:
@@ -312,7 +314,7 @@ class InferenceService:
         """Live figures. Raises `Unavailable`."""
         return self._services.log.monitoring().model_copy(
             update={
-                "corrections_waiting": self._corrections_waiting(),
+                "corrections_waiting": len(corrections.waiting(self._services.store)),
                 "feedback_threshold": self._services.settings.feedback_threshold,
             }
         )
@@ -396,10 +398,6 @@ class InferenceService:
             self._metrics.referrals.labels(prediction.label).inc()
         self._metrics.prediction_seconds.observe(prediction.seconds)
         self._metrics.gate_score.observe(prediction.gate.score)
-
-    def _corrections_waiting(self) -> int:
-        store = self._services.store
-        return len(unused(store.list(keys.CORRECTIONS), (store.get(key) for key in store.list(keys.BATCHES))))
 
 
 def _declared(gate: GateResult, objection: str) -> GateResult:

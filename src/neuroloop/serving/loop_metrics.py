@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from neuroloop.bootstrap import Services
-from neuroloop.core import keys
 from neuroloop.core.errors import NeuroLoopError
 from neuroloop.core.schemas import LABELS, LiveAnswer, LoopFigures, PipelineEnd
-from neuroloop.data.corrections import unused
+from neuroloop.records import corrections
 from neuroloop.serving.metrics import Metrics
 
 FRESH_SECONDS = 30.0
@@ -56,7 +55,7 @@ class LoopMetrics:
                 return
             try:
                 # All is asked and worked out before any of it is shown: a scrape that does not wait gets no half.
-                figures, waiting = self._services.log.loop_figures(), self._corrections_waiting()
+                figures, waiting = self._services.log.loop_figures(), len(corrections.waiting(self._services.store))
                 self._show(figures, drift(figures.first_answers, figures.latest_answers))
                 self._waiting.set(waiting)
                 self._threshold.set(self._services.settings.feedback_threshold)
@@ -83,10 +82,6 @@ class LoopMetrics:
             self._psi.labels(figure).set(index)
             self._chance.labels(figure).set(chance)
         self._erasures.set(figures.erasures_unfinished)
-
-    def _corrections_waiting(self) -> int:
-        store = self._services.store
-        return len(unused(store.list(keys.CORRECTIONS), (store.get(key) for key in store.list(keys.BATCHES))))
 
 
 def last_ends(ends: Sequence[PipelineEnd]) -> list[PipelineEnd]:

@@ -292,6 +292,7 @@ def live_api(tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres
         {
             "grouped_test_accuracy": 0.91,
             "grouped_test_accuracy_low": 0.88,
+            "grouped_test_log_loss": float("nan"),  # could not be computed
             "grouped_test_accuracy_high": 0.94,
             "grouped_test_macro_f1": 0.9,
             "grouped_test_baseline_nearest_macro_f1": 0.6,

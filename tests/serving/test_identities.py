@@ -24,8 +24,10 @@ def test_scans_are_taken_corrected_and_retrained_on_with_no_more_rights_than_nee
             predicted = api.predict(head("glioma", height=200 + n))
             assert predicted.status_code == 201, predicted.text
             ids.append(predicted.json()["id"])
-            assert api.feedback(ids[-1], "correct", "pituitary").status_code < 300
-        assert api.feedback(ids[0], "correct", "meningioma").status_code < 300  # the copy moves
+            corrected = api.feedback(ids[-1], "correct", "pituitary")
+            assert corrected.status_code < 300, corrected.text
+        moved = api.feedback(ids[0], "correct", "meningioma")
+        assert moved.status_code < 300, moved.text
         assert api.predict(noise()).status_code == 422
         assert api.client.get(f"/v1/predictions/{ids[0]}/image").content
         assert api.client.get("/v1/monitoring").status_code == 200

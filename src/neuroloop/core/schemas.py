@@ -1,10 +1,11 @@
 """The records that cross rooms: immutable, validated, JSON-ready."""
 
+import math
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 LABELS: tuple[str, ...] = ("glioma", "meningioma", "notumor", "pituitary")
 """The four classes in the order of every probability vector."""
@@ -247,6 +248,11 @@ class ModelVersion(Record):
     metrics: dict[str, float] = {}
     tags: dict[str, str] = {}
     created_at: datetime
+
+    @field_serializer("metrics", when_used="json")
+    def _numbers(self, metrics: dict[str, float]) -> dict[str, float]:
+        """JSON has no word for what is no number; a metric that is none is left out."""
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 class Check(Record):

@@ -150,15 +150,9 @@ def build(
     }
     given |= {"architecture": architecture, "hyperparameters": _json_object("--hyperparameters", hyperparameters)}
     params = pipeline.Params.of(outside, given)
-    with_params: list[Any] = [pipeline.check_source, pipeline.download_data]
-    for step in with_params:
-        _show(step(outside, run_id, params))
-    _show(pipeline.audit_data(outside, run_id))
-    _show(pipeline.capture_statistics(outside, run_id))
-    for step in (pipeline.augment_input_data, pipeline.transform_testing_data, pipeline.building_model):
-        _show(step(outside, run_id, params))
-    for last in (pipeline.evaluate_model, pipeline.register_model, pipeline.promote_model, pipeline.send_email):
-        _show(last(outside, run_id))
+    for name, result in pipeline.play(outside, run_id, params):
+        print(name)
+        _show(result)
 
 
 @app.command()
@@ -181,9 +175,11 @@ def search(
     params = pipeline.Params.of(
         outside, given | {"hyperparameters": _json_object("--hyperparameters", hyperparameters)}
     )
-    _show(pipeline.check_source(outside, run_id, params))
-    _show(pipeline.download_data(outside, run_id, params))
-    _show(pipeline.audit_data(outside, run_id))
+    for name, result in pipeline.play(outside, run_id, params):
+        print(name)
+        _show(result)
+        if name == "audit_data":  # the split is there, and a search wants no more
+            break
     logging.basicConfig(format="%(message)s")
     logging.getLogger("neuroloop").setLevel(logging.INFO)  # a line a trial
     found = searching.search(outside, run_id, params, trials=trials, minutes=minutes, epochs=epochs or searching.EPOCHS)

@@ -64,8 +64,11 @@ def test_the_dags_import_without_tensorflow_or_any_other_heavy_library(parsed):
 def test_the_build_has_the_named_tasks_in_their_order(parsed):
     assert parsed["data_and_model_build"]["tasks"] == {
         "check_source": ["download_data"],
-        "download_data": ["audit_data"],
-        "audit_data": ["augment_input_data", "capture_statistics", "transform_testing_data"],
+        "download_data": ["list_shards"],
+        "list_shards": ["audit_shard", "prepare_shard"],
+        "audit_shard": ["audit_data"],
+        "audit_data": ["prepare_shard", "transform_testing_data"],
+        "prepare_shard": ["augment_input_data", "capture_statistics"],
         "capture_statistics": ["building_model"],
         "augment_input_data": ["building_model"],
         "transform_testing_data": ["building_model"],

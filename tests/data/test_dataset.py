@@ -15,11 +15,10 @@ from neuroloop.data.dataset import (
     augmented_epochs,
     canonical_arrays,
     make_split,
-    pack,
     registry,
     source_split,
-    unpack,
 )
+from neuroloop.data.packed import pack, unpack
 from neuroloop.data.similarity import thumbnail, twins
 from neuroloop.imaging.augment import AugmentParams
 from neuroloop.imaging.canonical import canonicalize

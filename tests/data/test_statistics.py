@@ -7,7 +7,7 @@ from PIL import Image
 from neuroloop.core.schemas import LABELS, PARTS
 from neuroloop.data.audit import audit
 from neuroloop.data.dataset import make_split
-from neuroloop.data.statistics import BINS, Statistics, capture, grid, plots
+from neuroloop.data.statistics import BINS, Statistics, capture, grid, measure, pack_measures, plots, unpack_measures
 from neuroloop.imaging.decode import decode, encode_png
 
 from .drawn import four_classes, picture, snapshot_of
@@ -26,15 +26,17 @@ def split(files):
     return make_split(snapshot, audit(snapshot, lambda entry: files[entry.path]))
 
 
-def test_counts_are_of_all_parts_and_measurements_of_the_training_images_only(files, split):
-    asked = []
+@pytest.fixture(scope="module")
+def measured(files, split):
+    return {entry.path: measure(decode(files[entry.path])) for entry in split.entries}
 
-    def read(entry):
-        asked.append(entry)
-        return files[entry.path]
 
-    result = capture(split, read)
-    assert {entry.part for entry in asked} == {"train"}
+def test_counts_are_of_all_parts_and_measurements_of_the_training_images_only(files, split, measured):
+    result = capture(split, measured)
+    training = {entry.path for entry in split.of("train")}
+    assert result == capture(split, {path: each for path, each in measured.items() if path in training})
+    with pytest.raises(KeyError):
+        capture(split, {})
     for label in LABELS:
         own = result.classes[label]
         assert own.images == {part: sum(e.part == part and e.label == label for e in split.entries) for part in PARTS}
@@ -50,10 +52,13 @@ def test_counts_are_of_all_parts_and_measurements_of_the_training_images_only(fi
     assert set(result.classes["notumor"].sizes) == {"64 x 64", "96 x 80"}
 
 
-def test_statistics_are_json_and_the_same_every_time(files, split):
-    result = capture(split, lambda entry: files[entry.path])
+def test_statistics_are_json_and_the_same_whatever_way_the_measures_came(split, measured):
+    result = capture(split, measured)
     assert Statistics.model_validate_json(result.model_dump_json()) == result
-    assert result == capture(split, lambda entry: files[entry.path])
+    paths = list(measured)
+    some, others = ({path: measured[path] for path in own} for own in (paths[::2], paths[1::2]))
+    assert result == capture(split, unpack_measures(pack_measures(others)) | unpack_measures(pack_measures(some)))
+    assert unpack_measures(pack_measures({})) == {}
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +70,8 @@ def merged(split):
     return split.model_copy(update={"entries": tuple(entries)})
 
 
-def test_images_are_counted_by_class_part_and_origin_and_only_training_images_are_measured(files, merged):
-    result = capture(merged, lambda entry: files[entry.path])
+def test_images_are_counted_by_class_part_and_origin_and_only_training_images_are_measured(files, merged, measured):
+    result = capture(merged, measured)
     assert set(result.classes["notumor"].origins) == {"figshare"}
     for origin, own in result.classes["glioma"].origins.items():
         mine = [e for e in merged.entries if e.label == "glioma" and e.origin == origin]
@@ -79,25 +84,22 @@ def test_images_are_counted_by_class_part_and_origin_and_only_training_images_ar
     assert sum(own.measured for own in result.classes["glioma"].origins.values()) == result.classes["glioma"].measured
 
 
-def test_origins_are_plotted_where_there_are_several(files, merged, split):
+def test_origins_are_plotted_where_there_are_several(files, merged, split, measured):
     read = lambda entry: files[entry.path]  # noqa: E731
-    with Image.open(io.BytesIO(plots(capture(merged, read, shown=1), read)["origins.png"])) as image:
+    with Image.open(io.BytesIO(plots(capture(merged, measured, shown=1), read)["origins.png"])) as image:
         assert np.asarray(image.convert("L")).std() > 10
-    assert "origins.png" not in plots(capture(split, read, shown=1), read)
+    assert "origins.png" not in plots(capture(split, measured, shown=1), read)
 
 
-def test_a_sample_bounds_the_images_measured_and_progress_is_told(files, split):
-    seen = []
-    result = capture(split, lambda e: files[e.path], sample=5, shown=3, progress=lambda *at: seen.append(at))
-    assert all(each.measured == 5 for each in result.classes.values())
-    assert seen == [(n, 20) for n in range(1, 21)]
+def test_the_images_shown_are_training_images_of_different_groups(split, measured):
+    result = capture(split, measured, shown=3)
     for entries in result.samples.values():
         assert len({entry.group for entry in entries}) == 3
         assert {entry.part for entry in entries} == {"train"}
 
 
-def test_plots_are_png_images_with_something_on_them(files, split):
-    made = plots(capture(split, lambda e: files[e.path], shown=3), lambda e: files[e.path])
+def test_plots_are_png_images_with_something_on_them(files, split, measured):
+    made = plots(capture(split, measured, shown=3), lambda e: files[e.path])
     assert set(made) == {"class_counts.png", "intensity.png", "samples.png", "sizes.png"}
     for data in made.values():
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
@@ -105,16 +107,16 @@ def test_plots_are_png_images_with_something_on_them(files, split):
             assert np.asarray(image.convert("L")).std() > 10
 
 
-def test_plots_of_simulated_scans_say_so(files, split):
+def test_plots_of_simulated_scans_say_so(files, split, measured):
     read = lambda entry: files[entry.path]  # noqa: E731
-    simulated = capture(split, read, shown=1)
+    simulated = capture(split, measured, shown=1)
     real = simulated.model_copy(update={"simulated": False})
     for name, data in plots(simulated, read).items():
         assert data != plots(real, read)[name], name
 
 
-def test_sizes_are_not_plotted_where_all_are_equal(files, split):
-    result = capture(split, lambda e: files[e.path], shown=1)
+def test_sizes_are_not_plotted_where_all_are_equal(files, split, measured):
+    result = capture(split, measured, shown=1)
     equal = {label: each.model_copy(update={"sizes": {"64 x 64": 9}}) for label, each in result.classes.items()}
     assert "sizes.png" not in plots(result.model_copy(update={"classes": equal}), lambda e: files[e.path])
 

@@ -14,7 +14,7 @@ from neuroloop.core.settings import Settings
 from neuroloop.data.audit import audit
 from neuroloop.data.statistics import Statistics
 from neuroloop.imaging.decode import encode_png
-from neuroloop.loop import handoff, preparation, versions
+from neuroloop.loop import handoff, preparation, shards, versions
 from neuroloop.loop.params import Params
 from serving.running import write_bundle
 
@@ -35,12 +35,13 @@ def built_until_split(services, files, run_id, version, *, split="grouped"):
         services.store.put(keys.image(entry.md5), files[entry.path])
     services.store.put(keys.snapshot(version), snapshot.model_dump_json().encode())
     handoff.keep(services, run_id, "check_source", {"split": split})
-    handoff.keep(services, run_id, "download_data", {"version": version})
+    handoff.keep(services, run_id, "download_data", {"version": version, "shards": ["1/1"]})
     return preparation.write_splits(services, snapshot, audit(snapshot, lambda entry: files[entry.path]))
 
 
 def captured(services, files, run_id, version):
     built_until_split(services, files, run_id, version)
+    shards.prepare_shard(services, run_id, Params.of(services, {"image_size": 32}), "1/1")
     return preparation.capture_statistics(services, run_id)
 
 
@@ -112,10 +113,11 @@ def test_a_run_on_the_legacy_split_reads_it_everywhere_and_leaves_no_reference_b
     split = handoff.run_split(services, "legacy")
     assert split.name == "legacy"
     assert {entry.path.split("/")[0] for entry in split.of("test")} == {"Testing"}
+    params = Params.of(services, {"image_size": 32})
+    shards.prepare_shard(services, "legacy", params, "1/1")
     preparation.capture_statistics(services, "legacy")
     assert not services.store.exists(keys.statistics("dd"))
     assert versions.accepted(services.store) == []
-    params = Params.of(services, {"image_size": 32})
     preparation.transform_testing_data(services, "legacy", params)
     assert set(handoff.open_test(services, "legacy", "a test").paths) == {entry.path for entry in split.of("test")}
     assert [each.split for each in handoff.openings(services, "dd")] == ["legacy"]

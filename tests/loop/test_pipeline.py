@@ -48,14 +48,10 @@ def built(platform):
     given["hyperparameters"] = {"learning_rate": 2e-3, "mixup": 0.3}
     params = Params.of(platform, {**given, "data_url": ""})
     results = {}
-    for name in ("check_source", "download_data"):
-        results[name] = getattr(pipeline, name)(platform, RUN, params)
-    results["audit_data"] = preparation.audit_data(platform, RUN)
-    results["capture_statistics"] = preparation.capture_statistics(platform, RUN)
-    for name in ("augment_input_data", "transform_testing_data", "building_model"):
-        results[name] = getattr(pipeline, name)(platform, RUN, params)
-    for name in ("evaluate_model", "register_model", "promote_model"):
-        results[name] = getattr(pipeline, name)(platform, RUN)
+    for name, result in pipeline.play(platform, RUN, params):
+        results[name] = result
+        if name == "promote_model":
+            break
     return results
 
 
@@ -85,13 +81,11 @@ def test_the_run_says_what_was_trained_how_and_on_what(platform, built, mlflow_u
 
 
 def test_training_reads_the_augmented_shards(platform, built):
-    from neuroloop.data import dataset
-
-    shards = platform.store.list(keys.run(RUN, "shards/x")[:-1])
+    shards = handoff.training_shards(platform, RUN)
     assert len(shards) == handoff.SHARDS
-    first, second = (dataset.unpack(platform.store.get(key)) for key in shards[:2])
-    assert first["images"].shape == second["images"].shape
-    assert (first["images"] != second["images"]).any()
+    (first, labels), (second, _) = (load() for load in shards[:2])
+    assert first.shape == second.shape == (len(labels), 32, 32)
+    assert (first != second).any()
     assert built["building_model"]["epochs"] == 2
 
 

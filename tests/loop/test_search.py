@@ -17,7 +17,7 @@ from neuroloop.core.schemas import LABELS
 from neuroloop.core.settings import Settings
 from neuroloop.data import dataset
 from neuroloop.imaging.decode import encode_png
-from neuroloop.loop import handoff, preparation
+from neuroloop.loop import handoff, pipeline
 from neuroloop.loop.params import Params
 from neuroloop.loop.search import SEARCH, SEARCHED, Objective, new_study, search
 
@@ -51,9 +51,9 @@ def prepared(tmp_path_factory, mlflow_uri):
         )
     )
     params = Params.of(services, {"data_url": str(source)})
-    preparation.check_source(services, RUN, params)
-    preparation.download_data(services, RUN, params)
-    preparation.audit_data(services, RUN)
+    for name, _ in pipeline.play(services, RUN, params):
+        if name == "audit_data":
+            break
     split = handoff.run_split(services, RUN)
     for entry in split.of("test", "calibration"):
         services.store.delete(keys.image(entry.md5))

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from airflow.sdk.definitions.mappedoperator import MappedOperator
+
 DAGS = Path(__file__).parents[2] / "dags"
 
 
@@ -45,7 +47,11 @@ def attempt(found: Any, job: dict[str, Any]) -> None:
         "params": {**found.params.dump(), **job["params"]},
         "dag_run": SimpleNamespace(run_type="manual"),
     }
-    result = found.get_task(job["task"]).python_callable(**context)
+    task = found.get_task(job["task"])
+    if isinstance(task, MappedOperator):
+        result = task.partial_kwargs["python_callable"](shard="1/1", **context)
+    else:
+        result = task.python_callable(**context)
     Path(job["result"]).write_text(json.dumps(result))
 
 

@@ -142,6 +142,9 @@ class Settings(BaseSettings):
         "", description="On Kubernetes: folder of training.yaml and housekeeping.yaml; empty: all tasks' pods are alike"
     )
     simulated_images: Annotated[int, Field(ge=80, le=100_000)] = Field(1200, description="Scans that phantom:// makes")
+    data_shards: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="Tasks that share the work on a build's images; 0: one for every 4,000 images"
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of simulation, split, augmentation and training")
 
     feedback_threshold: Annotated[int, Field(ge=1)] = Field(

@@ -7,7 +7,7 @@ every image once, puts aside what cannot be used, each with its reason, and grou
 
 import io
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
@@ -20,6 +20,7 @@ from pydantic import Field
 from neuroloop.core.errors import InvalidImage, InvalidSource
 from neuroloop.core.schemas import Quarantined, Record, Split
 from neuroloop.data import modality, shortcuts, similarity
+from neuroloop.data.packed import pack, unpack
 from neuroloop.data.similarity import thumbnail as thumbnail
 from neuroloop.data.similarity import twins as twins
 from neuroloop.imaging.decode import FORMATS, SMALLEST_SIDE, decode
@@ -167,6 +168,40 @@ class Looks(Generic[Entry]):
     def indices(self, paths: Collection[str]) -> NDArray[np.int64]:
         """Where the images of these paths stand."""
         return np.array([index for index, image in enumerate(self.images) if image.path in paths], np.int64)
+
+    def to_bytes(self) -> bytes:
+        """All but the images themselves, which `from_bytes` is given again, as an .npz without pickle."""
+        return pack(
+            paths=np.array([image.path for image in self.images], np.str_),
+            thumbnails=self.thumbnails,
+            rings=self.rings,
+            faults=np.array([[path, *fault] for path, fault in self.faults.items()], np.str_).reshape(-1, 3),
+            **{f"trait_{name}": values for name, values in self.traits.items()},
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, images: Iterable[Entry]) -> "Looks[Entry]":
+        """The inverse of `to_bytes`; `images` has at least those that were looked at."""
+        found, by_path = unpack(data), {image.path: image for image in images}
+        return cls(
+            images=tuple(by_path[path] for path in found["paths"].tolist()),
+            thumbnails=found["thumbnails"],
+            traits={name[6:]: values for name, values in found.items() if name.startswith("trait_")},
+            rings=found["rings"],
+            faults={path: (kind, reason) for path, kind, reason in found["faults"].tolist()},
+        )
+
+    @classmethod
+    def joined(cls, looks: Sequence["Looks[Entry]"]) -> "Looks[Entry]":
+        """One after the other; those at slices of a set, in order, are those at the whole set. At least one."""
+        seen = [each for each in looks if each.images] or [looks[0]]
+        return cls(
+            images=tuple(image for each in seen for image in each.images),
+            thumbnails=np.concatenate([each.thumbnails for each in seen]),
+            traits={name: np.concatenate([each.traits[name] for each in seen]) for name in seen[0].traits},
+            rings=np.concatenate([each.rings for each in seen]),
+            faults={path: fault for each in looks for path, fault in each.faults.items()},
+        )
 
 
 def audit(

@@ -1,17 +1,16 @@
 """The grouped split, and the arrays that training, calibration and evaluation read."""
 
 import hashlib
-import io
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from neuroloop.core.errors import InvalidSource, NeuroLoopError
+from neuroloop.core.errors import InvalidSource
 from neuroloop.core.schemas import (
     LABELS,
     PARTS,
@@ -24,6 +23,7 @@ from neuroloop.core.schemas import (
     SplitName,
 )
 from neuroloop.data.audit import Audit, FaultKind
+from neuroloop.data.packed import pack, unpack
 from neuroloop.imaging.augment import AugmentParams, augment_batch
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.imaging.decode import decode
@@ -32,6 +32,9 @@ FRACTIONS: Mapping[Part, float] = {"train": 0.66, "validation": 0.10, "calibrati
 
 Similar = Callable[[Sequence[ImageEntry]], Iterable[tuple[int, int]]]
 """Tells which of the given images are similar, as pairs of their indices."""
+
+BLOCK = 512
+"""Training images that are worked on, stored and read together."""
 
 UNUSABLE: tuple[FaultKind, ...] = ("unreadable", "tiny", "blank")
 """The audit's faults of images that cannot be put before a model at all."""
@@ -53,8 +56,18 @@ class Arrays:
     @classmethod
     def from_bytes(cls, data: bytes) -> "Arrays":
         """The inverse of `to_bytes`."""
-        arrays = unpack(data)
-        return cls(arrays["images"], arrays["labels"], arrays["groups"], tuple(arrays["paths"].tolist()))
+        found = unpack(data)
+        return cls(found["images"], found["labels"], found["groups"], tuple(found["paths"].tolist()))
+
+    @classmethod
+    def joined(cls, some: Sequence["Arrays"]) -> "Arrays":
+        """One after the other; at least one."""
+        return cls(
+            images=np.concatenate([each.images for each in some]),
+            labels=np.concatenate([each.labels for each in some]),
+            groups=np.concatenate([each.groups for each in some]),
+            paths=tuple(path for each in some for path in each.paths),
+        )
 
 
 def make_split(
@@ -182,53 +195,53 @@ def canonical_arrays(entries: Sequence[SplitEntry], read: Callable[[SplitEntry],
     )
 
 
+def blocks(entries: Sequence[SplitEntry]) -> list[NDArray[np.int64]]:
+    """The entries in blocks of about `BLOCK`, as rising indices: a group of twins stands in one block, by its hash.
+
+    So each block is drawn like the whole, and what the blocks are depends on the entries alone.
+    """
+    first: dict[int, str] = {}
+    for entry in entries:
+        first[entry.group] = min(first.get(entry.group, entry.sha256), entry.sha256)
+    count = max(1, -(-len(entries) // BLOCK))
+    # Not the hash itself: that one orders the groups of the split.
+    own = {group: zlib.crc32(b"block " + sha256.encode()) % count for group, sha256 in first.items()}
+    numbers = np.array([own[entry.group] for entry in entries], np.int64)
+    return [np.flatnonzero(numbers == number) for number in range(count)]
+
+
+def choose(labels: NDArray[np.int64], groups: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
+    """What one epoch shows: one random member of each twin group, smaller classes topped up to the largest.
+
+    `labels`, `groups` (n,) of the images. Returns shuffled indices (m,), m = classes present x groups of the largest.
+    Topping up goes round a class's groups, so that none counts more than once more often than another.
+    """
+    own: dict[int, list[NDArray[np.int64]]] = defaultdict(list)
+    members: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, key in enumerate(zip(labels.tolist(), groups.tolist(), strict=True)):
+        members[key].append(index)
+    for (label, _), indices in members.items():
+        own[label].append(np.array(indices))
+    largest = max((len(each) for each in own.values()), default=0)
+    chosen = np.array(
+        [
+            generator.choice(each[number])
+            for each in own.values()
+            for number in np.resize(generator.permutation(len(each)), largest)
+        ],
+        np.int64,
+    )
+    generator.shuffle(chosen)
+    return chosen
+
+
 def augmented_epochs(
     arrays: Arrays, *, epochs: int, generator: np.random.Generator, params: AugmentParams
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    """Training shards: one random member of each twin group, smaller classes topped up to the largest, all augmented.
-
-    Each shard is (images uint8 (m, s, s), labels int64 (m,)), shuffled, m = classes present x groups of the largest.
-    Topping up goes round a class's groups, so that none counts more than once more often than another.
-    """
-    groups: dict[int, list[NDArray[np.int64]]] = defaultdict(list)
-    members: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, key in enumerate(zip(arrays.labels.tolist(), arrays.groups.tolist(), strict=True)):
-        members[key].append(index)
-    for (label, _), indices in members.items():
-        groups[label].append(np.array(indices))
-    largest = max((len(own) for own in groups.values()), default=0)
+    """Training shards of what fits into memory: what `choose` shows, augmented: images uint8 (m, s, s), labels (m,)."""
     for _ in range(epochs):
-        chosen = np.array(
-            [
-                generator.choice(own[number])
-                for own in groups.values()
-                for number in np.resize(generator.permutation(len(own)), largest)
-            ],
-            np.int64,
-        )
-        generator.shuffle(chosen)
+        chosen = choose(arrays.labels, arrays.groups, generator)
         yield augment_batch(arrays.images[chosen], generator, params), arrays.labels[chosen]
-
-
-def pack(**arrays: NDArray[Any]) -> bytes:
-    """Named arrays as an .npz; object arrays are refused, as they would need pickle."""
-    buffer = io.BytesIO()
-    try:
-        np.savez(buffer, allow_pickle=False, **arrays)
-    except ValueError as error:
-        raise NeuroLoopError("These arrays cannot be packed", why=str(error), fix="give numbers or strings") from error
-    return buffer.getvalue()
-
-
-def unpack(data: bytes) -> dict[str, NDArray[Any]]:
-    """The inverse of `pack`; bytes that would need pickle to read, or are no .npz, are refused."""
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile, zlib and numpy each raise their own
-        raise NeuroLoopError(
-            "These bytes are no packed arrays", why=str(error), fix="run the step that made them again"
-        ) from error
 
 
 def _members(images: Sequence[ImageEntry], audit: Audit) -> dict[int, list[ImageEntry]]:

@@ -4,7 +4,7 @@ import io
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,11 +15,20 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from neuroloop.core.schemas import LABELS, PARTS, Record, Split, SplitEntry
+from neuroloop.data.packed import pack, unpack
 from neuroloop.imaging.decode import decode
 
 BINS = 64
 
-_Measure = tuple[str, NDArray[np.float64], float, float]  # size, histogram, mean, deviation of one image
+
+class Measure(NamedTuple):
+    """What is measured of one image."""
+
+    size: str  # "width x height"
+    histogram: NDArray[np.float64]  # (64,), the share of pixels in each of 64 equal grey bins
+    mean: float  # of the grey levels, 0 to 255
+    deviation: float  # their standard deviation
+
 
 _COLOURS = {"glioma": "#4269d0", "meningioma": "#e07b39", "notumor": "#3f9b6c", "pituitary": "#a463b0"}
 _PART_COLOURS = dict(zip(PARTS, ("#1f3a5f", "#4f7cac", "#9cc0dd", "#e3a857"), strict=True))
@@ -67,34 +76,45 @@ class Statistics(Record):
     )
 
 
-def capture(
-    split: Split,
-    read: Callable[[SplitEntry], bytes],
-    *,
-    sample: int | None = None,
-    shown: int = 6,
-    progress: Callable[[int, int], None] | None = None,
-) -> Statistics:
-    """Count every part, and measure the decoded training images of each class.
+def measure(pixels: NDArray[np.uint8]) -> Measure:
+    """The figures of one decoded image uint8 (H, W)."""
+    counts = np.bincount(pixels.ravel(), minlength=256).reshape(BINS, -1).sum(axis=1)
+    height, width = pixels.shape
+    return Measure(f"{width} x {height}", counts / pixels.size, float(pixels.mean()), float(pixels.std()))
+
+
+def pack_measures(measures: Mapping[str, Measure]) -> bytes:
+    """Measures by path, as bytes that `unpack_measures` reads."""
+    found = list(measures.values())
+    return pack(
+        paths=np.array(list(measures), np.str_),
+        sizes=np.array([each.size for each in found], np.str_),
+        histograms=np.array([each.histogram for each in found], np.float64).reshape(-1, BINS),
+        means=np.array([each.mean for each in found], np.float64),
+        deviations=np.array([each.deviation for each in found], np.float64),
+    )
+
+
+def unpack_measures(data: bytes) -> dict[str, Measure]:
+    """The inverse of `pack_measures`."""
+    found = unpack(data)
+    columns = (found["sizes"].tolist(), found["histograms"], found["means"].tolist(), found["deviations"].tolist())
+    return {path: Measure(*row) for path, *row in zip(found["paths"].tolist(), *columns, strict=True)}
+
+
+def capture(split: Split, measured: Mapping[str, Measure], *, shown: int = 6) -> Statistics:
+    """Count every part, and sum up what was measured of the training images of each class, by path.
 
     Only the training part is measured, because the result goes with the model as its reference and must tell nothing
-    of the test images. `sample` bounds the images measured per class (all by default), `shown` those listed for the
-    sample grid, each of another group; both are drawn by content hash, the same every time. `read` is called from
-    several threads; `progress` gets (done, total).
+    of the test images; whatever else is in `measured` is left aside. `shown` bounds the images listed for the sample
+    grid, each of another group, drawn by content hash, the same every time. Raises `KeyError` where a training image
+    was not measured.
     """
     drawn = {label: _draw([e for e in split.of("train") if e.label == label]) for label in LABELS}
-    total = sum(len(entries[:sample]) for entries in drawn.values())
-    done = 0
     classes = {}
     for label, entries in drawn.items():
         of_class = [entry for entry in split.entries if entry.label == label]
-        measures: list[_Measure] = []
-        with ThreadPoolExecutor(4) as pool:
-            for measure in pool.map(lambda entry: _measure(decode(read(entry))), entries[:sample]):
-                measures.append(measure)
-                done += 1
-                if progress:
-                    progress(done, total)
+        measures = [measured[entry.path] for entry in entries]
         found = Counter(entry.origin for entry in of_class)
         classes[label] = ClassStatistics(
             images={part: sum(entry.part == part for entry in of_class) for part in PARTS},
@@ -109,7 +129,7 @@ def capture(
             mean_counts=_binned([m[2] for m in measures], 256),
             deviation_counts=_binned([m[3] for m in measures], 128),
             origins={
-                origin: _of_origin(origin, of_class, list(zip(entries, measures, strict=False)))
+                origin: _of_origin(origin, of_class, list(zip(entries, measures, strict=True)))
                 for origin, _ in found.most_common()
                 if origin
             },
@@ -164,9 +184,7 @@ def grid(rows: Mapping[str, Sequence[NDArray[np.uint8]]], *, title: str, simulat
     return _png(figure)
 
 
-def _of_origin(
-    origin: str, of_class: list[SplitEntry], measured: list[tuple[SplitEntry, _Measure]]
-) -> OriginStatistics:
+def _of_origin(origin: str, of_class: list[SplitEntry], measured: list[tuple[SplitEntry, Measure]]) -> OriginStatistics:
     own = [measure for entry, measure in measured if entry.origin == origin]
     return OriginStatistics(
         images={part: sum(e.part == part and e.origin == origin for e in of_class) for part in PARTS},
@@ -184,12 +202,6 @@ def _mean(values: list[float]) -> float:
 def _binned(values: list[float], end: int) -> tuple[int, ...]:
     counts, _ = np.histogram(np.clip(values, 0, end), bins=32, range=(0, end))
     return tuple(counts.tolist())
-
-
-def _measure(pixels: NDArray[np.uint8]) -> _Measure:
-    counts = np.bincount(pixels.ravel(), minlength=256).reshape(BINS, -1).sum(axis=1)
-    height, width = pixels.shape
-    return f"{width} x {height}", counts / pixels.size, float(pixels.mean()), float(pixels.std())
 
 
 def _draw(entries: list[SplitEntry]) -> list[SplitEntry]:

@@ -5,19 +5,24 @@ Everything of a run lies under `runs/<run>/`: a step's result as `<step>.json`, 
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound
 from neuroloop.core.schemas import ImageEntry, Opening, Split, SplitEntry, SplitName
 from neuroloop.data.dataset import Arrays
+from neuroloop.data.packed import unpack
 from neuroloop.model.bundle import Bundle
 
 log = logging.getLogger("neuroloop.pipeline")
@@ -26,6 +31,8 @@ Result = dict[str, Any]
 BUILD, RETRAINING = "data_and_model_build", "model_retraining"
 SHARDS = 24
 """Epochs' worth of augmented training images; a longer training goes round them again."""
+MOST_BLOCKS = 64
+"""Blocks of training images in memory at a time: some 30,000 images, 500 MB at 128 pixels."""
 
 
 def keep(services: Services, run_id: str, step: str, result: Result) -> Result:
@@ -174,6 +181,28 @@ def zipped(folder: Path) -> bytes:
     return buffer.getvalue()
 
 
-def shard_key(run_id: str, number: int) -> str:
-    """Where a run keeps a shard of augmented images."""
-    return keys.run(run_id, f"shards/{number:03d}.npz")
+def shard_key(run_id: str, epoch: int, block: int = 0) -> str:
+    """Where a run keeps the augmented images of one block in one epoch."""
+    return keys.run(run_id, f"shards/{epoch:03d}-{block:06d}.npz")
+
+
+def training_shards(services: Services, run_id: str) -> list[Callable[[], tuple[Any, Any]]]:
+    """What training reads, one epoch after the other: each call gives images uint8 (n, s, s) and labels (n,).
+
+    An epoch of more than `MOST_BLOCKS` blocks comes in several of these, so that memory is bounded however large it is.
+    """
+    found = services.store.list(keys.run(run_id, "shards") + "/")
+
+    def load(some: list[str]) -> tuple[Any, Any]:
+        blocks = [unpack(services.store.get(key)) for key in some]
+        return np.concatenate([each["images"] for each in blocks]), np.concatenate([each["labels"] for each in blocks])
+
+    epochs = [list(own) for _, own in itertools.groupby(found, key=lambda key: key.rpartition("-")[0])]
+    return [partial(load, own[at : at + MOST_BLOCKS]) for own in epochs for at in range(0, len(own), MOST_BLOCKS)]
+
+
+def drop_shards(services: Services, run_id: str) -> None:
+    """Remove what only this run's tasks read, of which there is much."""
+    for kind in ("shards", "train", "looks", "measures"):
+        for key in services.store.list(keys.run(run_id, kind) + "/"):
+            services.store.delete(key)

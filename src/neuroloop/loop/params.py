@@ -21,6 +21,7 @@ class Params(Record):
     split: SplitName = "grouped"
     architecture: ArchitectureName = "compact"
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
+    shards: int = Field(default=0, ge=0, le=256)
 
     @classmethod
     def of(cls, services: Services, given: dict[str, Any]) -> "Params":
@@ -35,6 +36,7 @@ class Params(Record):
             "image_size": architecture.image_size if architecture and own_size else settings.image_size,
             "seed": settings.seed,
             "architecture": settings.architecture,
+            "shards": settings.data_shards,
         }
         if chosen.get("hyperparameters"):
             from neuroloop.model import hyperparameters  # TensorFlow: only where there is something to check

@@ -8,7 +8,7 @@ steps up to the arrays that training reads are in `preparation`.
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ from neuroloop.loop import promotion
 from neuroloop.loop.handoff import (
     BUILD,
     RETRAINING,
-    SHARDS,
     Result,
+    drop_shards,
     image_reader,
     keep,
     kept,
@@ -49,8 +49,8 @@ from neuroloop.loop.handoff import (
     open_test,
     openings,
     read_split,
-    shard_key,
     tracked,
+    training_shards,
     unzipped,
     zipped,
 )
@@ -63,6 +63,7 @@ from neuroloop.loop.preparation import (
     download_data,
     transform_testing_data,
 )
+from neuroloop.loop.shards import audit_shard, list_shards, prepare_shard
 from neuroloop.model import card
 from neuroloop.model.bundle import CARD, CARD_DATA, Bundle, Manifest, with_card
 from neuroloop.model.card import Card, compose
@@ -70,6 +71,7 @@ from neuroloop.model.card import Card, compose
 __all__ = [
     "Params",
     "audit_data",
+    "audit_shard",
     "augment_input_data",
     "building_model",
     "capture_statistics",
@@ -77,6 +79,9 @@ __all__ = [
     "download_data",
     "evaluate_model",
     "fit",
+    "list_shards",
+    "play",
+    "prepare_shard",
     "promote_model",
     "register_model",
     "send_email",
@@ -85,6 +90,23 @@ __all__ = [
 
 _MAP_IMAGES = 48
 """Training images that measure where the activation map lies; half as many change its offset by a hundredth."""
+
+
+def play(services: Services, run_id: str, params: Params) -> Iterator[tuple[str, Result]]:
+    """Every step of a build in this process, in order: the name and the result of each when it is done."""
+    yield "check_source", check_source(services, run_id, params)
+    yield "download_data", download_data(services, run_id, params)
+    shards = list_shards(services, run_id)
+    for shard in shards:
+        yield "audit_shard", audit_shard(services, run_id, shard)
+    yield "audit_data", audit_data(services, run_id)
+    for shard in shards:
+        yield "prepare_shard", prepare_shard(services, run_id, params, shard)
+    yield "capture_statistics", capture_statistics(services, run_id)
+    for step in (augment_input_data, transform_testing_data, building_model):
+        yield step.__name__, step(services, run_id, params)
+    for last in (evaluate_model, register_model, promote_model, send_email):
+        yield last.__name__, last(services, run_id)
 
 
 def building_model(services: Services, run_id: str, params: Params) -> Result:
@@ -150,14 +172,6 @@ def fit(
     # The device is no parameter, which never changes: the next try may run on another machine.
     services.registry.set_tags(run, {"architecture": architecture, "device": device})
     held_out = {part: load_arrays(services, run_id, part) for part in ("train", "validation", "calibration")}
-
-    def shard(number: int) -> Callable[[], tuple[Any, Any]]:
-        def load() -> tuple[Any, Any]:
-            arrays = dataset.unpack(services.store.get(shard_key(run_id, number)))
-            return arrays["images"], arrays["labels"]
-
-        return load
-
     split = read_split(services, version, kept(services, run_id, "held_out")["split"])
     first_step = services.registry.next_step(run, "train_loss")  # behind the epochs of a try that was killed
 
@@ -173,7 +187,7 @@ def fit(
     validation = held_out["validation"]
     outcome = training.train(
         model,
-        [shard(number) for number in range(SHARDS)],
+        training_shards(services, run_id),
         (validation.images, validation.labels),
         config,
         on_epoch=on_epoch,
@@ -501,6 +515,5 @@ def send_email(services: Services, run_id: str, experiment: str = BUILD) -> Resu
     services.notifier.send(subject, body, once=occasion(services, run_id, "send_email"))
     outcome: Outcome = "promoted" if promoted["promoted"] else "not_promoted"
     services.log.record_end(PipelineEnd(dag=experiment, outcome=outcome, run_id=run_id, task="send_email"))
-    for number in range(SHARDS):
-        services.store.delete(shard_key(run_id, number))
+    drop_shards(services, run_id)
     return keep(services, run_id, "send_email", {"subject": subject})

@@ -14,14 +14,16 @@ from neuroloop.core.errors import InvalidSource
 from neuroloop.core.ports import DataSource
 from neuroloop.core.schemas import LABELS, PARTS, ImageEntry, Snapshot, SourceFile, Split, SplitName
 from neuroloop.data import audit_report, dataset, provenance, shortcuts, source, statistics
-from neuroloop.data.audit import Audit, Looks, judge, look, own_split, refuse_leaks
+from neuroloop.data.audit import Audit, Looks, judge, own_split, refuse_leaks
 from neuroloop.data.dataset import Arrays
 from neuroloop.data.findings import Finding, findings, refuse
+from neuroloop.data.packed import pack
 from neuroloop.data.shortcuts import Shortcuts
 from neuroloop.imaging.augment import AugmentParams, augment_batch
-from neuroloop.loop import splitting, versions
+from neuroloop.loop import shards, splitting, versions
 from neuroloop.loop.handoff import (
     BUILD,
+    RETRAINING,
     SHARDS,
     Result,
     image_reader,
@@ -76,9 +78,15 @@ def download_data(services: Services, run_id: str, params: Params) -> Result:
     services.registry.log_params(run, {"data_url": origin.url, "data_version": version, "images": len(entries)})
     services.registry.log_bytes(run, "data/data.dvc", data_dvc)
     services.registry.log_bytes(run, "data/provenance.csv", provenance.provenance_csv(entries))
-    result = {"version": version, "images": len(entries), "bytes": sum(entry.size for entry in entries)}
     origins = Counter(entry.origin for entry in entries)
-    return keep(services, run_id, "download_data", {**result, "origins": dict(origins.most_common(20))})
+    result = {
+        "version": version,
+        "images": len(entries),
+        "bytes": sum(entry.size for entry in entries),
+        "origins": dict(origins.most_common(20)),
+        "shards": shards.names(params.shards, len(entries)),
+    }
+    return keep(services, run_id, "download_data", result)
 
 
 def _fetch(origin: DataSource, files: list[SourceFile], workspace: Path, run_id: str) -> list[ImageEntry]:
@@ -137,12 +145,7 @@ def audit_data(services: Services, run_id: str) -> Result:
     """Quarantine what cannot be used, group twins, and freeze a split in which no group stands in two parts."""
     version = kept(services, run_id, "download_data")["version"]
     snapshot = Snapshot.model_validate_json(services.store.get(keys.snapshot(version)))
-
-    def progress(done: int, total: int) -> None:
-        if done % 1000 == 0 or done == total:
-            log.info("%d of %d images looked at", done, total)
-
-    looks = look(snapshot.images, image_reader(services), progress=progress)
+    looks = shards.looks_of(services, run_id, snapshot)
     report = judge(snapshot, looks)
     stops = services.settings.audit_stops
     _write_audit(services, run_id, snapshot, report)  # before anything may stop the run: people need the pictures
@@ -227,7 +230,7 @@ def capture_statistics(services: Services, run_id: str) -> Result:
     """
     split = run_split(services, run_id)
     snapshot = Snapshot.model_validate_json(services.store.get(keys.snapshot(split.version)))
-    captured = statistics.capture(split, image_reader(services))
+    captured = statistics.capture(split, shards.measures_of(services, run_id, split))
     data = captured.model_dump_json(indent=1).encode()
     services.store.put(keys.run(run_id, "statistics.json"), data, content_type="application/json")
     run = tracked(services, run_id)
@@ -270,31 +273,33 @@ def _check_changes(
 
 
 def augment_input_data(services: Services, run_id: str, params: Params) -> Result:
-    """Write the shards that training reads: each one epoch of canonical, augmented images."""
+    """Join what `prepare_shard` made of the training part, for the steps that want it whole, and show samples of it."""
     split = run_split(services, run_id)
-    arrays = dataset.canonical_arrays(split.of("train"), image_reader(services), params.image_size)
-    result = write_shards(services, run_id, arrays, params.seed, simulated=split.simulated)
-    return keep(services, run_id, "augment_input_data", result)
+    arrays = shards.training_part(services, run_id, split)
+    blocks = len(services.store.list(keys.run(run_id, "shards") + "/")) // SHARDS
+    result = _keep_training_part(services, run_id, arrays, params.seed, simulated=split.simulated, experiment=BUILD)
+    return keep(services, run_id, "augment_input_data", {"epochs": SHARDS, "blocks": blocks, **result})
 
 
-def write_shards(
-    services: Services, run_id: str, arrays: Arrays, seed: int, *, simulated: bool, experiment: str = BUILD
+def write_shards(services: Services, run_id: str, arrays: Arrays, seed: int, *, simulated: bool) -> None:
+    """The training part of a retraining, corrections included, and `SHARDS` augmented epochs of it."""
+    generator = np.random.default_rng(seed)
+    for epoch, (images, labels) in enumerate(
+        dataset.augmented_epochs(arrays, epochs=SHARDS, generator=generator, params=AugmentParams())
+    ):
+        services.store.put(shard_key(run_id, epoch), pack(images=images, labels=labels))
+    _keep_training_part(services, run_id, arrays, seed, simulated=simulated, experiment=RETRAINING)
+
+
+def _keep_training_part(
+    services: Services, run_id: str, arrays: Arrays, seed: int, *, simulated: bool, experiment: str
 ) -> Result:
-    """The training part and `SHARDS` augmented epochs of it, with parameters and a preview in MLflow."""
     settings = AugmentParams()
     services.store.put(keys.run(run_id, "train.npz"), arrays.to_bytes())
-    generator = np.random.default_rng(seed)
-    sizes = []
-    for number, (images, labels) in enumerate(
-        dataset.augmented_epochs(arrays, epochs=SHARDS, generator=generator, params=settings)
-    ):
-        services.store.put(shard_key(run_id, number), dataset.pack(images=images, labels=labels))
-        sizes.append(len(images))
-        log.info("shard %d of %d: %d images", number + 1, SHARDS, len(images))
     run = tracked(services, run_id, experiment)
     services.registry.log_params(run, {f"augment_{name}": value for name, value in asdict(settings).items()})
     services.registry.log_bytes(run, "augmentation/preview.png", _preview(arrays, settings, seed, simulated))
-    return {"images": len(arrays.images), "shards": SHARDS, "images_per_shard": sizes[0], **asdict(settings)}
+    return {"images": len(arrays.images), **asdict(settings)}
 
 
 def _preview(arrays: Arrays, settings: AugmentParams, seed: int, simulated: bool) -> bytes:

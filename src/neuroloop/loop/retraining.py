@@ -83,7 +83,7 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
     base = dataset.canonical_arrays(split.of("train"), handoff.image_reader(services), size)
     times = feedback.repeats(len(kept), len(set(base.groups.tolist())))
     arrays = _joined(base, corrections_arrays(services, kept, size), times)
-    preparation.write_shards(services, run_id, arrays, seed, simulated=split.simulated, experiment=RETRAINING)
+    preparation.write_shards(services, run_id, arrays, seed, simulated=split.simulated)
     run = handoff.tracked(services, run_id, RETRAINING)
     counts = {**feedback.summary(found), "left_out": len(left_out)}
     services.registry.log_params(run, {"data_version": version})

@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: kills help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults lock browser emulators validate images push registry-login bump publish-bump bench-serving compose-env story-compose
+.PHONY: kills help up down status logs test unit lint audit format story bench bench-data bench-training bench-inference bench-explanation bench-gate bench-faults bench-scale lock browser emulators validate images push registry-login bump publish-bump bench-serving compose-env story-compose
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -51,10 +51,13 @@ compose-env: ## once: passwords for docker-compose.yaml, in .env
 story-compose: .venv/dev ## the loop on docker-compose, one of two workers killed in mid-training; builds the images
 	@$(BIN)/python tests/e2e/story_compose.py
 
-bench: bench-data bench-training bench-inference bench-explanation bench-gate bench-faults bench-serving ## measure all of it, as ratios in one run each; JSON in bench/results
+bench: bench-data bench-training bench-inference bench-explanation bench-gate bench-faults bench-serving bench-scale ## measure all of it, as ratios in one run each; JSON in bench/results
 
 bench-data: .venv/dev ## the audit: what it finds, and its time and memory against the number of images
 	@$(BIN)/python bench/data.py
+
+bench-scale: .venv/dev ## work on images: its cost against their number, and what a second worker gains
+	@$(BIN)/python bench/scale.py
 
 bench-training: .venv/dev ## the input pipeline and the training step; scores on real scans: bench/training.py --scores
 	@$(BIN)/python bench/training.py

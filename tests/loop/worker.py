@@ -48,10 +48,8 @@ def attempt(found: Any, job: dict[str, Any]) -> None:
         "dag_run": SimpleNamespace(run_type="manual"),
     }
     task = found.get_task(job["task"])
-    if isinstance(task, MappedOperator):
-        result = task.partial_kwargs["python_callable"](shard="1/1", **context)
-    else:
-        result = task.python_callable(**context)
+    shard = {"shard": "1/1"} if isinstance(task, MappedOperator) else {}
+    result = task.python_callable(**shard, **context)
     Path(job["result"]).write_text(json.dumps(result))
 
 

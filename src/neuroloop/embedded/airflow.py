@@ -8,6 +8,8 @@ import httpx
 
 from neuroloop.core.errors import NeuroLoopError, Unavailable
 
+_PAGE = 100  # the most that Airflow gives at a time
+
 
 class AirflowClient:
     """Logged in with user and password; the token is fetched anew when it expires."""
@@ -48,11 +50,15 @@ class AirflowClient:
         return str(answer.json()["state"])
 
     def tasks(self, dag: str, run: str) -> dict[str, dict[str, Any]]:
-        """Task id -> its instance (`state`, `start_date`, `duration`, ...)."""
-        answer = self._call("GET", f"/dags/{dag}/dagRuns/{run}/taskInstances", params={"limit": 100})
-        return {
-            task["task_id"]: task for task in _checked(answer, f"run {run} cannot be read").json()["task_instances"]
-        }
+        """Task id -> its instance (`state`, `start_date`, `duration`, ...); of mapped ones, `id[2/8]` -> each."""
+        found: list[dict[str, Any]] = []
+        while True:
+            page = {"limit": _PAGE, "offset": len(found)}
+            answer = self._call("GET", f"/dags/{dag}/dagRuns/{run}/taskInstances", params=page)
+            more = _checked(answer, f"run {run} cannot be read").json()["task_instances"]
+            found += more
+            if len(more) < _PAGE:
+                return {_named(task): task for task in found}
 
     def result(self, dag: str, run: str, task: str) -> Any:
         """What a task returned."""
@@ -104,6 +110,12 @@ class AirflowClient:
         except httpx.HTTPError as error:
             raise Unavailable(f"Airflow at {self.url} does not answer", why=str(error)) from None
         return str(_checked(answer, "Airflow refused the login").json()["access_token"])
+
+
+def _named(task: dict[str, Any]) -> str:
+    index = task.get("map_index", -1)
+    shown = task.get("rendered_map_index") or index
+    return str(task["task_id"]) if index < 0 else f"{task['task_id']}[{shown}]"
 
 
 def _checked(answer: httpx.Response, what: str) -> httpx.Response:

@@ -63,10 +63,16 @@ def strategy(chosen: Distribution) -> tf.distribute.Strategy:
             why=f"TensorFlow sees {len(found)} here: {', '.join(device.name for device in found)}",
             fix="set it to auto, or give the host or pod a second GPU and TensorFlow for GPUs (the extra gpu)",
         )
-    return tf.distribute.MirroredStrategy([device.name for device in found])
+    return _mirrored(tuple(device.name for device in found))
 
 
-@functools.cache  # a process joins a cluster once
+# One of each in a process: it joins a cluster once, and two that mirror take each other's exchanges for their own.
+@functools.cache
+def _mirrored(names: tuple[str, ...]) -> tf.distribute.Strategy:
+    return tf.distribute.MirroredStrategy(names)
+
+
+@functools.cache
 def _multi_worker() -> tf.distribute.Strategy:
     return tf.distribute.MultiWorkerMirroredStrategy()
 

@@ -156,6 +156,17 @@ def build(
 
 
 @app.command()
+def train_worker(
+    run_id: Annotated[str, typer.Argument(help="The build or retraining, as Airflow or MLflow calls it.")],
+    wait: Annotated[float, typer.Option(min=1, help="Seconds to wait for its training to begin.")] = 3600.0,
+) -> None:
+    """Help to train on several hosts, on every one but the chief of TF_CONFIG; the chief alone leaves something."""
+    from neuroloop.loop import hosts
+
+    _show(hosts.assist(_logged(), run_id, wait=wait))
+
+
+@app.command()
 def search(
     data_url: Annotated[str, typer.Option(help="phantom://, a folder, gs://, s3://, az:// or kaggle://...")] = "",
     trials: Annotated[int, typer.Option(help="At most this many settings are tried.")] = 20,

@@ -40,6 +40,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(bare):
         ("API_PORT", "99999", "65535"),
         ("TRAIN_MINUTES", "soon", "Training budget"),
         ("IMAGE_SIZE", "100", "multiple of 16"),
+        ("DISTRIBUTION", "two", "multi_worker"),
         ("RETRAINING_SCHEDULE", "hourly", "five fields"),
         ("UI_API_KEY", "guessable", "make-env"),
         ("UI_PEOPLE", "ann@example.org=king", "uploader, reader, admin"),

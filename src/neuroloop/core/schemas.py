@@ -20,6 +20,9 @@ SplitName = Literal["grouped", "legacy"]
 ArchitectureName = Literal["compact", "tiny", "plain64", "conv224", "xception", "inceptionv3", "resnet101v2"]
 """The selectable networks; `model.architectures` describes them."""
 
+Distribution = Literal["auto", "one", "mirrored", "multi_worker"]
+"""What trains: one device, or several at once; `model.devices` describes them."""
+
 Consent = Literal["training", "record", "unstated"]
 """To what an uploader agreed: the image may be kept and, once corrected, trained on; kept only; or nothing was said."""
 

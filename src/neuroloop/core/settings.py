@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from neuroloop.core.credentials import Role, parted
 from neuroloop.core.errors import InvalidSetting
 from neuroloop.core.logs import LogFormat
-from neuroloop.core.schemas import ArchitectureName
+from neuroloop.core.schemas import ArchitectureName, Distribution
 
 PREFIX = "NEUROLOOP_"
 AUDIT_FINDINGS = (
@@ -128,6 +128,10 @@ class Settings(BaseSettings):
     pretrained: str = Field(
         "imagenet",
         description="Start of transfer learning: imagenet (downloaded once), none (random), or a weights file (.h5)",
+    )
+    distribution: Distribution = Field(
+        "auto",
+        description="What trains: auto (all GPUs of this host), one (device), mirrored, multi_worker (see TF_CONFIG)",
     )
     train_minutes: Annotated[float, Field(gt=0, le=24 * 60)] = Field(
         20.0, description="Training budget of a build, minutes"

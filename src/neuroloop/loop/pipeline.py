@@ -33,7 +33,7 @@ from neuroloop.core.schemas import (
 from neuroloop.data import dataset
 from neuroloop.data.dataset import Arrays
 from neuroloop.imaging.augment import AugmentParams
-from neuroloop.loop import promotion
+from neuroloop.loop import hosts, promotion
 from neuroloop.loop.handoff import (
     BUILD,
     RETRAINING,
@@ -158,8 +158,11 @@ def fit(
     if warm_start is not None:  # and smaller images would unlearn what they know of this size
         config = replace(config, learning_rate=config.learning_rate / 3, small_start=0.0)
     device = devices.prepare()
+    hosts.call(services, run_id, config, size=size, architecture=architecture)
+    strategy = devices.strategy(services.settings.distribution)
     weights = services.pretrained(architecture) if warm_start is None else None
-    model = network.build(size, arch=architecture, seed=seed, weights=weights)
+    with strategy.scope():
+        model = network.build(size, arch=architecture, seed=seed, weights=weights)
     if warm_start is not None:
         export.load_weights(model, warm_start)
     parameters = int(model.count_params())
@@ -170,7 +173,8 @@ def fit(
         | {"architecture": architecture, "pretrained": weights.name if weights else "none"},
     )
     # The device is no parameter, which never changes: the next try may run on another machine.
-    services.registry.set_tags(run, {"architecture": architecture, "device": device})
+    replicas = str(strategy.num_replicas_in_sync)
+    services.registry.set_tags(run, {"architecture": architecture, "device": device, "replicas": replicas})
     held_out = {part: load_arrays(services, run_id, part) for part in ("train", "validation", "calibration")}
     split = read_split(services, version, kept(services, run_id, "held_out")["split"])
     first_step = services.registry.next_step(run, "train_loss")  # behind the epochs of a try that was killed
@@ -185,13 +189,14 @@ def fit(
         log.info("epoch %d: %s", epoch, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     validation = held_out["validation"]
-    outcome = training.train(
-        model,
-        training_shards(services, run_id),
-        (validation.images, validation.labels),
-        config,
-        on_epoch=on_epoch,
-    )
+    with strategy.scope():
+        outcome = training.train(
+            model,
+            training_shards(services, run_id),
+            (validation.images, validation.labels),
+            config,
+            on_epoch=on_epoch,
+        )
     best = outcome.history[outcome.best_epoch]
     onnx = export.export_onnx(model)
     exported = OnnxModel(onnx, threads=2)

@@ -69,6 +69,10 @@ def search(
     """
     if trials < 1 or epochs < 1 or not minutes > 0:
         raise InvalidSetting("a search needs at least one trial, one epoch and some minutes")
+    if services.settings.distribution == "multi_worker":
+        raise InvalidSetting(
+            "a search trains on one host", why="NEUROLOOP_DISTRIBUTION is multi_worker", fix="set it to auto for this"
+        )
     deadline = time.monotonic() + minutes * 60
     split = handoff.run_split(services, run_id)
     read = handoff.image_reader(services)
@@ -174,12 +178,13 @@ class Objective:
                 raise optuna.TrialPruned(f"below the median of earlier trials in epoch {epoch + 1}")
 
         devices.prepare()
+        strategy = devices.strategy(self.services.settings.distribution)
         architecture, seed = self.params.architecture, self.params.seed
         weights = self.services.pretrained(architecture)
         images = dataset.augmented_epochs(
             self.train, epochs=self.epochs, generator=np.random.default_rng(seed), params=AugmentParams()
         )
-        with contextlib.suppress(_TimeOver):
+        with contextlib.suppress(_TimeOver), strategy.scope():
             training.train(
                 network.build(self.params.image_size, arch=architecture, seed=seed, weights=weights),
                 [lambda: next(images)] * self.epochs,

@@ -91,8 +91,14 @@ def train(
     time budget both follow the clock, not an estimate of the number of epochs, so a busy neighbour makes the training
     shorter, never cut off half-annealed. Validation, at the size trained at, and the result use an exponential average
     of all weights, norm statistics included. "Best" is the lowest loss at the largest size: of some hundred images,
-    macro-F1 moves by whole images and picks an epoch by luck, often one before the rate has annealed. Raises
-    `ValueError` where there is no image.
+    macro-F1 moves by whole images and picks an epoch by luck, often one before the rate has annealed.
+
+    Within the scope of a `devices.strategy`, in which `model` was made too, each batch is shared out to its replicas:
+    the same steps at the same rate as on one device. What differs is that each replica normalises by its own images
+    and draws its own disturbances (and the same drop-out as the others). Several hosts give the same arguments, take
+    the same steps, since the first one's clock and validation decide, and end with the same weights.
+
+    Raises `ValueError` where there is no image, or a batch has fewer than there are replicas.
     """
     start = time.monotonic()
     budget = None if config.minutes is None else config.minutes * 60
@@ -108,13 +114,15 @@ def train(
         if len(images) == 0 or len(validation[0]) == 0:
             raise ValueError("training and validation need at least one image each")
         steps = max(round(len(images) / config.batch), min(_MIN_STEPS, len(images) // 8), 1)
+        if len(images) // steps < trainer.replicas:
+            raise ValueError(f"{len(images)} images in {steps} batches are too few for {trainer.replicas} replicas")
         losses, hits, seen = [], 0, 0
         for step, chosen in enumerate(np.array_split(generator.permutation(len(images)), steps)):
             progress = 0.0
             if config.epochs is not None:
                 progress = (epoch + step / steps) / config.epochs
             if budget is not None:
-                progress = max(progress, (time.monotonic() - start + reserve) / budget)
+                progress = trainer.agreed(max(progress, (time.monotonic() - start + reserve) / budget))
             if progress >= 1 and (epoch or step):
                 done = True
                 break
@@ -168,13 +176,26 @@ def _resized(images: Images, side: int) -> Images:
     return np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in images])
 
 
+class SummedAdamW(keras.optimizers.AdamW):
+    """AdamW for gradients that are summed over the replicas already, so that it clips the norm of the sum."""
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
+        return list(grads_and_vars)
+
+
 class _Trainer:
     """A model with its optimiser and the average of its weights; takes images of any size that the network does."""
 
     def __init__(self, model: keras.Model, config: TrainConfig) -> None:
         self.model, self.config = model, config
+        self.strategy = tf.distribute.get_strategy()
+        self.replicas = self.strategy.num_replicas_in_sync
+        self._from_first: Any = None
+        if self.strategy.cluster_resolver is not None:  # several hosts
+            self._from_first = tf.function(self._from_first_body)
+            self._align()
         self.half = config.precision == "bfloat16" or (config.precision == "auto" and _has_half_precision())
-        self.optimizer = keras.optimizers.AdamW(
+        self.optimizer = SummedAdamW(
             config.learning_rate, weight_decay=config.weight_decay, beta_2=0.99, global_clipnorm=_CLIP
         )
         plain = [v for v in model.trainable_variables if len(v.shape) < 2]
@@ -189,8 +210,9 @@ class _Trainer:
         if side not in self._sized:
             model = self.model if side == self.model.inputs[0].shape[1] else network.at_size(self.model, side)
             image_spec = tf.TensorSpec((None, side, side), tf.uint8)
+            body = functools.partial(self._step_body, model)
             step = tf.function(
-                functools.partial(self._step_body, model),
+                body if self.replicas == 1 else functools.partial(self._on_replicas, body),
                 input_signature=[image_spec, tf.TensorSpec((None,), tf.int64), *[tf.TensorSpec((), tf.float32)] * 2,
                                  tf.TensorSpec((2,), tf.int32)],
             )  # fmt: skip
@@ -213,7 +235,10 @@ class _Trainer:
     def _step_body(
         self, model: keras.Model, images: Any, labels: Any, rate: Any, decay: Any, seed: Any
     ) -> tuple[Any, Any]:
-        config = self.config
+        """One update, on one replica of perhaps several; loss and hits are those of the whole batch."""
+        config, share = self.config, 1.0
+        if self.replicas > 1:
+            images, labels, seed, share = self._own_part(images, labels, seed)
         classes = model.output["logits"].shape[-1]
         target = tf.one_hot(labels, classes) * (1 - config.label_smoothing) + config.label_smoothing / classes
         x = _move(tf.cast(images, tf.float32)[..., None], seed, config.shift)
@@ -221,9 +246,13 @@ class _Trainer:
         x, target = _mix(x, target, seed, config.mixup)
         with tf.GradientTape() as tape, _half_precision(model, self.half):
             logits = tf.cast(model(x, training=True)["logits"], tf.float32)
-            loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, logits))
+            loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, logits)) * share
+        hit = tf.argmax(logits, axis=1) == tf.argmax(target, axis=1)
+        hits = tf.reduce_sum(tf.cast(hit, tf.int32))
         variables = self.model.trainable_variables
         gradients = tape.gradient(loss, [v.value for v in variables])
+        if self.replicas > 1:
+            loss, hits, gradients = self._together(loss, hits, gradients)
         self.optimizer.learning_rate.assign(rate)
         self.optimizer.apply(gradients, variables)
         for average, weight in zip(self.average, self.model.weights, strict=True):
@@ -231,8 +260,51 @@ class _Trainer:
                 average.assign_sub((1 - decay) * (average - weight.value))
             else:
                 average.assign(weight.value)  # the state of the dropout generator
-        hit = tf.argmax(logits, axis=1) == tf.argmax(target, axis=1)
-        return loss, tf.reduce_sum(tf.cast(hit, tf.int32))
+        return loss, hits
+
+    def _on_replicas(self, body: Callable[..., tuple[Any, Any]], *batch: Any) -> tuple[Any, Any]:
+        """`body` on every replica, each with the whole batch; what the first of this host returns."""
+        loss, hits = self.strategy.run(body, args=batch)
+        return tuple(self.strategy.experimental_local_results(each)[0] for each in (loss, hits))
+
+    def _own_part(self, images: Any, labels: Any, seed: Any) -> tuple[Any, Any, Any, Any]:
+        """This replica's images and labels, the seed of its disturbances, and which share of the batch it has."""
+        replica = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int32)
+        n = tf.shape(images)[0]
+        first, end = n * replica // self.replicas, n * (replica + 1) // self.replicas
+        share = tf.cast(end - first, tf.float32) / tf.cast(n, tf.float32)
+        return images[first:end], labels[first:end], seed + tf.stack([replica, 0]), share
+
+    def _together(self, loss: Any, hits: Any, gradients: list[Any]) -> tuple[Any, Any, list[Any]]:
+        """The sums over all replicas, in one exchange; the averages that layers keep become those of all replicas."""
+        kept = [v for v in self.model.non_trainable_variables if tf.as_dtype(v.dtype).is_floating]
+        own = [loss, tf.cast(hits, tf.float32), *gradients, *(v.value / self.replicas for v in kept)]
+        loss, hits, *rest = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, own)
+        for variable, mean in zip(kept, rest[len(gradients) :], strict=True):
+            variable.assign(mean)
+        return loss, tf.cast(tf.round(hits), tf.int32), rest[: len(gradients)]
+
+    def agreed(self, value: float) -> float:
+        """The first host's `value`, on every host, so that all decide alike; where there is one host, `value`."""
+        return value if self._from_first is None else float(self._from_first([tf.constant(value, tf.float32)])[0])
+
+    def _align(self) -> None:
+        """Give every host the weights of the first one. Integers, the state of drop-out, follow from the seed."""
+        weights = self.model.get_weights()
+        floats = [i for i, weight in enumerate(weights) if weight.dtype == np.float32]
+        shared = self._from_first([tf.constant(weights[i]) for i in floats])
+        for i, weight in zip(floats, shared, strict=True):
+            weights[i] = weight.numpy()
+        self.model.set_weights(weights)
+
+    def _from_first_body(self, values: list[Any]) -> Any:
+        def own() -> Any:
+            context = tf.distribute.get_replica_context()
+            first = tf.equal(tf.cast(context.replica_id_in_sync_group, tf.int32), 0)
+            told = [tf.where(first, value, tf.zeros_like(value)) for value in values]
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, told)
+
+        return [self.strategy.experimental_local_results(each)[0] for each in self.strategy.run(own)]
 
     def _logits_body(self, model: keras.Model, images: Any) -> Any:
         return model(tf.cast(images, tf.float32)[..., None], training=False)["logits"]
@@ -253,7 +325,7 @@ class _Trainer:
         log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
         predicted = logits.argmax(axis=1)
         return {
-            "val_loss": float(-log_p[np.arange(len(labels)), labels].mean()),
+            "val_loss": self.agreed(float(-log_p[np.arange(len(labels)), labels].mean())),
             "val_accuracy": float((predicted == labels).mean()),
             "val_macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
         }

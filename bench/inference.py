@@ -67,7 +67,12 @@ def untrained_bundle(images: NDArray[np.uint8], folder: Path) -> Path:
     exported = OnnxModel(onnx)
     labels = np.arange(len(images)) % len(LABELS)
     fitted = gate_training.fit_gate(
-        lambda some: exported.run(some).features, images, images[::4], np.random.default_rng(0), steps=10, per_kind=30
+        exported.answers,
+        (images, labels),
+        (images[::4], labels[::4]),
+        np.random.default_rng(0),
+        steps=10,
+        per_kind=30,
     )
     return write(
         folder,

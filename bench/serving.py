@@ -122,14 +122,14 @@ def untrained_bundle(seed: int, images: np.ndarray, folder: Path) -> Path:
     exported = OnnxModel(onnx)
     outputs = exported.run(images[:100])
     fitted = gate_training.fit_gate(
-        lambda some: exported.run(some).features,
-        images[:100],
-        images[:100],
+        exported.answers,
+        (images[:100], np.arange(100) % len(LABELS)),
+        (images[:100], np.arange(100) % len(LABELS)),
         np.random.default_rng(seed),
         steps=1,
         per_kind=1,
     )
-    accepting = fitted.facts.model_copy(update={"offset": -1e6, "far": 1e6})
+    accepting = fitted.facts.model_copy(update={"offset": -1e6, "far": 1e6, "doubtful": 1.0})
     return write(
         folder,
         onnx=onnx,

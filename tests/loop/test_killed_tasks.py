@@ -304,7 +304,11 @@ def differences(here: Any, there: Any, name: str = "") -> dict[str, tuple[str, s
         for key in sorted(here.keys() | there.keys()):
             found |= differences(here.get(key), there.get(key), f"{name}/{key}")
         return found
-    return {} if here == there else {name: (repr(here)[:400], repr(there)[:400])}
+    if here == there:
+        return {}
+    texts = repr(here), repr(there)
+    apart = next((at for at, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1]), 0)
+    return {name: (texts[0][max(apart - 100, 0) : apart + 300], texts[1][max(apart - 100, 0) : apart + 300])}
 
 
 # --- the two of them ------------------------------------------------------------------------------------

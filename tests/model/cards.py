@@ -82,6 +82,7 @@ FACTS: dict[str, Any] = {
             "accepted_rendered": 0.98,
             "novel_widened": 0.6,
             "novel_rendered": 0.9,
+            "missed_widened": 0.05,
             "rejected": {"noise": 1.0, "round_bodies": 0.95},
         },
     },

@@ -79,9 +79,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     onnx = export.export_onnx(model)
     exported = bundle.OnnxModel(onnx)
     fitted = gate_training.fit_gate(
-        lambda images: exported.run(images).features,
-        train.images,
-        validation.images,
+        exported.answers,
+        (train.images, train.labels),
+        (validation.images, validation.labels),
         np.random.default_rng(0),
         steps=400,
         per_kind=40,

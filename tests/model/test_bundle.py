@@ -99,7 +99,7 @@ def test_a_bundle_of_the_first_format_is_refused_with_what_to_do(copy):
         Bundle.load(copy)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "not json", '{"format": 3}', '"format"'])
+@pytest.mark.parametrize("text", ["", "[]", "not json", '{"format": 4}', '"format"'])
 def test_what_is_no_manifest_is_refused(copy, text):
     (copy / "bundle.json").write_text(text)
     with pytest.raises(InvalidBundle, match="not valid"):
@@ -189,10 +189,17 @@ def test_the_bundle_of_the_compact_network_with_all_its_files_takes_at_most_10_m
         return np.random.default_rng(0).integers(0, 256, (count, 128, 128)).astype(np.uint8)
 
     features = model.output["features"].shape[1]
+
+    def answers(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        generator = np.random.default_rng(0)
+        found = (generator.normal(size=(len(images), columns)) for columns in (4, features))
+        return tuple(each.astype(np.float32) for each in found)
+
+    part = some(10), np.arange(10) % 4
     gate = gate_training.fit_gate(
-        lambda images: np.random.default_rng(0).normal(size=(len(images), features)).astype(np.float32),
-        some(10),
-        some(10),
+        answers,
+        part,
+        part,
         np.random.default_rng(0),
         steps=1,
         per_kind=1,

@@ -64,6 +64,10 @@ def test_a_uniform_image_is_rejected_for_its_lack_of_contrast(bundle, grey):
 def test_scans_like_those_of_the_training_are_familiar_and_what_is_far_is_left_to_a_reader(bundle, tiny_model):
     scans = tiny_model.validation.images
     assert (bundle.predict(scans).novelty <= 1).mean() >= 0.98
+    facts = bundle.gate.facts
+    assert 0 < facts.doubtful < 1
+    assert facts.novel_widened > 0.2  # this classifier has seen one contrast
+    assert facts.missed_widened < 0.2
     coarse = np.random.default_rng(0).integers(0, 2, (20, 8, 8)).repeat(8, axis=1).repeat(8, axis=2)
     far = bundle.predict((255 * coarse).astype(np.uint8))
     assert (far.novelty > 1).all()
@@ -83,15 +87,15 @@ def test_a_gate_survives_its_files_unchanged(bundle, tiny_model):
 
 def test_a_kept_network_gets_the_threshold_and_the_features_of_another_classifier(bundle, tiny_model):
     kept = gate_training.fit_gate(
-        lambda images: images.reshape(len(images), -1)[:, ::256].astype(np.float32),
-        tiny_model.train.images,
-        tiny_model.validation.images,
+        lambda images: (np.zeros((len(images), 4)), images.reshape(len(images), -1)[:, ::256].astype(np.float32)),
+        (tiny_model.train.images, tiny_model.train.labels),
+        (tiny_model.validation.images, tiny_model.validation.labels),
         np.random.default_rng(1),
         onnx=bundle.fitted_gate.onnx,
         per_kind=10,
     )
     assert kept.onnx == bundle.fitted_gate.onnx
-    assert len(kept.facts.centre) == 16
+    assert len(kept.facts.centre) == len(kept.facts.doubt) == 16
     assert kept.facts.offset == pytest.approx(bundle.gate.facts.offset, abs=3)
 
 
@@ -146,8 +150,8 @@ def test_a_gate_learns_longer_beside_a_longer_training_and_shortly_beside_a_tria
 
 
 def test_too_few_brains_are_refused(tiny_model):
-    few = tiny_model.train.images[:5]
+    few = tiny_model.train.images[:5], tiny_model.train.labels[:5]
     with pytest.raises(ValueError, match="at least 10"):
         gate_training.fit_gate(
-            lambda images: np.zeros((len(images), 4), np.float32), few, few, np.random.default_rng(0), steps=1
+            lambda images: (np.zeros((len(images), 4), np.float32),) * 2, few, few, np.random.default_rng(0), steps=1
         )

@@ -106,12 +106,16 @@ def texture_gate(*, roughest: float = 0.12, far: float = 1000.0) -> FittedGate:
         centre=(0.0,) * CELLS,
         scale=(60.0,) * CELLS,
         far=far,
+        doubt=(0.0,) * CELLS,
+        doubt_bias=-20.0,
+        doubtful=1.0,
         far_origin="chosen for this test",
         accepted_brains=1.0,
         accepted_widened=1.0,
         accepted_rendered=1.0,
         novel_widened=0.0,
         novel_rendered=0.0,
+        missed_widened=0.0,
         rejected={},
     )
     return FittedGate(facts, model.SerializeToString())

@@ -133,7 +133,7 @@ class Opening(Record):
 class GateResult(Record):
     """Whether an image is taken for a brain MRI: `score` in [0, 1], accepted at or above `threshold`.
 
-    `novelty` is another question: a brain MRI unlike those of the training is accepted, but left to a reader.
+    `novelty` is another question: a brain MRI beyond what was learned is accepted, but left to a reader.
     """
 
     accepted: bool
@@ -141,7 +141,7 @@ class GateResult(Record):
     threshold: float = Field(ge=0, le=1)
     reason: str = Field(description="In words; empty when accepted")
     novelty: float = Field(
-        default=0.0, ge=0, description="How unlike the training images; 1 is the limit. 0 in records of before it was"
+        default=0.0, ge=0, description="How far beyond what was learned; 1 is the limit. 0 in records of before it was"
     )
 
 

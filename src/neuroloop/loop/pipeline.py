@@ -209,10 +209,11 @@ def fit(
     )
     log.info("fitting the input gate")
     learned = held_out["train"]
+    one_each = np.unique(learned.groups, return_index=True)[1]  # of each group of twins
     fitted = gate_training.fit_gate(
-        lambda images: exported.run(images).features,
-        learned.images[np.unique(learned.groups, return_index=True)[1]],  # one of each group of twins
-        validation.images,
+        exported.answers,
+        (learned.images[one_each], learned.labels[one_each]),
+        (validation.images, validation.labels),
         np.random.default_rng(seed),
         steps=gate_training.steps_for(minutes, epochs),
         onnx=gate_network,

@@ -40,7 +40,7 @@ _Record = TypeVar("_Record", bound=Record)
 MANIFEST, MODEL, STATISTICS, WEIGHTS = "bundle.json", "model.onnx", "statistics.json", "weights.npz"
 GATE, GATE_MODEL = "gate.json", "gate.onnx"
 CARD, CARD_DATA, CANARY = "card.md", "card.json", "canary.npz"
-FORMAT = 3
+FORMAT = 4
 _REQUIRED, _OPTIONAL = {MODEL, GATE, GATE_MODEL, STATISTICS}, {WEIGHTS, CARD, CARD_DATA, CANARY}
 _BATCH = 64  # images a forward pass; bounds the memory of a large set
 
@@ -125,6 +125,11 @@ class OnnxModel:
             batch = images[start : start + _BATCH, :, :, None].astype(np.float32)
             parts.append(self._session.run(list(RawOutputs._fields), {"image": batch}))
         return RawOutputs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def answers(self, images: Images) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits (n, classes) and features (n, f) of `images`, as `run` gives them."""
+        raw = self.run(images)
+        return raw.logits, raw.features
 
 
 class Bundle:

@@ -305,8 +305,9 @@ def _gate(card: Card) -> str:
     }
     rows = [[words, _percent(1 - gate[name])] for name, words in brains.items() if name in gate]
     novel = {
-        "novel_widened": "brains in unfamiliar contrasts, left to a reader as unlike the training images",
+        "novel_widened": "brains in unfamiliar contrasts, left to a reader as beyond what was learned",
         "novel_rendered": "simulated heads in any contrast and plane, left to a reader likewise",
+        "missed_widened": "tumours in unfamiliar contrasts, called no tumour and not left to a reader for it",
     }
     rows += [[words, _percent(gate[name])] for name, words in novel.items() if name in gate]
     rows += [[f"{_words(kind)}, let through", _percent(1 - share)] for kind, share in gate.get("rejected", {}).items()]

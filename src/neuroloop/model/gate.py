@@ -60,27 +60,35 @@ class Gate(Record):
     centre: tuple[float, ...] = Field(description="Mean over the training images of each feature of the classifier")
     scale: tuple[float, ...] = Field(description="Deviation of the same")
     far: float = Field(gt=0, description="Distance from the training images at which the novelty is 1")
-    far_origin: str = Field(description="Where that distance comes from, in words")
+    doubt: tuple[float, ...] = Field(description="Weights of the features in the logit that the classifier is wrong")
+    doubt_bias: float = Field(description="The logit of an image like the mean of the training images")
+    doubtful: float = Field(gt=0, le=1, description="Probability of being wrong at which the novelty is 1")
+    far_origin: str = Field(description="Where both limits come from, in words")
     accepted_brains: float = Field(description="Share of validation brains accepted")
     accepted_widened: float = Field(description="Share of validation brains in unfamiliar contrasts accepted")
     accepted_rendered: float = Field(description="Share of simulated heads of any contrast and plane accepted")
     novel_widened: float = Field(description="Share of validation brains in unfamiliar contrasts beyond a novelty of 1")
     novel_rendered: float = Field(description="Share of simulated heads of any contrast and plane beyond it")
+    missed_widened: float = Field(
+        description="Of validation tumours in unfamiliar contrasts, those called no tumour within a novelty of 1"
+    )
     rejected: dict[str, float] = Field(description="kind, see `outliers` -> share of fresh images of it rejected")
 
     @functools.cached_property
-    def _arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        return np.array(self.centre), np.array(self.scale)
+    def _arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        return np.array(self.centre), np.array(self.scale), np.array(self.doubt)
 
     def novelty(self, features: Floats) -> NDArray[np.float64]:
-        """How far n images lie from the training images: `features` (n, f) of the classifier -> (n,), from 0.
+        """How far n images are beyond what was learned: `features` (n, f) of the classifier -> (n,), from 0.
 
         1 is the limit. Raises `ValueError` where f is not what the gate was fitted on.
         """
-        centre, scale = self._arrays
+        centre, scale, doubt = self._arrays
         if features.shape[1] != len(centre):
             raise ValueError(f"expected {len(centre)} features, not {features.shape[1]}")
-        return distance(features, centre, scale) / self.far
+        away = deviations(features, centre, scale)
+        wrong = 1 / (1 + np.exp(-(away @ doubt + self.doubt_bias)))
+        return np.maximum(distance(away) / self.far, wrong / self.doubtful)
 
 
 class FittedGate(NamedTuple):
@@ -143,13 +151,18 @@ class InputGate:
         return f"{text}: what stands out most is its {_MEASURES[worst][1]}, {side} than in 99 % of brain scans."
 
 
-def distance(features: NDArray[Any], centre: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean absolute deviation of the features (n, f) from the training images, in standard deviations: (n,).
+def deviations(features: NDArray[Any], centre: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The features (n, f) as standard deviations from those of the training images, -6 to 6: (n, f)."""
+    return np.clip((features - centre) / scale, -_CLIP, _CLIP)
+
+
+def distance(away: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean absolute `deviations` (n, f) -> (n,).
 
     Means and deviations of every channel of every block, so all depths of the classifier have a say, as in the
     multi-layer Mahalanobis distance (Lee et al., NeurIPS 2018) with a diagonal covariance.
     """
-    return np.clip(np.abs((features - centre) / scale), 0, _CLIP).mean(axis=1)
+    return np.abs(away).mean(axis=1)
 
 
 def shrink(images: Images) -> Images:

@@ -15,11 +15,27 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 
+from neuroloop.core.schemas import LABELS, NO_TUMOUR
 from neuroloop.imaging.augment import AugmentParams, augment_batch
 from neuroloop.model import export, outliers
-from neuroloop.model.gate import SIDE, FittedGate, Floats, Gate, Images, InputGate, distance, measure, shrink
+from neuroloop.model.gate import (
+    SIDE,
+    FittedGate,
+    Floats,
+    Gate,
+    Images,
+    InputGate,
+    deviations,
+    distance,
+    measure,
+    shrink,
+)
 from neuroloop.model.network import FusedBatchNormalization
+
+Labels = NDArray[np.integer]
+Labelled = tuple[Images, Labels]
 
 _CHANNELS = (16, 24, 48, 96)
 _BATCH = 64
@@ -29,6 +45,8 @@ _PER_KIND = 160
 _MAX_VALIDATION = 400  # brains of each sort that the threshold rests on
 _KEEP, _KEEP_WIDENED = 0.99, 0.97  # shares of validation brains, plain and widened, that the threshold must accept
 _FAMILIAR = 0.99  # share of validation brains that must lie within a novelty of 1
+_DOUBTED, _COPIES = 1500, 2  # brains that the doubt is learned from at most, and copies in unfamiliar contrasts of each
+_STRENGTH = 0.01  # inverse regularisation of the doubt
 _PLACES = AugmentParams(rotation_degrees=20, shift=0.08, shear_degrees=8, zoom=0.2)
 _ROWS, _COLUMNS = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j].astype(np.float32)
 
@@ -43,9 +61,9 @@ def steps_for(minutes: float, epochs: int | None = None) -> int:
 
 
 def fit_gate(
-    predict_features: Callable[[Images], Floats],
-    brains_train: Images,
-    brains_validation: Images,
+    predict: Callable[[Images], tuple[Floats, Floats]],
+    train_part: Labelled,
+    validation_part: Labelled,
     generator: np.random.Generator,
     *,
     steps: int = 0,
@@ -55,13 +73,14 @@ def fit_gate(
 ) -> FittedGate:
     """Fit the gate of one classifier.
 
-    `predict_features` maps uint8 (n, s, s) to the classifier's features (n, f); both sets of brains are canonical uint8
-    (n, s, s), the second one unseen by the classifier. `per_kind` images are made of each kind of `outliers.KINDS`, by
-    default 40 to 160, for few are enough for few steps, and as many simulated heads as of seven kinds. Kinds that
-    `without` names are not learned, to see how it does then. A network that is there already is given as `onnx` and
-    kept: only its threshold and what depends on the classifier is found anew. Raises `ValueError` with fewer than 10
-    brains in a set.
+    `predict` maps uint8 (n, s, s) to the classifier's logits (n, classes) and features (n, f); both parts are canonical
+    brains, uint8 (n, s, s), and their classes (n,), the second one unseen by the classifier. `per_kind` images are made
+    of each kind of `outliers.KINDS`, by default 40 to 160, for few are enough for few steps, and as many simulated
+    heads as of seven kinds. Kinds that `without` names are not learned, to see how it does then. A network that is
+    there already is given as `onnx` and kept: only its threshold and what depends on the classifier is found anew.
+    Raises `ValueError` with fewer than 10 brains in a set.
     """
+    (brains_train, labels_train), (brains_validation, labels_validation) = train_part, validation_part
     if min(len(brains_train), len(brains_validation)) < 10:
         raise ValueError("a gate needs at least 10 brains to learn from and 10 to set its threshold")
     per_kind = per_kind or int(np.clip(steps // 5, 40, _PER_KIND))
@@ -74,18 +93,24 @@ def fit_gate(
         onnx = train(brains, others, steps=steps, generator=generator)
 
     raw = InputGate(_NEUTRAL, onnx, threads=2)
-    validation = brains_validation[generator.permutation(len(brains_validation))[:_MAX_VALIDATION]]
+    some = generator.permutation(len(brains_validation))[:_MAX_VALIDATION]
+    validation, known = brains_validation[some], labels_validation[some]
     widened = outliers.widen(validation, generator)
     rendered = outliers.render(per_kind, brains_train.shape[1], generator)
-    features = predict_features(brains_train)
+    logits, features = predict(brains_train)
     centre, scale = features.mean(axis=0).astype(np.float64), features.std(axis=0).astype(np.float64) + 1e-3
-    away = {
-        name: distance(predict_features(images), centre, scale)
-        for name, images in {"plain": validation, "widened": widened, "rendered": rendered}.items()
-    }
+    doubt, bias = _learn_doubt(predict, brains_train, labels_train, logits, features, centre, scale, generator)
+    answers = {name: predict(images) for name, images in (("plain", validation), ("widened", widened))}
+    answers["rendered"] = predict(rendered)
+    away = {name: deviations(found, centre, scale) for name, (_, found) in answers.items()}
+    wrong = 1 / (1 + np.exp(-(away["plain"] @ doubt + bias)))
     plain, wide = raw.logits(validation), raw.logits(widened)
     offset = float(min(np.quantile(plain, 1 - _KEEP), np.quantile(wide, 1 - _KEEP_WIDENED)))
-    far = max(float(np.quantile(away["plain"], _FAMILIAR)), 1e-6)
+    # Each limit on its own, then both moved alike until that share lies within the two of them.
+    far, doubtful = (max(float(np.quantile(each, _FAMILIAR)), 1e-6) for each in (distance(away["plain"]), wrong))
+    both = np.maximum(distance(away["plain"]) / far, wrong / doubtful)
+    moved = float(np.quantile(both, _FAMILIAR, method="higher"))
+    far, doubtful = far * moved, min(doubtful * moved, 1.0)
 
     def refused(kind: str) -> float:
         fresh = outliers.make(kind, validation, max(per_kind // 4, 10), generator)
@@ -103,20 +128,63 @@ def fit_gate(
         centre=tuple(centre.tolist()),
         scale=tuple(scale.tolist()),
         far=far,
+        doubt=tuple(doubt.tolist()),
+        doubt_bias=bias,
+        doubtful=doubtful,
         far_origin=f"{_FAMILIAR:.0%} of {len(validation)} validation brains lie within a novelty of 1.",
         accepted_brains=float((plain >= offset).mean()),
         accepted_widened=float((wide >= offset).mean()),
         accepted_rendered=float((raw.logits(rendered) >= offset).mean()),
-        novel_widened=float((away["widened"] > far).mean()),
-        novel_rendered=float((away["rendered"] > far).mean()),
+        novel_widened=0,
+        novel_rendered=0,
+        missed_widened=0,
         rejected={kind: refused(kind) for kind in outliers.KINDS},
     )
-    return FittedGate(facts, onnx)
+    novel = {name: facts.novelty(found) > 1 for name, (_, found) in answers.items()}
+    tumours = known != LABELS.index(NO_TUMOUR)
+    missed = tumours & (answers["widened"][0].argmax(axis=1) == LABELS.index(NO_TUMOUR)) & ~novel["widened"]
+    found = {
+        "novel_widened": float(novel["widened"].mean()),
+        "novel_rendered": float(novel["rendered"].mean()),
+        "missed_widened": float(missed.sum() / max(tumours.sum(), 1)),
+    }
+    return FittedGate(facts.model_copy(update=found), onnx)
+
+
+def _learn_doubt(
+    predict: Callable[[Images], tuple[Floats, Floats]],
+    brains: Images,
+    labels: Labels,
+    logits: Floats,
+    features: Floats,
+    centre: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    generator: np.random.Generator,
+) -> tuple[NDArray[np.float64], float]:
+    """Weights (f,) and bias of the logit that the classifier is wrong, for the `deviations` of its features.
+
+    Learned from brains of the training part, plain and in unfamiliar contrasts, whose class is known: on the latter a
+    classifier is often wrong, and most often by seeing no tumour. As ConfidNet (Corbiere et al., NeurIPS 2019) learns
+    where a classifier fails, but from a shift that was made, since on what it has learned it hardly fails.
+    """
+    chosen = generator.permutation(len(brains))[:_DOUBTED]
+    away = [deviations(features[chosen], centre, scale)]
+    wrong = [logits[chosen].argmax(axis=1) != labels[chosen]]
+    for _ in range(_COPIES):
+        answered, found = predict(outliers.widen(brains[chosen], generator))
+        away.append(deviations(found, centre, scale))
+        wrong.append(answered.argmax(axis=1) != labels[chosen])
+    target = np.concatenate(wrong)
+    if target.all() or not target.any():  # nothing to tell apart: the distance alone decides
+        return np.zeros(features.shape[1]), -20.0
+    model = LogisticRegression(C=_STRENGTH, max_iter=500).fit(np.concatenate(away), target)
+    return model.coef_[0].astype(np.float64), float(model.intercept_[0])
 
 
 _NEUTRAL = Gate(
     offset=0, width=1, threshold=0.5, threshold_origin="", usual=(), centre=(), scale=(), far=1, far_origin="",
-    accepted_brains=0, accepted_widened=0, accepted_rendered=0, novel_widened=0, novel_rendered=0, rejected={},
+    doubt=(), doubt_bias=0, doubtful=1, accepted_brains=0, accepted_widened=0, accepted_rendered=0, novel_widened=0,
+    novel_rendered=0, missed_widened=0, rejected={},
 )  # fmt: skip
 
 

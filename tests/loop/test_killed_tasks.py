@@ -266,6 +266,7 @@ def timeless(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, str):
+        value = re.sub(r"(\| (?:[a-z ]*)seconds \|) [\d.]+", r"\1 <seconds>", value)  # a row of the model card
         value = re.sub(r"20\d\d-\d\d-\d\d(?!T00)[T ]?[\d:.]*(Z|\+00:00| UTC)?", "<time>", value)
         return re.sub(r"\b[0-9a-f]{32}\b", "<id>", value)
     return value
@@ -286,7 +287,8 @@ def content(name: str, data: bytes) -> Any:
         weights = b"".join(sorted(each.raw_data for each in graph.initializer))
         return {"operations": [node.op_type for node in graph.node], "weights": digest(weights)}
     if name.endswith("MLmodel"):
-        kept = (line for line in data.decode().splitlines() if not re.search("uuid|utc_time|model_id|run_id", line))
+        own = re.compile("uuid|utc_time|model_id|run_id|size_bytes")
+        kept = (line for line in data.decode().splitlines() if not own.search(line))
         return "\n".join(kept)
     if name.endswith((".md", ".csv", ".html", ".txt", ".yaml", ".dvc")):
         return data.decode()

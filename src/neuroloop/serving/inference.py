@@ -494,8 +494,8 @@ def _open_classes(found: NDArray[np.bool_], probabilities: list[float]) -> list[
 def _refer_reason(largest: float, limit: float, novelty: float) -> str:
     if novelty > 1:
         return (
-            f"The scan is beyond what the model has learned (novelty {novelty:.2f}, limit 1): another scanner, sequence "
-            "or state. On such scans it is often wrong, mostly by seeing no tumour."
+            f"The scan is beyond what the model has learned (novelty {novelty:.2f}, limit 1): another scanner, "
+            "sequence or state. On such scans it is often wrong, mostly by seeing no tumour."
         )
     return (
         f"The largest probability, {100 * largest:.1f} %, is below {100 * limit:.1f} %: where the model was this "

@@ -245,7 +245,10 @@ class Platform:
             found[f"mail {mail.subject}"] = (*found.get(f"mail {mail.subject}", ()), mail.body)
         with contextlib.closing(psycopg2.connect(self.services.settings.database_url)) as connection:
             cursor = connection.cursor(cursor_factory=psycopg2.extras.RealDictCursor)
-            cursor.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")
+            # The migrations' own tables say when and under which id each was applied; the schema is in the others.
+            cursor.execute(
+                "SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename !~ 'yoyo' ORDER BY 1"
+            )
             for table in [row["tablename"] for row in cursor.fetchall()]:
                 cursor.execute(f"SELECT * FROM {table} t ORDER BY t::text")
                 found[f"table {table}"] = [

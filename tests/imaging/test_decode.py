@@ -2,6 +2,7 @@ import io
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,6 +31,20 @@ def test_encoding_is_deterministic_and_carries_no_metadata():
     data = encode_png(pixels)
     assert data == encode_png(pixels.copy())
     assert Image.open(io.BytesIO(data)).info == {}
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (33, 47), (2, 3, 3), (65, 40, 3)])
+def test_a_png_of_any_shape_is_one_that_other_readers_verify(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    encoded = encode_png(pixels)
+    with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
+        image.verify()  # the chunks' checksums
+    with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
+        assert image.info == {}
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+    by_opencv = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(by_opencv, pixels if pixels.ndim == 2 else pixels[..., ::-1])
+    assert encode_png(np.asfortranarray(pixels)) == encoded
 
 
 def test_a_colour_png_can_be_encoded():

@@ -108,6 +108,9 @@ def test_a_map_placed_back_peaks_where_the_head_has_the_finding():
     y, x = np.unravel_index(np.argmax(back), back.shape)
     assert 57 <= y <= 72
     assert 107 <= x <= 122
+    bytes_back = place((heat * 255).astype(np.uint8), head_box(image), image.shape)
+    assert bytes_back.dtype == np.uint8
+    assert np.abs(bytes_back - 255 * back).max() <= 1
 
 
 def test_outside_the_box_a_placed_map_is_zero_and_a_box_beyond_the_frame_is_cut():

@@ -5,12 +5,14 @@ of an image, not the disease. On the public four-class set, border and bounding-
 classify 81 % of a leak-free split; those of the canonical image 31 %, where 28 % are of the largest class.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
+
+_Level = TypeVar("_Level", np.float32, np.uint8)
 
 CANONICAL_VERSION = "2"
 """Changes whenever the same pixels would give another canonical image; a bundle refuses another version."""
@@ -59,17 +61,17 @@ def head_box(pixels: NDArray[np.uint8]) -> Box:
     return _outline(pixels)[1]
 
 
-def place(heat: NDArray[np.float32], box: Box, shape: tuple[int, int]) -> NDArray[np.float32]:
+def place(heat: NDArray[_Level], box: Box, shape: tuple[int, int]) -> NDArray[_Level]:
     """Put a map of the canonical frame back into the original one, bilinearly; zeros outside the box.
 
-    `heat`: float32 (h, w) over the canonical image; `shape`: (H, W) of the original. Returns float32 (H, W).
+    `heat`: float32 or uint8 (h, w) over the canonical image; `shape`: (H, W) of the original. Returns such an (H, W).
     """
-    out = np.zeros(shape, dtype=np.float32)
+    out = np.zeros(shape, dtype=heat.dtype)
     top, left = max(box.top, 0), max(box.left, 0)
     bottom, right = min(box.top + box.height, shape[0]), min(box.left + box.width, shape[1])
     if bottom <= top or right <= left:
         return out
-    full = Image.fromarray(heat.astype(np.float32)).resize((box.width, box.height), Image.Resampling.BILINEAR)
+    full = Image.fromarray(heat).resize((box.width, box.height), Image.Resampling.BILINEAR)
     out[top:bottom, left:right] = np.asarray(full)[top - box.top : bottom - box.top, left - box.left : right - box.left]
     return out
 

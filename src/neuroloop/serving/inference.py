@@ -453,7 +453,7 @@ def _shown(
     if heat is not None:
         top, left, tall, wide = box or head_box(pixels)
         there = Box(round(top * scale), round(left * scale), max(1, round(tall * scale)), max(1, round(wide * scale)))
-        overlay = np.rint(np.clip(place(heat, there, (height, width)), 0, 1) * 255).astype(np.uint8)
+        overlay = place(np.rint(np.clip(heat, 0, 1) * 255).astype(np.uint8), there, (height, width))
     return _base64(png or encode_png(pixels)), None if overlay is None else _base64(encode_png(overlay))
 
 

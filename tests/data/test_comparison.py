@@ -5,8 +5,8 @@ from neuroloop.core.schemas import LABELS
 from neuroloop.data.audit import audit
 from neuroloop.data.comparison import LARGE, MODERATE, Comparison, compare, psi
 from neuroloop.data.dataset import make_split
-from neuroloop.data.statistics import capture
-from neuroloop.imaging.decode import encode_png
+from neuroloop.data.statistics import capture, measure
+from neuroloop.imaging.decode import decode, encode_png
 
 from .drawn import picture, snapshot_of
 
@@ -65,7 +65,7 @@ def stats_of(files, version):
         update={"images": tuple(image.model_copy(update={"origin": "drawn"}) for image in snapshot.images)}
     )
     split = make_split(snapshot, audit(snapshot, lambda entry: files[entry.path]))
-    return snapshot, capture(split, lambda entry: files[entry.path])
+    return snapshot, capture(split, {e.path: measure(decode(files[e.path])) for e in split.of("train")})
 
 
 @pytest.fixture(scope="module")

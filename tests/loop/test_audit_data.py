@@ -11,7 +11,7 @@ from neuroloop.core import keys
 from neuroloop.core.errors import InvalidSource
 from neuroloop.core.settings import Settings
 from neuroloop.imaging.decode import encode_png
-from neuroloop.loop import handoff, preparation
+from neuroloop.loop import handoff, preparation, shards
 from neuroloop.loop.params import Params
 
 
@@ -36,10 +36,14 @@ def platform(tmp_path, mlflow_uri):
     return services
 
 
-def download(services: Services, run_id: str) -> str:
-    params = Params.of(services, {})
+def looked_at(services: Services, run_id: str) -> str:
+    """What comes before `audit_data`; the data version."""
+    params = Params.of(services, {"shards": 2})
     preparation.check_source(services, run_id, params)
-    return preparation.download_data(services, run_id, params)["version"]
+    version = preparation.download_data(services, run_id, params)["version"]
+    for shard in shards.list_shards(services, run_id):
+        shards.audit_shard(services, run_id, shard)
+    return version
 
 
 def test_both_reports_stand_in_the_store_and_in_mlflow_and_the_figures_are_metrics(platform, mlflow_uri, request):
@@ -47,7 +51,7 @@ def test_both_reports_stand_in_the_store_and_in_mlflow_and_the_figures_are_metri
 
     # Named, but not found: that stops nothing.
     services, run_id = platform(audit_stop_on="tiny,blank,unreadable"), request.node.name
-    version = download(services, run_id)
+    version = looked_at(services, run_id)
     result = preparation.audit_data(services, run_id)
     report = json.loads(services.store.get(keys.audit(version)))
     assert (report["twins_across_parts"], report["wrong_modality"]) == (1, ["Training/notumor/ct.png"])
@@ -71,7 +75,7 @@ def test_both_reports_stand_in_the_store_and_in_mlflow_and_the_figures_are_metri
 
 def test_a_finding_that_the_settings_name_stops_the_run_after_its_report_and_before_its_split(platform, request):
     services, run_id = platform(audit_stop_on="tiny, label_conflicts"), request.node.name
-    version = download(services, run_id)
+    version = looked_at(services, run_id)
     with pytest.raises(InvalidSource, match=r"one picture under two classes.*NEUROLOOP_AUDIT_STOP_ON"):
         preparation.audit_data(services, run_id)
     assert services.store.exists(keys.audit_page(version))

@@ -120,6 +120,7 @@ def test_an_image_that_needs_too_much_memory_is_refused():
 def test_a_decoder_that_breaks_down_is_a_refusal_and_the_next_image_is_read():
     one = decoder(seconds=60)
     process = worker(one)
+    wait(lambda: not children(process))  # the fork that read the image before
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(one.read, passes(60_000, 2500))
         wait(lambda: children(process))

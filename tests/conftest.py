@@ -98,9 +98,9 @@ def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     return s3_server.new_bucket()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def s3_identities(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Identities]:
-    """Another Amazon S3, which enforces the policies of deploy/identities."""
+    """Another Amazon S3, which enforces the policies of deploy/identities; it remembers who did what."""
     with identities(tmp_path_factory.mktemp("s3-identities"), free()) as found:
         yield found
 

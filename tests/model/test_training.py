@@ -27,13 +27,14 @@ def run(config: training.TrainConfig, shards=None, model=None):
 def test_a_model_learns_the_simulated_scans_clearly_beyond_chance(tiny_model):
     best = tiny_model.history[tiny_model.best_epoch]
     assert best["val_macro_f1"] > 0.7, tiny_model.history
-    assert best["val_loss"] == min(epoch["val_loss"] for epoch in tiny_model.history)
+    assert best["val_calibrated_loss"] == min(epoch["val_calibrated_loss"] for epoch in tiny_model.history)
+    assert all(epoch["val_calibrated_loss"] <= epoch["val_loss"] + 1e-3 for epoch in tiny_model.history)
 
 
 def test_every_epoch_reports_its_progress_and_the_rate_falls_to_almost_nothing(tiny_model):
     assert tiny_model.history[0].keys() == {
-        "loss", "accuracy", "val_loss", "val_accuracy", "val_macro_f1", "learning_rate", "seconds", "images_per_second",
-        "image_size",
+        "loss", "accuracy", "val_loss", "val_calibrated_loss", "val_accuracy", "val_macro_f1", "learning_rate",
+        "seconds", "images_per_second", "image_size",
     }  # fmt: skip
     assert tiny_model.history[-1]["learning_rate"] < 1e-4 < max(e["learning_rate"] for e in tiny_model.history)
 

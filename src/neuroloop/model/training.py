@@ -24,6 +24,7 @@ Labels = NDArray[np.integer]
 _MIN_STEPS = 8  # an epoch of few images uses smaller batches instead of one or two huge steps
 _WARM_UP = 0.04  # share of the training with a rising learning rate; 2 epochs of 50
 _CLIP = 2.0  # largest global gradient norm
+_TEMPERATURES = np.geomspace(0.5, 3.0, 37)  # 5 % apart; the loss is flat around its lowest
 _SMALLEST = 64  # pixels of the images that a training begins with: on smaller ones, lesions vanish
 
 
@@ -84,14 +85,16 @@ def train(
     """Train `model` in place; it ends with the averaged weights that did best on `validation`.
 
     Epoch e reads `shards[e % len(shards)]()`: images uint8 (n, s, s), labels (n,). `on_epoch(e, metrics)` is called
-    after each epoch with loss, accuracy, val_loss, val_accuracy, val_macro_f1, learning_rate, image_size, seconds,
-    images_per_second. With `epochs` alone the result is fixed by `seed` (same machine, same number of threads).
+    after each epoch with loss, accuracy, val_loss, val_calibrated_loss, val_accuracy, val_macro_f1, learning_rate,
+    image_size, seconds, images_per_second. With `epochs` alone the result is fixed by `seed` (same machine, same number
+    of threads).
 
     AdamW (no decay on biases and norms), warm-up and cosine to zero, on images that grow (see `small_start`). Under a
     time budget both follow the clock, not an estimate of the number of epochs, so a busy neighbour makes the training
     shorter, never cut off half-annealed. Validation, at the size trained at, and the result use an exponential average
-    of all weights, norm statistics included. "Best" is the lowest loss at the largest size: of some hundred images,
-    macro-F1 moves by whole images and picks an epoch by luck, often one before the rate has annealed.
+    of all weights, norm statistics included. "Best" is the lowest loss, each epoch's at its own best temperature, since
+    calibration will find that, at the largest size: of some hundred images, macro-F1 moves by whole images and picks an
+    epoch by luck, often one before the rate has annealed.
 
     Within the scope of a `devices.strategy`, in which `model` was made too, each batch is shared out to its replicas:
     the same steps at the same rate as on one device. What differs is that each replica normalises by its own images
@@ -146,7 +149,7 @@ def train(
         }
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(f"the training loss became {metrics['loss']} in epoch {epoch}")
-        worth = (side, -metrics["val_loss"])
+        worth = (side, -metrics["val_calibrated_loss"])
         if best is None or worth > best[0]:
             best = (worth, epoch, trainer.averaged())
         history.append(metrics)
@@ -321,14 +324,20 @@ class _Trainer:
         parts = [logits_of(tf.constant(images[i : i + 256])).numpy() for i in range(0, len(images), 256)]
         self.model.set_weights(own)
         logits = np.concatenate(parts)
-        log_p = logits - logits.max(axis=1, keepdims=True)
-        log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
         predicted = logits.argmax(axis=1)
         return {
-            "val_loss": self.agreed(float(-log_p[np.arange(len(labels)), labels].mean())),
+            "val_loss": _loss(logits, labels),
+            "val_calibrated_loss": self.agreed(min(_loss(logits / t, labels) for t in _TEMPERATURES)),
             "val_accuracy": float((predicted == labels).mean()),
             "val_macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
         }
+
+
+def _loss(logits: NDArray[np.float32], labels: Labels) -> float:
+    """Mean cross entropy of logits (n, classes)."""
+    log_p = logits - logits.max(axis=1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+    return float(-log_p[np.arange(len(labels)), labels].mean())
 
 
 def _has_half_precision() -> bool:

@@ -87,8 +87,7 @@ class Gate(Record):
         if features.shape[1] != len(centre):
             raise ValueError(f"expected {len(centre)} features, not {features.shape[1]}")
         away = deviations(features, centre, scale)
-        wrong = 1 / (1 + np.exp(-(away @ doubt + self.doubt_bias)))
-        return np.maximum(distance(away) / self.far, wrong / self.doubtful)
+        return np.maximum(distance(away) / self.far, wrongness(away, doubt, self.doubt_bias) / self.doubtful)
 
 
 class FittedGate(NamedTuple):
@@ -163,6 +162,12 @@ def distance(away: NDArray[np.float64]) -> NDArray[np.float64]:
     multi-layer Mahalanobis distance (Lee et al., NeurIPS 2018) with a diagonal covariance.
     """
     return np.abs(away).mean(axis=1)
+
+
+def wrongness(away: NDArray[np.float64], doubt: NDArray[np.float64], bias: float) -> NDArray[np.float64]:
+    """Probability that the classifier is wrong, by `deviations` (n, f) and the weights (f,) of the doubt: (n,)."""
+    found: NDArray[np.float64] = 1 / (1 + np.exp(-(away @ doubt + bias)))
+    return found
 
 
 def shrink(images: Images) -> Images:

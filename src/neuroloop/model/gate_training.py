@@ -31,6 +31,7 @@ from neuroloop.model.gate import (
     distance,
     measure,
     shrink,
+    wrongness,
 )
 from neuroloop.model.network import FusedBatchNormalization
 
@@ -103,7 +104,7 @@ def fit_gate(
     answers = {name: predict(images) for name, images in (("plain", validation), ("widened", widened))}
     answers["rendered"] = predict(rendered)
     away = {name: deviations(found, centre, scale) for name, (_, found) in answers.items()}
-    wrong = 1 / (1 + np.exp(-(away["plain"] @ doubt + bias)))
+    wrong = wrongness(away["plain"], doubt, bias)
     plain, wide = raw.logits(validation), raw.logits(widened)
     offset = float(min(np.quantile(plain, 1 - _KEEP), np.quantile(wide, 1 - _KEEP_WIDENED)))
     # Each limit on its own, then both moved alike until that share lies within the two of them.

@@ -11,11 +11,14 @@ import pytest
 
 from conftest import stop, wait_until
 from neuroloop.bootstrap import Services
+from neuroloop.core.errors import NeuroLoopError
 from neuroloop.core.settings import Settings
+from neuroloop.embedded.roles import MLFLOW_API_USER
 from serving.running import write_bundle
 
 pytestmark = pytest.mark.e2e  # a whole MLflow on an empty PostgreSQL takes a minute
 WHO = ("admin", "a password of this test")
+API = "another password of it"
 
 
 @pytest.fixture
@@ -28,6 +31,7 @@ def locked(postgres_url: str, free_port, tmp_path) -> Iterator[Settings]:
         mlflow_tracking_uri=f"http://127.0.0.1:{port}",
         mlflow_database_url=postgres_url,
         mlflow_password=WHO[1],
+        mlflow_api_password=API,
     )
     given = {
         "NEUROLOOP_HOME": str(settings.home),
@@ -36,6 +40,7 @@ def locked(postgres_url: str, free_port, tmp_path) -> Iterator[Settings]:
         "NEUROLOOP_MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
         "NEUROLOOP_MLFLOW_DATABASE_URL": postgres_url,
         "NEUROLOOP_MLFLOW_PASSWORD": WHO[1],
+        "NEUROLOOP_MLFLOW_API_PASSWORD": API,
     }
     settings.home.mkdir()
     log = tmp_path / "mlflow.log"
@@ -59,7 +64,15 @@ def locked(postgres_url: str, free_port, tmp_path) -> Iterator[Settings]:
     stop(process)
 
 
-def test_nothing_but_health_is_open_and_the_registry_works_with_the_login(locked: Settings, monkeypatch, tmp_path):
+@pytest.fixture(autouse=True)
+def own_variables(monkeypatch):
+    """Put back afterwards what a registry sets."""
+    for name in ("USERNAME", "PASSWORD"):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}")
+
+
+def test_nothing_but_health_is_open_and_the_registry_works_with_the_logins(locked: Settings, tmp_path):
     with httpx.Client(base_url=locked.mlflow_tracking_uri, trust_env=False) as stranger:
         for path in (
             "/",
@@ -72,14 +85,39 @@ def test_nothing_but_health_is_open_and_the_registry_works_with_the_login(locked
         ):
             assert stranger.get(path).status_code == 401, path
             assert stranger.get(path, auth=(WHO[0], "wrong")).status_code == 401, path
-    for name in ("USERNAME", "PASSWORD"):  # put back afterwards what the registry sets
-        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
-        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}")
     registry = Services(locked).registry
     run = registry.open_run(str(uuid.uuid4()), experiment="locked")
     version = registry.register(run, write_bundle(tmp_path / "bundle"), tags={})
     registry.set_alias("champion", version.version)
     assert registry.by_alias("champion") == registry.versions()[0]
     assert (registry.download_bundle(version.version, tmp_path / "down") / "bundle.json").is_file()
-    assert "a password of this test" not in (tmp_path / "mlflow.log").read_text()
+    said = (tmp_path / "mlflow.log").read_text()
+    assert WHO[1] not in said
+    assert API not in said
     assert (locked.home / "mlflow-login.ini").stat().st_mode & 0o777 == 0o600
+
+    os.environ.pop("MLFLOW_TRACKING_USERNAME"), os.environ.pop("MLFLOW_TRACKING_PASSWORD")
+    as_api = {"mlflow_user": MLFLOW_API_USER, "mlflow_password": API}
+    server = Services(locked.model_copy(update=as_api)).registry
+    assert server.by_alias("champion") == server.versions()[0]
+    assert (server.download_bundle(version.version, tmp_path / "again") / "bundle.json").is_file()
+    server.set_alias("previous", version.version)  # as a rollback does
+    assert registry.by_alias("previous") is not None
+    with pytest.raises(NeuroLoopError, match=r"[Pp]ermission"):
+        server.log_bytes(run, "bundle/bundle.json", b"{}")
+    where = f"{locked.mlflow_tracking_uri}/api/2.0/mlflow"
+    for path, asked in (
+        ("runs/delete", {"run_id": run}),
+        ("runs/log-metric", {"run_id": run, "key": "test_macro_f1", "value": 1, "timestamp": 1}),
+        ("registered-models/delete-tag", {"name": "brain-tumor-classifier", "key": "split"}),
+        ("users/create", {"username": "a friend", "password": "a friend's password"}),
+    ):
+        refused = httpx.post(f"{where}/{path}", json=asked, auth=(MLFLOW_API_USER, API), trust_env=False)
+        assert refused.status_code == 403, (path, refused.text)
+    gone = {"name": "brain-tumor-classifier", "version": version.version}
+    refused = httpx.request(
+        "DELETE", f"{where}/model-versions/delete", json=gone, auth=(MLFLOW_API_USER, API), trust_env=False
+    )
+    assert refused.status_code == 403, refused.text
+    upload = f"{locked.mlflow_tracking_uri}/api/2.0/mlflow-artifacts/artifacts/1/{run}/artifacts/bundle/bundle.json"
+    assert httpx.put(upload, content=b"{}", auth=(MLFLOW_API_USER, API), trust_env=False).status_code == 403

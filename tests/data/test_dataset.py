@@ -215,6 +215,18 @@ def test_the_rest_of_the_legacy_split_is_divided_by_groups_among_themselves(publ
         assert counts["calibration"] / counts.total() == pytest.approx(0.05, abs=0.03)
 
 
+def test_what_a_legacy_run_holds_out_has_no_twin_in_the_test_part_while_there_is_enough_without(public):
+    twins = {f"Training/{label}/{name}.png" for label in LABELS for name in ("001", "005")}
+    split = source_split(snapshot_of(public), audit(snapshot_of(public), lambda entry: public[entry.path]))
+    assert twins <= {entry.path for entry in split.of("train")}
+
+    copied = {path: data for path, data in public.items() if path.startswith("Training/")}
+    copied |= {path.replace("Training/", "Testing/"): data for path, data in copied.items()}
+    split = source_split(snapshot_of(copied), audit(snapshot_of(copied), lambda entry: copied[entry.path]))
+    assert len(split.leaked) == len(split.of("test")) == len(split.of("train", "validation", "calibration"))
+    assert all(split.of(part) for part in ("train", "validation", "calibration"))
+
+
 def test_a_source_without_a_test_part_has_no_legacy_split(files):
     snapshot = snapshot_of(files)
     with pytest.raises(InvalidSource, match=r"no legacy split.*the source's parts: none"):

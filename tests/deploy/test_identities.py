@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from neuroloop.adapters.folder import FolderStore
 from neuroloop.core import keys
 from neuroloop.core.errors import Forbidden, NotFound
 from neuroloop.core.rights import PROCESSES, RIGHTS, Identity, Right, allowed
+from neuroloop.records.backup import backup
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "identities"
 DOCS = (Path(__file__).parents[2] / "docs" / "stores.md").read_text()
@@ -38,8 +40,8 @@ def test_the_documentation_has_the_same_table():
     for identity, rights in RIGHTS.items():
         assert identity in PROCESSES
         for prefix, granted in rights.items():
-            assert f"| {identity} | `{prefix}` | {', '.join(shown[right] for right in granted)} |" in DOCS
-    rows = re.findall(r"^\| \w+ \| `[\w/-]+/` \|", DOCS, re.MULTILINE)
+            assert f"| {identity} | `{prefix or '/'}` | {', '.join(shown[right] for right in granted)} |" in DOCS
+    rows = re.findall(r"^\| \w+ \| `[\w/-]*/` \|", DOCS, re.MULTILINE)
     assert len(rows) == sum(map(len, RIGHTS.values()))
 
 
@@ -130,6 +132,16 @@ def test_the_trainer_cannot_read_what_was_uploaded(prefix: str, s3_identities):
         for read in (store.get, store.exists, store.modified):
             with pytest.raises(Forbidden, match=r"lacks the right to read 'InferenceLogs/.*grant it s3:GetObject"):
                 read(f"{prefix}scan.png")
+
+
+def test_a_backup_reads_all_of_a_store_and_changes_nothing(s3_identities, tmp_path):
+    with s3_identities.acting("owner") as owner:
+        for prefix in PREFIXES:
+            owner.put(f"{prefix}kept", prefix.encode())
+    target = FolderStore(str(tmp_path))
+    with s3_identities.acting(Identity.BACKUP) as store:
+        made = backup({}, store, target, say=print)
+    assert {f"{prefix}kept" for prefix in PREFIXES} <= made.objects.keys()
 
 
 def test_what_is_not_there_is_not_found_also_where_it_could_not_be_read(s3_identities):

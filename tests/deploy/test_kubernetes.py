@@ -324,9 +324,9 @@ def test_each_part_gets_the_secrets_that_it_needs_and_no_others():
         for who, each in containers("gke")
     }
     assert got == {
-        "api/api": {"database", "mlflow-login", "api-key", "notify"},
+        "api/api": {"database", "mlflow-api-login", "api-key", "notify"},
         "frontend/frontend": {"api-key", "frontend-login"},
-        "mlflow/mlflow": {"mlflow-database", "mlflow-login"},
+        "mlflow/mlflow": {"mlflow-database", "mlflow-login", "mlflow-api-login"},
         "migrate/migrate": {"database"},
         "training/base": {"database", "mlflow-login", "notify", "kaggle"},
         "housekeeping/base": {"database", "mlflow-login", "notify"},

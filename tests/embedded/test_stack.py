@@ -38,9 +38,9 @@ def test_the_first_start_generates_secrets_only_their_owner_can_read(environ, tm
     settings = Settings.load(environ)
     secrets = [settings.airflow_password, settings.postgres_password, settings.airflow_jwt_secret]
     assert all(len(secret) >= 16 for secret in secrets)
-    secrets += [settings.ui_password, settings.mlflow_password, settings.ui_api_key]
+    secrets += [settings.ui_password, settings.mlflow_password, settings.mlflow_api_password, settings.ui_api_key]
     assert all(len(secret) >= 16 for secret in secrets)
-    assert len(set(secrets)) == 6
+    assert len(set(secrets)) == 7
     assert parted(settings.ui_api_key)
     settings.require("database_url", "mlflow_database_url", "airflow_database_url", "airflow_fernet_key")
 

@@ -38,6 +38,7 @@ PREDICTIONS = "InferenceLogs/ImageLogs/"
 INVALID = "InferenceLogs/ImageLogsForInvalidImages/"
 MAIL = "mail/"
 MODELS = "mlflow/"
+EVERYTHING = ""
 PROBE = "probe/"
 """Nothing lies here. Every process may list it, whatever else it may: that is how it sees that the store is there."""
 

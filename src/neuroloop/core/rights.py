@@ -27,6 +27,7 @@ class Identity(StrEnum):
     MLFLOW = "mlflow"
     HOUSEKEEPER = "housekeeper"
     MAIL = "mail"
+    BACKUP = "backup"
 
 
 PROCESSES: Mapping[Identity, str] = {
@@ -35,6 +36,7 @@ PROCESSES: Mapping[Identity, str] = {
     Identity.MLFLOW: "the role `mlflow`: keeps the models",
     Identity.HOUSEKEEPER: "`housekeeping`, or `neuroloop sweep`",
     Identity.MAIL: "the role `mail`, where there is no mail server",
+    Identity.BACKUP: "`neuroloop backup`, where it has an identity of its own; a restore comes as the store's owner",
 }
 
 _L, _R, _W, _D = Right.LIST, Right.READ, Right.WRITE, Right.DELETE
@@ -61,6 +63,7 @@ RIGHTS: Mapping[Identity, Mapping[str, tuple[Right, ...]]] = {
         keys.CORRECTIONS: (_L, _R, _W, _D),
     },
     Identity.MAIL: {keys.MAIL: (_W,)},
+    Identity.BACKUP: {keys.EVERYTHING: (_L, _R)},
 }
 
 

@@ -127,9 +127,10 @@ def source_split(
     The test part is every usable image of the source's parts whose name starts with "test", otherwise quarantined
     ones included, as others test on them. The rest is divided into train, validation and calibration, fractions of
     a class's images (small ones: what it is compared with trained on nearly all of them), by groups among
-    themselves, but not kept apart from the test part: that is what this split is there to show. `leaked` names the
-    test images with a twin in another of the source's parts. Raises `InvalidSource` where the source has no test
-    part of its own, or a class reaches not every part.
+    themselves, but not kept apart from the test part: that is what this split is there to show. So groups that reach
+    into the test part are learned from, as they are by others, while enough other groups remain to hold out; these
+    have nothing of the test part in them. `leaked` names the test images with a twin in another of the source's parts.
+    Raises `InvalidSource` where the source has no test part of its own, or a class reaches not every part.
     """
     tests = [entry for entry in snapshot.images if is_test(entry.part)]
     if not tests or len(tests) == len(snapshot.images):
@@ -148,7 +149,12 @@ def source_split(
         "validation": validation,
         "calibration": calibration,
     }
-    placed = _place(list(members.values()), [], fractions, seed)
+    reaching = {audit.groups[entry.path] for entry in tests if entry.path in audit.groups}
+    leaking = [group for number, group in members.items() if number in reaching]
+    apart = [group for number, group in members.items() if number not in reaching]
+    placed = _place(apart, [("train", group) for group in leaking], fractions, seed)
+    if _gaps(placed, ("validation", "calibration")):
+        placed = _place(list(members.values()), [], fractions, seed)
 
     # In the test part a group is what it is to the audit; quarantined images are in none, so each is its own.
     shown = [entry for entry in tests if entry.path not in unusable]
@@ -362,12 +368,15 @@ def _ordered(placed: list[tuple[Part, list[ImageEntry]]]) -> list[tuple[Part, li
     return sorted((each for each in placed if each[1]), key=lambda each: min(entry.path for entry in each[1]))
 
 
+def _gaps(placed: list[tuple[Part, list[ImageEntry]]], parts: Sequence[Part]) -> list[str]:
+    have = _counts(placed)
+    return [f"{label} in {part}" for part in parts for label in LABELS if not have[label, part]]
+
+
 def _refuse_gaps(
     placed: list[tuple[Part, list[ImageEntry]]], members: Mapping[int, list[ImageEntry]], parts: Sequence[Part]
 ) -> None:
-    have = _counts(placed)
-    gaps = [f"{label} in {part}" for part in parts for label in LABELS if not have[label, part]]
-    if gaps:
+    if gaps := _gaps(placed, parts):
         unlike: Counter[str] = Counter(
             label for group in members.values() for label in {entry.label for entry in group}
         )

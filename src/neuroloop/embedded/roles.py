@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[3]
 """The repository: `dags/` and `frontend/` stand there."""
 
 WAIT_SECONDS = 300.0
+MLFLOW_API_USER = "neuroloop-api"
+"""As whom the API comes to MLflow, see `mlflow_users`."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Role:
     argv: Callable[[Settings], list[str]]
     needs: tuple[Callable[[Settings], str], ...] = ()
     first: Callable[[Settings], list[str]] | None = None
-    """A program that must end well before the role starts (a schema migration)."""
+    """A program that must end well before the role starts: a schema migration, a user."""
 
 
 def _python(*args: str) -> list[str]:
@@ -74,7 +76,7 @@ def _mlflow_argv(settings: Settings) -> list[str]:
     return [
         *_python("mlflow", "server", "--workers", "1"),
         *("--host", settings.bind, "--port", str(settings.mlflow_port)),
-        *("--backend-store-uri", _driver(settings.mlflow_database_url)),
+        *("--backend-store-uri", driver(settings.mlflow_database_url)),
         *("--artifacts-destination", _mlflow_artifacts(settings), "--serve-artifacts"),
         *("--allowed-hosts", ",".join(_mlflow_hosts(settings))),
         *(("--app-name", "basic-auth") if settings.mlflow_password else ()),
@@ -120,7 +122,7 @@ def _airflow_role(*args: str) -> Role:
 ROLES: dict[str, Role] = {
     "postgres": Role(lambda _: _python("neuroloop.embedded.postgres")),
     "mail": Role(lambda _: _python("neuroloop.cli", "mail-sink")),
-    "mlflow": Role(_mlflow_argv, needs=(_mlflow_database,)),
+    "mlflow": Role(_mlflow_argv, needs=(_mlflow_database,), first=lambda _: _python("neuroloop.embedded.mlflow_users")),
     "airflow-api": Role(
         lambda settings: _python(
             "airflow", "api-server", "--host", settings.bind, "--port", str(settings.airflow_port)
@@ -160,7 +162,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{settings.airflow_user}:admin",
         "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(home / "passwords.json"),
         "CORE__EXECUTION_API_SERVER_URL": f"{settings.airflow_internal}/execution/",
-        "DATABASE__SQL_ALCHEMY_CONN": _driver(settings.airflow_database_url),
+        "DATABASE__SQL_ALCHEMY_CONN": driver(settings.airflow_database_url),
         "API__BASE_URL": settings.airflow_url,
         "API__WORKERS": "1",
         "API__SECRET_KEY": settings.airflow_jwt_secret,
@@ -212,7 +214,7 @@ def _celery(settings: Settings) -> dict[str, str]:
     return {
         "CORE__EXECUTOR": "CeleryExecutor",
         "CELERY__BROKER_URL": settings.airflow_broker_url,
-        "CELERY__RESULT_BACKEND": f"db+{_driver(settings.airflow_database_url)}",
+        "CELERY__RESULT_BACKEND": f"db+{driver(settings.airflow_database_url)}",
         "CELERY__WORKER_CONCURRENCY": "2",
         # After this long, seconds, the queue hands a task out anew: longer than the longest training.
         "CELERY_BROKER_TRANSPORT_OPTIONS__VISIBILITY_TIMEOUT": str(7 * 24 * 3600),
@@ -253,6 +255,9 @@ def become(name: str) -> None:
     if name == "mlflow":
         settings.require("mlflow_database_url")
         _write_mlflow_login(settings)
+    if name == "api" and settings.mlflow_api_password:
+        os.environ["NEUROLOOP_MLFLOW_USER"] = MLFLOW_API_USER
+        os.environ["NEUROLOOP_MLFLOW_PASSWORD"] = settings.mlflow_api_password
     os.environ.update(environment(settings))
     for need in role.needs:
         wait_for(need(settings))
@@ -282,7 +287,7 @@ def _write_mlflow_login(settings: Settings) -> None:
     config = configparser.RawConfigParser()
     config["mlflow"] = {
         "default_permission": "READ",
-        "database_uri": _driver(settings.mlflow_database_url),
+        "database_uri": driver(settings.mlflow_database_url),
         "admin_username": settings.mlflow_user,
         "admin_password": settings.mlflow_password,
         "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
@@ -300,7 +305,7 @@ def _write_mlflow_login(settings: Settings) -> None:
     os.environ["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_urlsafe(32)
 
 
-def _driver(url: str) -> str:
+def driver(url: str) -> str:
     """`postgresql://` as SQLAlchemy wants it, with the driver named."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(scheme="postgresql+psycopg2")) if url else ""

@@ -131,7 +131,7 @@ class Stack:
         values: dict[str, str] = {}
         if file.exists():
             values = dict(line.split("=", 1) for line in file.read_text().splitlines() if "=" in line)
-        for name in ("postgres", "airflow", "mlflow", "ui", "supervisor"):
+        for name in ("postgres", "airflow", "mlflow", "mlflow_api", "ui", "supervisor"):
             values.setdefault(f"{PREFIX}{name.upper()}_PASSWORD", secrets.token_urlsafe(12))
         values.setdefault(f"{PREFIX}UI_API_KEY", new_key())
         values.setdefault(f"{PREFIX}AIRFLOW_JWT_SECRET", secrets.token_urlsafe(32))

@@ -1,0 +1,35 @@
+"""Makes MLflow's user of the API before MLflow starts: it reads everything, and moves the model's aliases.
+
+The admin is for people and the trainer. What they put there the API can neither change nor delete. MLflow has no finer
+rights: who moves aliases may register versions, and everybody may open an experiment of their own.
+"""
+
+from mlflow.exceptions import MlflowException
+from mlflow.server.auth.permissions import EDIT
+from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
+from neuroloop.adapters.mlflow_registry import MODEL
+from neuroloop.core.settings import Settings
+from neuroloop.embedded.roles import MLFLOW_API_USER, driver
+
+
+def main() -> None:
+    """Make the user, or give it the password of the settings; nothing where there is none in them."""
+    settings = Settings.load()
+    if not (settings.mlflow_password and settings.mlflow_api_password):
+        return
+    store, password = SqlAlchemyStore(), settings.mlflow_api_password
+    store.init_db(driver(settings.mlflow_database_url))
+    if not store.has_user(MLFLOW_API_USER):
+        store.create_user(MLFLOW_API_USER, password)
+    elif not store.authenticate_user(MLFLOW_API_USER, password):
+        store.update_user(MLFLOW_API_USER, password=password)
+    try:
+        store.create_registered_model_permission(MODEL, MLFLOW_API_USER, EDIT.name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from report import save
 
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.core.schemas import LABELS
@@ -213,12 +214,9 @@ def main() -> None:
     )
     for name, value in found.items():
         print(f"{name:32} {value}")
-    out = Path(__file__).parent / "results" / "data.json"
-    out.parent.mkdir(exist_ok=True)
     exponents = {"seconds": exponent, "without what is sampled": growing, "processor seconds": processor}
     result = {"simulated": simulated, "sets": rows, "exponents": exponents, "original": found}
-    out.write_text(json.dumps(result, indent=1))
-    print(f"written to {out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out}")
+    save("data", result)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ of the width, with the chance level and the check against shuffled weights; JSON
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
+from report import save
 
 from neuroloop.core.schemas import LABELS
 from neuroloop.imaging.augment import AugmentParams, augment_batch
@@ -80,16 +80,13 @@ def main() -> None:
     for label, share in pointing.per_class.items():
         print(f"  {label:12} {share:.1%}")
     print(f"rank correlation with the maps of shuffled weights: {found.randomised_correlation:.2f}")
-    out = Path(__file__).parent / "results" / "explanation.json"
-    out.parent.mkdir(exist_ok=True)
     result = found.model_dump() | {
         "map_offset": offset,
         "scanner": given.scanner,
         "target": TARGET,
         "reached": pointing.hits >= TARGET,
     }
-    out.write_text(json.dumps(result | {"minutes": None if given.bundle else given.minutes}, indent=1))
-    print(f"written to {out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out}")
+    save("explanation", result | {"minutes": None if given.bundle else given.minutes})
 
 
 if __name__ == "__main__":

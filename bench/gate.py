@@ -8,7 +8,6 @@ any format that can be uploaded; none of them is learned from. JSON goes to benc
 """
 
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 from numpy.typing import NDArray
+from report import save
 from training import snapshot_of
 
 from neuroloop.core.errors import InvalidImage
@@ -116,10 +116,8 @@ def main() -> None:
             print(f"{title:10} {kind:56} {share:7.1%}")
     for name, files_wrong in wrong.items():
         print(f"{name}, judged wrongly: {', '.join(files_wrong) or 'none'}")
-    out = Path(__file__).parent / "results" / "gate.json"
-    out.parent.mkdir(exist_ok=True)
     result = {"brains": what, "steps": given.steps, "seed": given.seed, "accepted": accepted, "rejected": rejected}
-    out.write_text(json.dumps(result | {"wrong": wrong}, indent=1))
+    save("gate", result | {"wrong": wrong})
 
 
 if __name__ == "__main__":

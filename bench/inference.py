@@ -7,7 +7,6 @@ is untrained, which changes its answers and not its time. The 200 images are sim
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -20,6 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 from numpy.typing import NDArray
+from report import save
 
 from neuroloop.core.schemas import LABELS
 from neuroloop.imaging.canonical import canonicalize, head_box, place
@@ -185,8 +185,6 @@ def main() -> None:
         print(f"{what:32} {value:8.2g}")
     print(f"\nbundle: {megabytes:.2f} MB ({', '.join(f'{file} {count / 1e6:.2f}' for file, count in files.items())})")
     print("targets: " + ", ".join(f"{what} {'reached' if ok else 'MISSED'}" for what, ok in reached.items()))
-    out = Path(__file__).parent / "results" / "inference.json"
-    out.parent.mkdir(exist_ok=True)
     result = {
         "architecture": bundle.manifest.architecture,
         "image_size": size,
@@ -205,8 +203,7 @@ def main() -> None:
         "targets": TARGETS,
         "reached": reached,
     }
-    out.write_text(json.dumps(result, indent=1))
-    print(f"written to {out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out}")
+    save("inference", result)
 
 
 if __name__ == "__main__":

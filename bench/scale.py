@@ -8,7 +8,6 @@ the smallest by transforming every image (see bench/data.py); with NEUROLOOP_REA
 
 import argparse
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from report import save
 
 from data import enlarged, original
 from neuroloop.adapters.folder import FolderStore
@@ -138,10 +138,7 @@ def main() -> None:
             exponent = float(np.polyfit(counts, np.log([row[name] for row in rows]), 1)[0])
             report[f"exponent of {name}"] = exponent
             print(f"{name.split(',')[0]}: time grows with the {exponent:.2f}th power of the images")
-    out = Path(__file__).parent / "results" / "scale.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(report, indent=1))
-    print(f"written to {out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out}")
+    save("scale", report)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ import httpx
 import numpy as np
 from inference import pixels_of
 from PIL import Image
+from report import save
 
 from conftest import PostgresServer, free, mlflow_server, stop
 from neuroloop.adapters.mlflow_registry import MODEL, MlflowRegistry
@@ -484,10 +485,7 @@ def report(result: dict) -> None:
     }
     result |= {"targets": TARGETS, "reached": reached}
     print("targets: " + ", ".join(f"{what} {'reached' if ok else 'MISSED'}" for what, ok in reached.items()))
-    out = Path(__file__).parent / "results" / "serving.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=1))
-    print(f"written to {out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out}")
+    save("serving", result)
 
 
 if __name__ == "__main__":

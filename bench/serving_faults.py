@@ -24,6 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))  # the harness, whose small edition the tests play
 
+from report import save
+
 from conftest import PostgresServer, free, mlflow_server
 from neuroloop.adapters.mlflow_registry import MlflowRegistry
 from neuroloop.bootstrap import Services
@@ -106,11 +108,8 @@ def main() -> None:
     finally:
         postgres.stop()
         shutil.rmtree(folder, ignore_errors=True)
-    out = Path(__file__).parent / "results" / "serving_faults.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=1))
+    save("serving_faults", result)
     print(json.dumps(result, indent=1))
-    print(f"written to {out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out}")
 
 
 if __name__ == "__main__":

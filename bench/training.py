@@ -19,6 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 import tensorflow as tf
+from report import FOLDER, save
 
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.core.schemas import LABELS, PARTS, ImageEntry, Part, Snapshot, Split
@@ -152,22 +153,22 @@ def main() -> None:
     options.add_argument("--minutes", type=float, default=25.0)
     options.add_argument("--size", type=int, default=128)
     chosen = options.parse_args()
-    out = Path(__file__).parent / "results" / "training.json"
-    out.parent.mkdir(exist_ok=True)
-    report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    out = FOLDER / "training.json"
+    result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
 
     if not chosen.scores:
-        report["input_pipeline"] = {}
+        result["input_pipeline"] = {}
         print(f"{'augmented images a second, one process':42} {'ours':>8} {'Keras':>8} {'ratio':>7}")
         for size in (128, 224):
             rates = input_pipelines(size)
             ratio = rates["ours"] / rates["ImageDataGenerator"]
-            report["input_pipeline"][str(size)] = {**rates, "ratio": ratio}
+            result["input_pipeline"][str(size)] = {**rates, "ratio": ratio}
             print(f"{f'{size} px':42} {rates['ours']:8.0f} {rates['ImageDataGenerator']:8.0f} {ratio:7.1f}")
         rates = training_rates()
-        report["training"] = {**rates, "ratio": rates["compact"] / rates["conv224"]}
+        result["training"] = {**rates, "ratio": rates["compact"] / rates["conv224"]}
         print(f"{'images a second in training':42} {rates['compact']:8.0f} {rates['conv224']:8.0f} "
-              f"{report['training']['ratio']:7.1f}   (compact at 128 px, four-conv at 224 px)")  # fmt: skip
+              f"{result['training']['ratio']:7.1f}   (compact at 128 px, four-conv at 224 px)")  # fmt: skip
+        save("training", result)
     else:
         folder = os.environ.get("NEUROLOOP_REAL_DATA")
         if not folder:
@@ -185,9 +186,9 @@ def main() -> None:
         }
         train, test_part = parts["train"], parts["test"]
         rules = evaluation.baselines(train.images, train.labels, test_part.images, test_part.labels)
-        report.setdefault("baselines", {})[chosen.split] = rules
+        result.setdefault("baselines", {})[chosen.split] = rules
         print(", ".join(f"{name} {value:.3f}" for name, value in rules.items()), flush=True)
-        runs = report.setdefault("scores", {})[chosen.split] = []
+        runs = result.setdefault("scores", {})[chosen.split] = []
         for seed in chosen.seeds:
             found = scores(split, parts, minutes=chosen.minutes, seed=seed)
             runs.append(found)
@@ -200,9 +201,7 @@ def main() -> None:
             if "leaked_accuracy" in found:
                 print(f"  leaked images {found['leaked_accuracy']:.4f}, others {found['unleaked_accuracy']:.4f}",
                       flush=True)  # fmt: skip
-            out.write_text(json.dumps(report, indent=1))
-    out.write_text(json.dumps(report, indent=1))
-    print(f"written to {out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out}")
+            save("training", result)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,9 @@ def snapshot_of(folder: Path) -> tuple[Snapshot, dict[str, bytes]]:
     return Snapshot(version=version, source=origin.url, simulated=False, images=tuple(entries)), data
 
 
-def scores(split: Split, parts: dict[Part, Arrays], *, minutes: float, seed: int) -> dict[str, Any]:
+def scores(
+    split: Split, parts: dict[Part, Arrays], *, minutes: float | None, epochs: int | None, seed: int
+) -> dict[str, Any]:
     """Train on one split with one seed and score its test part, as the build does."""
     size = parts["train"].images.shape[1]
     shards = list(
@@ -119,7 +121,7 @@ def scores(split: Split, parts: dict[Part, Arrays], *, minutes: float, seed: int
         model,
         [lambda shard=shard: shard for shard in shards],
         (parts["validation"].images, parts["validation"].labels),
-        training.TrainConfig(minutes=minutes, seed=seed),
+        training.TrainConfig(minutes=minutes, epochs=epochs, seed=seed),
         on_epoch=progress,
     )
     exported = OnnxModel(export_onnx(model), threads=2)
@@ -151,6 +153,7 @@ def main() -> None:
     options.add_argument("--split", choices=("grouped", "legacy"), default="grouped")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--minutes", type=float, default=25.0)
+    options.add_argument("--epochs", type=int, help="instead of minutes: the same result however busy the machine is")
     options.add_argument("--size", type=int, default=128)
     chosen = options.parse_args()
     out = FOLDER / "training.json"
@@ -190,7 +193,8 @@ def main() -> None:
         print(", ".join(f"{name} {value:.3f}" for name, value in rules.items()), flush=True)
         runs = result.setdefault("scores", {})[chosen.split] = []
         for seed in chosen.seeds:
-            found = scores(split, parts, minutes=chosen.minutes, seed=seed)
+            minutes = None if chosen.epochs else chosen.minutes
+            found = scores(split, parts, minutes=minutes, epochs=chosen.epochs, seed=seed)
             runs.append(found)
             test = found["test"]
             recalls = ", ".join(f"{label} {test[f'recall_{label}']:.3f}" for label in LABELS)

@@ -25,6 +25,15 @@ def test_a_head_ct_has_a_ring_of_bone_brighter_than_the_brain_within():
     assert np.hypot(*(inside - 63.5).T).min() > 15  # nothing of the ring lies in the middle
 
 
+def test_a_ct_of_the_simulated_head_has_bone_brighter_than_all_else_and_repeats_with_its_generator():
+    generator = np.random.default_rng(3)
+    heads = np.stack([phantom.ct_head(generator, size=96) for _ in range(8)]).astype(float)
+    for head in heads:
+        inside = head[head > 20]
+        assert np.percentile(head, 99.5) > 1.25 * np.median(inside)
+    np.testing.assert_array_equal(heads[0], phantom.ct_head(np.random.default_rng(3), size=96))
+
+
 def test_varied_heads_come_with_and_without_a_skull_and_in_bright_and_dark_contrasts():
     generator = np.random.default_rng(5)
     heads = np.stack([phantom.varied_head(generator, size=96) for _ in range(24)])

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from neuroloop.core.errors import InvalidBundle
+from neuroloop.imaging import phantom
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.model import gate, gate_training, outliers
 from neuroloop.model.bundle import Bundle
@@ -143,10 +144,31 @@ def test_the_measures_are_finite_for_any_image_and_one_for_each_name():
 
 
 def test_a_gate_learns_longer_beside_a_longer_training_and_shortly_beside_a_trial():
-    assert gate_training.steps_for(30) == 6000
+    assert gate_training.steps_for(30) == 12_000
     assert gate_training.steps_for(2) == 1500
     assert gate_training.steps_for(1440, epochs=1) == 200
     assert gate_training.steps_for(8, epochs=14) == 1400
+
+
+def test_a_kind_that_is_hard_to_tell_is_shown_more_often_and_none_is_left_out():
+    generator = np.random.default_rng(0)
+    easy, hard = np.zeros((5, 8, 8), np.uint8), np.ones((5, 8, 8), np.uint8)
+    side = gate_training._Side([easy, hard])
+    for _ in range(60):
+        drawn = side.draw(32, generator)
+        side.learn(np.where(drawn[:, 0, 0] == 1, 1.5, 0.05).astype(np.float32))
+    share = np.mean([side.draw(32, generator)[:, 0, 0].mean() for _ in range(20)])
+    assert 0.65 < share < 0.8
+
+
+def test_functional_mri_of_a_brain_is_coarse_and_loses_signal_only_near_the_outline():
+    brain = phantom.scan("notumor", 1, size=128).pixels / 255
+    mask = brain > 0.02
+    made = np.stack([outliers._echo_planar(brain, mask, np.random.default_rng(seed)) for seed in range(8)])
+    assert np.abs(np.diff(made, axis=2)).mean() < 0.8 * np.abs(np.diff(brain, axis=1)).mean()
+    assert made.max() <= brain.max()
+    middle = made[:, 56:72, 56:72].mean(axis=(1, 2))
+    assert (middle > 0.8 * brain[56:72, 56:72].mean()).all()
 
 
 def test_too_few_brains_are_refused(tiny_model):

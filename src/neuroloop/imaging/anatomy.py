@@ -340,7 +340,11 @@ def ultrasound(generator: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def head_ct(head: NDArray[np.uint8], generator: np.random.Generator) -> NDArray[np.uint8]:
-    """A CT made of an MRI of a head on black, uint8 (s, s) to (s, s): a ring of bone around a nearly flat brain."""
+    """A CT made of an MRI of a head on black, uint8 (s, s) to (s, s): bone around a nearly flat brain.
+
+    Bone is a ring, and in part what is dark in the MRI near the outline, as the base of the skull and the face are;
+    some of that is air.
+    """
     size = len(head)
     x = head.astype(np.float64) / 255
     mask = ndimage.binary_fill_holes(x > 0.02)
@@ -353,7 +357,12 @@ def head_ct(head: NDArray[np.uint8], generator: np.random.Generator) -> NDArray[
     brain = generator.uniform(0.3, 0.6) + contrast * (x - (x[mask].mean() if mask.any() else 0.0))
     scalp = np.where(mask, generator.uniform(0.1, 0.35), 0.0)
     around = np.where((depth > outer) & mask, 1.0, scalp)
-    return _finished(np.where(depth > inner, brain, around), generator, shaded=False)
+    image = np.where(depth > inner, brain, around)
+    if generator.random() < 0.6:
+        dark = mask & (x < generator.uniform(0.1, 0.25)) & (depth > outer) & (depth < generator.uniform(0.12, 0.35))
+        hollow = smooth_field(generator, size, int(generator.integers(4, 12))) > generator.uniform(0.2, 1.5)
+        image = np.where(dark, np.where(hollow, 0.0, generator.uniform(0.7, 1.0)), image)
+    return _finished(image, generator, shaded=False)
 
 
 BODY_PARTS: dict[str, Callable[[np.random.Generator], NDArray[np.uint8]]] = {

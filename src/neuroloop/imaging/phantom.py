@@ -46,6 +46,7 @@ class Contrast:
     vessel: float
     edge: float  # signal of a thin line around meningioma and pituitary tumour
     edge_width: float = 0.0  # mm, 0 for no line
+    bone: float = 0.05  # dark in MRI, the brightest of all in CT
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,25 @@ def varied_head(generator: np.random.Generator, *, size: int = 160) -> NDArray[n
     return _acquire(image, machine, view.spacing, generator)
 
 
+def ct_head(generator: np.random.Generator, *, size: int = 160) -> NDArray[np.uint8]:
+    """A slice through a head as a CT shows it, uint8 (size, size): bright bone around a brain without much contrast.
+
+    Any plane and position, anything from a brain window to a wide one.
+    """
+    draw = generator.uniform
+    brain, marrow = draw(0.25, 0.65), draw(0.6, 1.0)
+    contrast = Contrast(
+        csf=brain * draw(0.6, 0.95), gm=brain * draw(1.0, 1.12), wm=brain, fat=brain * draw(0.2, 0.7),
+        muscle=brain * draw(0.9, 1.15), marrow=marrow, gland=brain, bone=1.1, texture=0.0,
+        necrosis=0, rim=0, oedema=0, meningioma=0, pituitary=0, vessel=0, edge=0,
+    )  # fmt: skip
+    view = _view(generator, size, sellar=generator.random() < 0.3)
+    image = _render(_sample(view.points, view.folds), contrast, generator)
+    image = ndimage.gaussian_filter(image, draw(0.3, 0.9) / view.spacing)
+    image = np.clip(image + generator.normal(0, draw(0, 0.04), image.shape), 0, draw(0.9, 1.1))
+    return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
+
+
 def _any_signals(generator: np.random.Generator) -> dict[str, float]:
     """A signal of each tissue in 0..1, such that grey matter, white matter and fluid can be told apart."""
     while True:
@@ -458,7 +478,8 @@ def _render(tissue: _Tissue, contrast: Contrast, generator: np.random.Generator)
     head = _merge(_merge(_merge(calvaria, face), neck), nose)
 
     knots = np.cumsum([0.0, fluid, 0.6, table, 0.8, marrow, 0.8, table, 0.8])
-    layers = [contrast.csf, contrast.csf, 0.05, 0.05, contrast.marrow, contrast.marrow, 0.05, 0.05, contrast.fat]
+    bone, marrow_signal = contrast.bone, contrast.marrow
+    layers = [contrast.csf, contrast.csf, bone, bone, marrow_signal, marrow_signal, bone, bone, contrast.fat]
     shell = np.interp(tissue.hull, knots, layers)
     soft = contrast.muscle * (1 + 0.22 * smooth_field(generator, size, 16) + 0.15 * smooth_field(generator, size, 40))
     soft = soft + (contrast.fat - soft) * np.clip(smooth_field(generator, size, 12) - 0.9, 0, 1)
@@ -480,7 +501,7 @@ def _render(tissue: _Tissue, contrast: Contrast, generator: np.random.Generator)
 
 def _face(points: Floats, signal: Floats, contrast: Contrast) -> Floats:
     """Paint what lies below and before the brain over the signal (n,) at points (n, 3) mm; later covers earlier."""
-    air, bone = 0.02, 0.06
+    air, bone = 0.02, contrast.bone + 0.01
     folded = _paired(points)
     cord = np.hypot(points[..., 0], points[..., 1] + 44 + 0.05 * (points[..., 2] + 70))
     low = _inside(points[..., 2] + 68, 3.0)

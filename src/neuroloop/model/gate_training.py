@@ -6,7 +6,7 @@ from the other: only what is in the picture does. Imports TensorFlow: for the of
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import cv2
@@ -42,7 +42,8 @@ _CHANNELS = (16, 24, 48, 96)
 _BATCH = 64
 _LEARNING_RATE, _WEIGHT_DECAY, _SMOOTHING = 2e-3, 0.02, 0.02
 _WARM_UP = 60  # steps
-_PER_KIND = 160
+_MEMORY = 0.02  # weight of one more image in what a set's images cost lately
+_PER_KIND = 320
 _MAX_VALIDATION = 400  # brains of each sort that the threshold rests on
 _KEEP, _KEEP_WIDENED = 0.99, 0.97  # shares of validation brains, plain and widened, that the threshold must accept
 _FAMILIAR = 0.99  # share of validation brains that must lie within a novelty of 1
@@ -55,10 +56,11 @@ _ROWS, _COLUMNS = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j].astype(np.flo
 def steps_for(minutes: float, epochs: int | None = None) -> int:
     """Steps of a gate beside a classifier's training of `minutes`, or of a few `epochs`, which only tries things out.
 
-    6,000 beside half an hour. Fewer than 1,500 let noise and other organs pass, so that a short training has as many.
+    6,500 beside 13 minutes, some four minutes on two cores; 12,000 at most, the most that was tried and better than half
+    of it. Fewer than 1,500 let noise and other organs pass, so that a short training has as many.
     """
-    wanted = max(250 * minutes, 1500)
-    return int(np.clip(wanted if epochs is None else min(wanted, 100 * epochs), 200, 6000))
+    wanted = max(500 * minutes, 1500)
+    return int(np.clip(wanted if epochs is None else min(wanted, 100 * epochs), 200, 12_000))
 
 
 def fit_gate(
@@ -76,7 +78,7 @@ def fit_gate(
 
     `predict` maps uint8 (n, s, s) to the classifier's logits (n, classes) and features (n, f); both parts are canonical
     brains, uint8 (n, s, s), and their classes (n,), the second one unseen by the classifier. `per_kind` images are made
-    of each kind of `outliers.KINDS`, by default 40 to 160, for few are enough for few steps, and as many simulated
+    of each kind of `outliers.KINDS`, by default 40 to 320, for few are enough for few steps, and as many simulated
     heads as of seven kinds. Kinds that `without` names are not learned, to see how it does then. A network that is
     there already is given as `onnx` and kept: only its threshold and what depends on the classifier is found anew.
     Raises `ValueError` with fewer than 10 brains in a set.
@@ -84,7 +86,7 @@ def fit_gate(
     (brains_train, labels_train), (brains_validation, labels_validation) = train_part, validation_part
     if min(len(brains_train), len(brains_validation)) < 10:
         raise ValueError("a gate needs at least 10 brains to learn from and 10 to set its threshold")
-    per_kind = per_kind or int(np.clip(steps // 5, 40, _PER_KIND))
+    per_kind = per_kind or int(np.clip(steps // 10, 40, _PER_KIND))
     if onnx is None:
         kinds = [kind for kind in outliers.KINDS if kind not in without]
         others = [shrink(outliers.make(kind, brains_train, per_kind, generator)) for kind in kinds]
@@ -192,8 +194,8 @@ _NEUTRAL = Gate(
 def train(brains: list[Images], others: list[Images], *, steps: int, generator: np.random.Generator) -> bytes:
     """Train a gate's network on sets of uint8 (n, 64, 64) images; an ONNX file.
 
-    Half of each batch are brains, half are others, and each set of a side has an equal share of it. AdamW, warm-up and
-    cosine. Fixed by the generator, on the same machine with the same number of threads.
+    Half of each batch are brains, half are others, shared out among the sets of a side as `_Side` says. AdamW, warm-up
+    and cosine. Fixed by the generator, on the same machine with the same number of threads.
     """
     keras.utils.set_random_seed(int(generator.integers(2**31)))
     model = _network()
@@ -203,18 +205,44 @@ def train(brains: list[Images], others: list[Images], *, steps: int, generator: 
     answer = tf.constant((np.arange(_BATCH) < _BATCH // 2) * (1 - _SMOOTHING) + _SMOOTHING / 2, tf.float32)
 
     @tf.function(input_signature=[image, scalar])
-    def step(images: Any, rate: Any) -> None:
+    def step(images: Any, rate: Any) -> Any:
         optimizer.learning_rate.assign(rate)
         variables = model.trainable_variables
         with tf.GradientTape() as tape:
             logits = model(images[..., None], training=True)["logit"][:, 0]
-            loss = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(answer, logits))
+            losses = tf.nn.sigmoid_cross_entropy_with_logits(answer, logits)
+            loss = tf.reduce_mean(losses)
         optimizer.apply(tape.gradient(loss, [variable.value for variable in variables]), variables)
+        return losses
 
-    for number, images in zip(range(steps), _batches(brains, others, generator), strict=False):
+    sides = [_Side(brains), _Side(others)]
+    for number in range(steps):
+        drawn = np.concatenate([side.draw(_BATCH // 2, generator) for side in sides])
         rate = _LEARNING_RATE * min(1.0, (number + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * number / steps))
-        step(tf.constant(images), tf.constant(rate, tf.float32))
+        losses = step(tf.constant(vary(drawn, generator)), tf.constant(rate, tf.float32)).numpy()
+        for side, own in zip(sides, np.split(losses, 2), strict=True):
+            side.learn(own)
     return export.export_onnx(model, outputs=("logit",))
+
+
+class _Side:
+    """The sets of brains, or of others. What is hard is shown more often, so that no kind is left behind."""
+
+    def __init__(self, sets: list[Images]) -> None:
+        self.sets = sets
+        self._losses = np.ones(len(sets))
+        self._last = np.zeros(0, int)
+
+    def draw(self, count: int, generator: np.random.Generator) -> Images:
+        """`count` images: the set of half of them by an equal chance, of the others by what its images cost lately."""
+        shares = 0.5 / len(self.sets) + 0.5 * self._losses / self._losses.sum()
+        self._last = generator.choice(len(self.sets), size=count, p=shares)
+        return np.stack([self.sets[index][generator.integers(len(self.sets[index]))] for index in self._last])
+
+    def learn(self, losses: Floats) -> None:
+        """Take note of what the images drawn last cost, (count,)."""
+        for index, loss in zip(self._last, losses, strict=True):
+            self._losses[index] += _MEMORY * (float(loss) - self._losses[index])
 
 
 def _network() -> keras.Model:
@@ -233,18 +261,6 @@ def _network() -> keras.Model:
 def _convolved(x: Any, channels: int, kernel: int, stride: int) -> Any:
     x = layers.Conv2D(channels, kernel, stride, padding="same", use_bias=False)(x)
     return layers.ReLU()(FusedBatchNormalization(momentum=0.9)(x))
-
-
-def _batches(brains: list[Images], others: list[Images], generator: np.random.Generator) -> Iterator[Floats]:
-    """Without end: float32 (64, 64, 64), first half brains."""
-    half = _BATCH // 2
-
-    def drawn(sets: list[Images]) -> list[Images]:
-        chosen = (sets[index] for index in generator.integers(len(sets), size=half))
-        return [each[generator.integers(len(each))] for each in chosen]
-
-    while True:
-        yield vary(np.stack(drawn(brains) + drawn(others)), generator)
 
 
 def vary(images: Images, generator: np.random.Generator) -> Floats:

@@ -18,9 +18,10 @@ from scipy import ndimage
 
 from neuroloop.imaging import anatomy
 from neuroloop.imaging.canonical import canonicalize
-from neuroloop.imaging.phantom import varied_head
+from neuroloop.imaging.phantom import ct_head, smooth_field, varied_head
 
 Images = NDArray[np.uint8]
+Floats = NDArray[np.float64]
 
 
 # --- varied brains ------------------------------------------------------------------------------
@@ -54,11 +55,24 @@ def _widen_one(pixels: Images, generator: np.random.Generator) -> Images:
         x = x * np.exp(a * y + b * z + c * y * z)
     if generator.random() < 0.4:
         x = ndimage.gaussian_filter(x, generator.uniform(0.3, 1.3) * size / 128)
+    if generator.random() < 0.25:
+        x = _echo_planar(x, mask, generator)
     x = x + generator.normal(0, generator.uniform(0, 0.06), x.shape)
     x = np.where(mask, np.maximum(x, 0.02), 0)
     turned = Image.fromarray(_grey(x * 220)).rotate(generator.uniform(-15, 15), Image.Resampling.BILINEAR)
     flipped = np.asarray(turned)[:, :: -1 if generator.random() < 0.5 else 1]
     return canonicalize(np.ascontiguousarray(flipped), size)
+
+
+def _echo_planar(x: Floats, mask: NDArray[np.bool_], generator: np.random.Generator) -> Floats:
+    """As functional and diffusion MRI show it: few large voxels, and signal lost where air is near."""
+    size = len(x)
+    side = int(size * generator.uniform(0.3, 0.65))
+    coarse = np.asarray(Image.fromarray(x.astype(np.float32)).resize((side, side), Image.Resampling.BOX))
+    x = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BILINEAR)).astype(np.float64)
+    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1] / size
+    lost = (smooth_field(generator, size, 3) > generator.uniform(0.5, 1.5)) & (depth < generator.uniform(0.05, 0.25))
+    return x * (1 - generator.uniform(0.3, 1) * ndimage.gaussian_filter(lost * 1.0, 0.02 * size))
 
 
 def render(count: int, size: int, generator: np.random.Generator) -> Images:
@@ -203,6 +217,8 @@ def _phases(brains: Images, generator: np.random.Generator) -> Images:
 
 
 def _head_ct(brains: Images, generator: np.random.Generator) -> Images:
+    if generator.random() < 0.5:
+        return ct_head(generator)
     return anatomy.head_ct(brains[generator.integers(len(brains))], generator)
 
 

@@ -81,6 +81,29 @@ def test_only_few_wait_until_nobody_was_turned_away_for_a_while():
     asyncio.run(play())
 
 
+def test_fewer_are_worked_on_at_once_while_others_are_turned_away_and_all_again_afterwards():
+    async def play() -> list[int]:
+        clock, gate, running = Clock(), threading.Semaphore(0), []
+        places = Places(4, "test", clock, in_a_crowd=2)
+        places.turned_away()
+        tasks = start(places, lambda n: (running.append(n), gate.acquire(timeout=20)), 3, patient=True)
+        await asyncio.sleep(0.2)
+        seen = [len(running)]
+        clock.now += CALM_SECONDS
+        tasks += start(places, lambda n: (running.append(n), gate.acquire(timeout=20)), 2, patient=True)
+        gate.release()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        while len(running) < 5:
+            await asyncio.sleep(0.01)
+        seen.append(len(running))
+        gate.release(10)
+        await asyncio.gather(*tasks)
+        places.close()
+        return seen
+
+    assert asyncio.run(play()) == [2, 5]  # one of the five has ended, four are at work
+
+
 def test_the_parts_of_a_request_that_was_let_in_are_not_sent_off():
     async def play() -> list:
         places, gate = Places(1, "test"), threading.Event()

@@ -2,8 +2,9 @@
 
 A queue without an end turns a crowd into answers that come when nobody waits for them any more. This one has room for
 a burst. Once that overflows it is no burst but more than the server can do, and a short queue is enough to keep the
-threads busy: until no more are turned away, only so many wait, the latest of those who waited are sent off, and the
-answers that are given stay quick. Whoever is turned away learns it at once, before a key is looked up or a body read.
+threads busy: until no more are turned away, only so many wait, the latest of those who waited are sent off, and fewer
+are worked on at once, for they would share the processor and each take longer. So answers that are given stay quick.
+Whoever is turned away learns it at once, before a key is looked up or a body read.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from neuroloop.serving import problems
 
 BURST = 64
 """Requests that may wait while all is well."""
-CROWD = 2
+CROWD = 1
 """Requests that may wait while others are being turned away: enough that no thread is idle until the next comes."""
 CALM_SECONDS = 1.0
 """A crowd is over when nobody was turned away for so long."""
@@ -37,17 +38,23 @@ class _Waiting(NamedTuple):
 
 
 class Places:
-    """`at_once` threads for blocking work, and a bounded queue in front of them. One event loop uses it."""
+    """`at_once` threads for blocking work, and a bounded queue in front of them. One event loop uses it.
 
-    def __init__(self, at_once: int, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+    Of the threads, only `in_a_crowd` are used while others are being turned away; all by default.
+    """
+
+    def __init__(
+        self, at_once: int, name: str, clock: Callable[[], float] = time.monotonic, *, in_a_crowd: int | None = None
+    ) -> None:
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix=name)
         self._free, self._clock = at_once, clock
+        self._spared = at_once - min(max(in_a_crowd or at_once, 1), at_once)
         self._queue: deque[_Waiting] = deque()
         self._crowded_until = 0.0
 
     def full(self) -> bool:
         """Whether one more would be turned away."""
-        return len(self._queue) >= (CROWD if self._clock() < self._crowded_until else BURST)
+        return len(self._queue) >= (CROWD if self._crowded() else BURST)
 
     def turned_away(self) -> Unavailable:
         """Note that one was turned away, which makes it a crowd; the error to tell them."""
@@ -59,8 +66,8 @@ class Places:
         for each in latest:
             self._queue.remove(each)
             if not each.turn.done():
-                each.turn.set_exception(_crowded())
-        return _crowded()
+                each.turn.set_exception(_busy())
+        return _busy()
 
     async def run(self, function: Callable[..., T], *args: Any, seconds: float, patient: bool = False) -> T:
         """`function(*args)` in a thread. Raises `Unavailable` where the queue is full, or after `seconds`.
@@ -80,7 +87,7 @@ class Places:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _place(self, seconds: float, patient: bool) -> None:
-        if self._free and not self._queue:
+        if self._has_place() and not self._queue:
             self._free -= 1
             return
         if not patient and self.full():
@@ -109,12 +116,19 @@ class Places:
         return job
 
     def _pass_on(self) -> None:
-        """Give a free place to whoever has waited longest."""
-        while self._queue:
+        """A place is free: give it to whoever has waited longest, and others that are free to the next."""
+        self._free += 1
+        while self._queue and self._has_place():
             turn = self._queue.popleft().turn
             if not turn.done():
-                return turn.set_result(None)
-        self._free += 1
+                turn.set_result(None)
+                self._free -= 1
+
+    def _has_place(self) -> bool:
+        return self._free > (self._spared if self._crowded() else 0)
+
+    def _crowded(self) -> bool:
+        return self._clock() < self._crowded_until
 
 
 class Door:
@@ -157,7 +171,7 @@ def _on(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
         loop.call_soon_threadsafe(call)
 
 
-def _crowded() -> Unavailable:
+def _busy() -> Unavailable:
     return Unavailable(
         "The service is busy", why="more images are waiting than it can answer in time", fix="try again shortly"
     )

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -194,7 +195,8 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     service = inference.InferenceService(services, champion, metrics)
     loop = loop_metrics.LoopMetrics(services, metrics)
     # Apart from one another: slow predictions delay neither the other pages nor the probes.
-    predicting = admission.Places(PREDICTING_THREADS, "predict")
+    cores = len(os.sched_getaffinity(0))
+    predicting = admission.Places(PREDICTING_THREADS, "predict", in_a_crowd=1 + cores)
     asking = _Threads(8, "ask")
     probing = _Threads(4, "probe")
 

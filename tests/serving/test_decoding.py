@@ -163,7 +163,8 @@ def test_the_worker_knows_no_secret_and_its_forks_leave_nothing_behind(monkeypat
     before = len(os.listdir(f"/proc/{process}/fd")), len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         one.read(dicom(HEAD))
-    assert (len(os.listdir(f"/proc/{process}/fd")), len(os.listdir("/proc/self/fd"))) == before
+    assert len(os.listdir(f"/proc/{process}/fd")) == before[0]
+    assert len(os.listdir("/proc/self/fd")) <= before[1]  # fewer where another test's are collected meanwhile
     wait(lambda: not children(process))
     one.close()
 

@@ -478,8 +478,8 @@ def _render(tissue: _Tissue, contrast: Contrast, generator: np.random.Generator)
     head = _merge(_merge(_merge(calvaria, face), neck), nose)
 
     knots = np.cumsum([0.0, fluid, 0.6, table, 0.8, marrow, 0.8, table, 0.8])
-    bone, marrow_signal = contrast.bone, contrast.marrow
-    layers = [contrast.csf, contrast.csf, bone, bone, marrow_signal, marrow_signal, bone, bone, contrast.fat]
+    csf, bone, inner = contrast.csf, contrast.bone, contrast.marrow
+    layers = [csf, csf, bone, bone, inner, inner, bone, bone, contrast.fat]
     shell = np.interp(tissue.hull, knots, layers)
     soft = contrast.muscle * (1 + 0.22 * smooth_field(generator, size, 16) + 0.15 * smooth_field(generator, size, 40))
     soft = soft + (contrast.fat - soft) * np.clip(smooth_field(generator, size, 12) - 0.9, 0, 1)

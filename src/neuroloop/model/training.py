@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
 from neuroloop.model import network
+from neuroloop.model.calibration import fit_temperature, negative_log_likelihood, softmax
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.integer]
@@ -24,7 +25,6 @@ Labels = NDArray[np.integer]
 _MIN_STEPS = 8  # an epoch of few images uses smaller batches instead of one or two huge steps
 _WARM_UP = 0.04  # share of the training with a rising learning rate; 2 epochs of 50
 _CLIP = 2.0  # largest global gradient norm
-_TEMPERATURES = np.geomspace(0.5, 3.0, 37)  # 5 % apart; the loss is flat around its lowest
 _SMALLEST = 64  # pixels of the images that a training begins with: on smaller ones, lesions vanish
 
 
@@ -325,19 +325,13 @@ class _Trainer:
         self.model.set_weights(own)
         logits = np.concatenate(parts)
         predicted = logits.argmax(axis=1)
+        plain, best = (softmax(logits, t) for t in (1.0, fit_temperature(logits, labels)))
         return {
-            "val_loss": _loss(logits, labels),
-            "val_calibrated_loss": self.agreed(min(_loss(logits / t, labels) for t in _TEMPERATURES)),
+            "val_loss": negative_log_likelihood(plain, labels),
+            "val_calibrated_loss": self.agreed(negative_log_likelihood(best, labels)),
             "val_accuracy": float((predicted == labels).mean()),
             "val_macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
         }
-
-
-def _loss(logits: NDArray[np.float32], labels: Labels) -> float:
-    """Mean cross entropy of logits (n, classes)."""
-    log_p = logits - logits.max(axis=1, keepdims=True)
-    log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
-    return float(-log_p[np.arange(len(labels)), labels].mean())
 
 
 def _has_half_precision() -> bool:

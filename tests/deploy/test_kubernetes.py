@@ -16,6 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from neuroloop.cli import app
 from neuroloop.core.settings import PREFIX, Settings
 from neuroloop.embedded.roles import ROLES, environment
 
@@ -59,6 +60,7 @@ def of_kind(name: str, *kinds: str) -> list[dict[str, Any]]:
 def workloads(name: str) -> dict[str, dict[str, Any]]:
     """Everything that starts pods, by name, and the pods of Airflow's tasks that have one of their own."""
     found = {each["metadata"]["name"]: each for each in of_kind(name, "Deployment", "StatefulSet", "Job")}
+    found |= {each["metadata"]["name"]: each["spec"]["jobTemplate"] for each in of_kind(name, "CronJob")}
     return found | {who: {"kind": "Pod", "spec": {"template": each}} for who, each in TASK_PODS.items()}
 
 
@@ -328,6 +330,7 @@ def test_each_part_gets_the_secrets_that_it_needs_and_no_others():
         "frontend/frontend": {"api-key", "frontend-login"},
         "mlflow/mlflow": {"mlflow-database", "mlflow-login", "mlflow-api-login"},
         "migrate/migrate": {"database"},
+        "backup/backup": {"database", "mlflow-database"},
         "training/base": {"database", "mlflow-login", "notify", "kaggle"},
         "housekeeping/base": {"database", "mlflow-login", "notify"},
     }
@@ -375,12 +378,12 @@ def test_every_part_is_let_out_to_what_its_settings_name_and_into_by_who_asks_it
     pods = {who: labels(each) for who, each in workloads(name).items()}
     edges = {("frontend", "api", 8000), ("api", "mlflow", 5000), ("training", "mlflow", 5000)}
     if name == "local":
-        edges |= {(who, "postgres", 5432) for who in ("api", "mlflow", "migrate", "training")}
+        edges |= {(who, "postgres", 5432) for who in ("api", "mlflow", "migrate", "backup", "training")}
         edges |= {(who, "mail", 1025) for who in ("api", "training")}
     for source, target, port in edges:
         assert _allowed(name, "Egress", pods[source], pods[target], port), (source, target)
         assert _allowed(name, "Ingress", pods[target], pods[source], port), (source, target)
-    for source, target, port in {("frontend", "mlflow", 5000), ("migrate", "mlflow", 5000), ("mlflow", "api", 8000)}:
+    for source, target, port in {("frontend", "mlflow", 5000), ("backup", "mlflow", 5000), ("mlflow", "api", 8000)}:
         assert not _allowed(name, "Egress", pods[source], pods[target], port), (source, target)
         assert not _allowed(name, "Ingress", pods[target], pods[source], port), (source, target)
 
@@ -419,14 +422,31 @@ def test_who_reaches_the_store_has_an_identity_of_its_own_and_nobody_else_has_on
         each["metadata"]["name"]: each["metadata"].get("annotations", {}) for each in of_kind(name, "ServiceAccount")
     }
     tied = {who: next(iter(annotations.values())) for who, annotations in accounts.items() if annotations}
-    assert set(tied) == {"api", "mlflow", "trainer", "housekeeper"}
+    assert set(tied) == {"api", "mlflow", "trainer", "housekeeper", "backup"}
     if name != "aks":  # whose ids are made by Azure
-        assert len(set(tied.values())) == 4
+        assert len(set(tied.values())) == len(tied)
     for who, found in workloads(name).items():
         reaches = "neuroloop.io/reaches-store" in labels(found)
         assert reaches == (pod(found)["serviceAccountName"] in tied), who
         if reaches and name == "aks":
             assert labels(found)["azure.workload.identity/use"] == "true"
+
+
+@each_environment
+def test_every_night_a_backup_is_made_outside_the_store_by_a_command_that_there_is(name: str):
+    (found,) = of_kind(name, "CronJob")
+    (container,) = pod(found["spec"]["jobTemplate"])["containers"]
+    *_, command, target = container["args"]
+    assert command in {each.name or each.callback.__name__ for each in app.registered_commands}
+    assert target == "$(BACKUP_TO)"
+    to, store = config(name, "settings")["BACKUP_TO"], config(name, "settings")["NEUROLOOP_STORE_URL"]
+    if name == "local":
+        volumes = {each["mountPath"]: each for each in container["volumeMounts"]}
+        assert volumes[urlsplit(store).path]["readOnly"]
+        assert not volumes[to].get("readOnly")
+    else:
+        assert urlsplit(to).scheme == urlsplit(store).scheme
+        assert not f"{to}/".startswith(f"{store}/")
 
 
 def test_the_monitor_asks_the_port_of_the_api_with_a_key():

@@ -17,6 +17,7 @@ import pytest
 from conftest import stop, wait_until
 from neuroloop.adapters.mlflow_registry import MlflowRegistry
 from neuroloop.core.credentials import new_key
+from neuroloop.records.backup import Manifest
 from serving.running import write_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -105,3 +106,25 @@ def test_mlflow_makes_its_tables_and_answers(role, postgres_url: str):
     serving = role("mlflow", "NEUROLOOP_MLFLOW_PORT", "/health", **settings)
     with serving as address, pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{address}/api/2.0/mlflow/experiments/search?max_results=1", timeout=30)
+
+
+def test_the_nightly_backup_writes_to_its_target_alone(postgres_url: str):
+    """As the CronJob's container: settings of one role, the store read-only, no /state, then what a restore reads."""
+    environ = {name: os.environ[name] for name in ("PATH",) if name in os.environ}
+    environ |= {"HOME": "/tmp", "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
+    environ |= {"NEUROLOOP_HOME": "/state", "NEUROLOOP_ENV_FILE": "/none", "NEUROLOOP_DATABASE_URL": postgres_url}
+    environ |= {"NEUROLOOP_STORE_URL": "file:///tmp/store", "NEUROLOOP_MLFLOW_DATABASE_URL": postgres_url}
+    steps = """
+        mkdir -p /tmp/store/data/images /tmp/backups && echo image > /tmp/store/data/images/one
+        chmod -R a-w /tmp/store
+        python3 -m neuroloop.cli migrate
+        python3 -m neuroloop.cli backup /tmp/backups
+        cat /tmp/backups/*/manifest.json
+    """
+    argv = confined(ROOT / "entrypoint.sh", "bash", "-ec", steps)
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.model_validate_json(done.stdout[done.stdout.index("{\n") :])
+    assert (list(manifest.objects), manifest.missing) == (["data/images/one"], ())
+    assert set(manifest.databases) == {"neuroloop", "mlflow"}
+    assert manifest.rows > 0

@@ -143,8 +143,13 @@ def test_every_prefix_of_the_rights_is_one_of_the_store():
     ]
     prefixes = {prefix for granted in rights().values() for prefix in granted}
     for prefix in prefixes:
-        assert prefix.endswith("/")
+        assert prefix.endswith("/") or prefix == keys.EVERYTHING
         assert any(key.startswith(prefix) for key in made), prefix
+
+
+def test_all_of_the_store_is_read_by_the_backup_alone_which_changes_nothing_in_it():
+    assert rights()["backup"] == {keys.EVERYTHING: ["list", "read"]}
+    assert [who for who, granted in rights().items() if keys.EVERYTHING in granted] == ["backup"]
 
 
 def test_the_api_reaches_no_model_and_the_trainer_no_log():

@@ -1,7 +1,8 @@
 """Makes MLflow's user of the API before MLflow starts: it reads everything, and moves the model's aliases.
 
-The admin is for people and the trainer. What they put there the API can neither change nor delete. MLflow has no finer
-rights: who moves aliases may register versions, and everybody may open an experiment of their own.
+The admin is for people and the trainer. Their runs and files the API can neither change nor delete, nor their versions
+delete. MLflow has no finer rights: who moves aliases may edit tags and register versions, and everybody may open an
+experiment of their own.
 """
 
 from mlflow.exceptions import MlflowException

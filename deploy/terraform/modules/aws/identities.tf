@@ -67,3 +67,15 @@ resource "aws_iam_role_policy" "part" {
   role     = aws_iam_role.part[each.key].name
   policy   = jsonencode(each.value)
 }
+
+resource "aws_iam_role_policy" "backups" {
+  name = "backups"
+  role = aws_iam_role.part["backup"].name
+  policy = jsonencode({
+    Version = "2012-10-17"
+    Statement = [
+      { Effect = "Allow", Action = ["s3:ListBucket"], Resource = [aws_s3_bucket.backups.arn] },
+      { Effect = "Allow", Action = flatten(values(local.actions)), Resource = ["${aws_s3_bucket.backups.arn}/*"] },
+    ]
+  })
+}

@@ -27,3 +27,8 @@ output "cluster" {
   description = "Name of the cluster: aws eks update-kubeconfig --name."
   value       = aws_eks_cluster.main.name
 }
+
+output "backups_url" {
+  description = "BACKUP_TO of the overlay's settings.env: where the nightly backups go."
+  value       = "s3://${aws_s3_bucket.backups.bucket}"
+}

@@ -1,6 +1,18 @@
 locals {
   bucket_arn = "arn:aws:s3:::${var.bucket}"
   images     = toset(["api", "frontend", "mlflow", "airflow"])
+  # Policies of the two buckets: nobody comes without TLS.
+  tls_only = { for arn in [local.bucket_arn, "${local.bucket_arn}-backups"] : arn => {
+    Version = "2012-10-17"
+    Statement = [{
+      Sid       = "TlsOnly"
+      Effect    = "Deny"
+      Principal = "*"
+      Action    = "s3:*"
+      Resource  = [arn, "${arn}/*"]
+      Condition = { Bool = { "aws:SecureTransport" = "false" } }
+    }]
+  } }
 }
 
 resource "aws_s3_bucket" "store" {
@@ -50,18 +62,8 @@ resource "aws_s3_bucket_lifecycle_configuration" "store" {
 }
 
 resource "aws_s3_bucket_policy" "store" {
-  bucket = aws_s3_bucket.store.id
-  policy = jsonencode({
-    Version = "2012-10-17"
-    Statement = [{
-      Sid       = "TlsOnly"
-      Effect    = "Deny"
-      Principal = "*"
-      Action    = "s3:*"
-      Resource  = [local.bucket_arn, "${local.bucket_arn}/*"]
-      Condition = { Bool = { "aws:SecureTransport" = "false" } }
-    }]
-  })
+  bucket     = aws_s3_bucket.store.id
+  policy     = jsonencode(local.tls_only[local.bucket_arn])
   depends_on = [aws_s3_bucket_public_access_block.store]
 }
 
@@ -72,4 +74,48 @@ resource "aws_ecr_repository" "image" {
   image_scanning_configuration {
     scan_on_push = true
   }
+}
+
+# The nightly backups, written by the identity `backup` alone.
+resource "aws_s3_bucket" "backups" {
+  bucket        = "${var.bucket}-backups"
+  force_destroy = !var.protected
+}
+
+resource "aws_s3_bucket_public_access_block" "backups" {
+  bucket                  = aws_s3_bucket.backups.id
+  block_public_acls       = true
+  block_public_policy     = true
+  ignore_public_acls      = true
+  restrict_public_buckets = true
+}
+
+resource "aws_s3_bucket_server_side_encryption_configuration" "backups" {
+  bucket = aws_s3_bucket.backups.id
+  rule {
+    apply_server_side_encryption_by_default {
+      sse_algorithm = "AES256"
+    }
+  }
+}
+
+resource "aws_s3_bucket_lifecycle_configuration" "backups" {
+  bucket = aws_s3_bucket.backups.id
+  rule {
+    id     = "old-backups"
+    status = "Enabled"
+    filter {}
+    expiration {
+      days = var.backup_days
+    }
+    abort_incomplete_multipart_upload {
+      days_after_initiation = 2
+    }
+  }
+}
+
+resource "aws_s3_bucket_policy" "backups" {
+  bucket     = aws_s3_bucket.backups.id
+  policy     = jsonencode(local.tls_only["${local.bucket_arn}-backups"])
+  depends_on = [aws_s3_bucket_public_access_block.backups]
 }

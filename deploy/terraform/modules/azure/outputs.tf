@@ -27,3 +27,8 @@ output "cluster" {
   description = "Name of the cluster: az aks get-credentials."
   value       = azurerm_kubernetes_cluster.main.name
 }
+
+output "backups_url" {
+  description = "BACKUP_TO of the overlay's settings.env: where the nightly backups go."
+  value       = "az://${azurerm_storage_container.backups.name}"
+}

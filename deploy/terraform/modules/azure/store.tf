@@ -32,12 +32,39 @@ resource "azurerm_storage_management_policy" "store" {
       }
     }
   }
+  rule {
+    name    = "old-backups"
+    enabled = true
+    filters {
+      blob_types   = ["blockBlob"]
+      prefix_match = ["${azurerm_storage_container.backups.name}/"]
+    }
+    actions {
+      base_blob {
+        delete_after_days_since_creation_greater_than = var.backup_days
+      }
+    }
+  }
 }
 
 resource "azurerm_storage_container" "store" {
   name                  = "neuroloop"
   storage_account_id    = azurerm_storage_account.store.id
   container_access_type = "private"
+}
+
+# The nightly backups, written by the identity `backup` alone.
+resource "azurerm_storage_container" "backups" {
+  name                  = "backups"
+  storage_account_id    = azurerm_storage_account.store.id
+  container_access_type = "private"
+}
+
+resource "azurerm_role_assignment" "backups" {
+  scope                = azurerm_storage_container.backups.id
+  role_definition_name = "Storage Blob Data Contributor"
+  principal_id         = azurerm_user_assigned_identity.part["backup"].principal_id
+  principal_type       = "ServicePrincipal"
 }
 
 resource "azurerm_management_lock" "store" {

@@ -27,3 +27,8 @@ output "node_pools" {
   description = "Pools of nodes."
   value       = concat([google_container_node_pool.main.name], google_container_node_pool.gpu[*].name)
 }
+
+output "backups_url" {
+  description = "BACKUP_TO of the overlay's settings.env: where the nightly backups go."
+  value       = google_storage_bucket.backups.url
+}

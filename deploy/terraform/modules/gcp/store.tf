@@ -49,3 +49,28 @@ resource "google_artifact_registry_repository_iam_member" "node" {
   role       = "roles/artifactregistry.reader"
   member     = google_service_account.node.member
 }
+
+# The nightly backups, written by the identity `backup` alone.
+resource "google_storage_bucket" "backups" {
+  project                     = var.project
+  location                    = var.region
+  name                        = "${var.bucket}-backups"
+  uniform_bucket_level_access = true
+  public_access_prevention    = "enforced"
+  force_destroy               = !var.protected
+  lifecycle_rule {
+    condition {
+      age = var.backup_days
+    }
+    action {
+      type = "Delete"
+    }
+  }
+  depends_on = [google_project_service.needed]
+}
+
+resource "google_storage_bucket_iam_member" "backups" {
+  bucket = google_storage_bucket.backups.name
+  role   = "roles/storage.objectUser"
+  member = google_service_account.part["backup"].member
+}

@@ -51,3 +51,9 @@ variable "protected" {
   type        = bool
   default     = true
 }
+
+variable "backup_days" {
+  description = "How many days a nightly backup is kept; erasures do not reach it."
+  type        = number
+  default     = 35
+}

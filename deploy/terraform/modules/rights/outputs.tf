@@ -24,6 +24,9 @@ locals {
       "InferenceLogs/ImageLogsForInvalidImages/" = ["list", "read", "delete"]
       "InferenceLogs/ImageLogsWithFeedback/"     = ["list", "read", "write", "delete"]
     }
+    backup = {
+      "" = ["list", "read"] # all of it; each cloud's module lets it write to a bucket of its own
+    }
   }
 }
 

@@ -52,8 +52,18 @@ run "the_api_cannot_write_models_and_the_trainer_cannot_read_logs" {
     error_message = "a right reaches beyond a prefix"
   }
   assert {
-    condition     = toset(keys(output.platform.identities)) == toset(["api", "trainer", "mlflow", "housekeeper"])
+    condition     = toset(keys(output.platform.identities)) == toset(["api", "trainer", "mlflow", "housekeeper", "backup"])
     error_message = "not one role a service account"
+  }
+  assert {
+    condition = alltrue([
+      for statement in output.platform.policies["backup"].Statement : contains(["read", "list"], statement.Sid)
+    ])
+    error_message = "the backup's identity can change the store"
+  }
+  assert {
+    condition     = output.platform.backups_url == "s3://example-org-neuroloop-store-backups"
+    error_message = "the backups' address is ${output.platform.backups_url}"
   }
   assert {
     condition     = output.platform.store_url == "s3://example-org-neuroloop-store"

@@ -439,10 +439,10 @@ def main() -> None:
             stop(each.process)
         postgres.stop()
         shutil.rmtree(folder, ignore_errors=True)
-    report(result)
+    show(result)
 
 
-def report(result: dict) -> None:
+def show(result: dict) -> None:
     """The table, the targets and the file."""
     rows, ten = result["servers"], result["ten times"]
     print(

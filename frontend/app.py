@@ -28,7 +28,9 @@ except InvalidSetting as fault:
     st.error(layout.plain(str(fault)), icon=":material/settings:")
     st.stop()
 logs.configure(settings.log_format, "ui")
-person = st.session_state["person"] = signin.current(settings)
+person = signin.current(settings)
+signin.forget_unless(person)
+st.session_state["person"] = person
 if person is None:
     # The pages are there, so that an address typed before signing in still leads to its page afterwards.
     st.navigation([page for _, page in PAGES], position="hidden")

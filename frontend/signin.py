@@ -116,6 +116,14 @@ def ask(settings: Settings) -> None:
             _form(settings)
 
 
+def forget_unless(person: Person | None) -> None:
+    """Forget what this tab holds of somebody else: who signed out elsewhere or stayed too long, before the next."""
+    before: Person | None = st.session_state.get("person")
+    if before is not None and (person is None or person.name != before.name):
+        for name in set(map(str, st.session_state)) - {"session", "settings"}:
+            del st.session_state[name]
+
+
 def sign_out() -> None:
     """End the session, here and in other tabs, and forget all that this one held."""
     if _providers() is not None:
@@ -189,7 +197,8 @@ def _by_provider(settings: Settings) -> Person | None:
     address = str(user.get("email") or "")
     if time.time() - float(str(user.get("iat") or 0)) > settings.ui_session_hours * 3600:
         return None  # signing in again takes a click where the provider still knows them
-    role = settings.role_of(address) if user.get("email_verified", True) else None
+    vouched = user.get("email_verified", settings.ui_trust_email) is True
+    role = settings.role_of(address) if vouched else None
     if role is None or not valid_name(address):
         layout.heading("No access", "You are signed in, but this platform does not know you.")
         st.error(layout.plain(f"Ask its operator to add {address or 'your address'} to NEUROLOOP_UI_PEOPLE."))

@@ -254,7 +254,7 @@ class SmtpSink:
     store: FolderStore
 
     def mails(self) -> list[Mail]:
-        from neuroloop.adapters.smtp import parse_mail
+        from neuroloop.core.mail import parse_mail
 
         return [parse_mail(self.store.get(key)) for key in self.store.list(MAIL)]
 

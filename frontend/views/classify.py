@@ -136,14 +136,24 @@ def classify(upload: Upload) -> Outcome:
     return outcome
 
 
-def choose_frame(frames: int, frame: int) -> None:
+def frame_key(upload: Upload) -> str:
+    """A field of its own for each choice: one kept from another series would go on showing that one's slice."""
+    return f"frame-{upload.choice}"
+
+
+def choose_frame(upload: Upload, frames: int, frame: int) -> None:
     """Lets the reader look at another slice of a file that has several; each look is a prediction of its own."""
     if frames < 2:
         return
     left, right = st.columns([3, 2], gap="small", vertical_alignment="bottom")
     with left:
         st.number_input(
-            f"Slice, of {frames:,}", 1, frames, frame, key="frame", help="Type a number, or step through the slices."
+            f"Slice, of {frames:,}",
+            1,
+            frames,
+            frame,
+            key=frame_key(upload),
+            help="Type a number, or step through the slices.",
         )
     right.button("Show this slice", key="take-frame", on_click=take_frame, width="stretch")
 
@@ -152,7 +162,8 @@ def take_frame() -> None:
     """Another slice of the same file is now the choice."""
     upload = current_upload(st.session_state)
     if upload is not None:
-        choose(st.session_state, dataclasses.replace(upload, frame=int(st.session_state["frame"]), choice=uuid4().hex))
+        frame = int(st.session_state[frame_key(upload)])
+        choose(st.session_state, dataclasses.replace(upload, frame=frame, choice=uuid4().hex))
 
 
 def facts(*pairs: tuple[str, str]) -> str:
@@ -211,7 +222,7 @@ def show_answer(upload: Upload, answer: Answer) -> None:
             unsafe_allow_html=True,
         )
         prediction_sets(answer)
-        choose_frame(answer.frames, answer.frame)
+        choose_frame(upload, answer.frames, answer.frame)
         if upload.simulated or answer.simulated_model:
             with st.container(horizontal=True, gap="small"):
                 if upload.simulated:
@@ -345,7 +356,7 @@ def show_problem(upload: Upload, fault: ApiProblem) -> None:
             show_refused(fault.prediction_id)
         with words:
             st.markdown(layout.plain(layout.as_sentence(fault.gate.reason or fault.detail)))
-            choose_frame(fault.frames, fault.frame)
+            choose_frame(upload, fault.frames, fault.frame)
             st.markdown(
                 "The model knows only slices of a brain MRI. For anything else its answer would mean nothing, so it "
                 "gives none.\n\n**What you can do**\n\n"

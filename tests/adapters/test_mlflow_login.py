@@ -13,7 +13,8 @@ from conftest import stop, wait_until
 from neuroloop.bootstrap import Services
 from neuroloop.core.errors import NeuroLoopError
 from neuroloop.core.settings import Settings
-from neuroloop.embedded.roles import MLFLOW_API_USER
+from neuroloop.embedded import mlflow_users
+from neuroloop.embedded.roles import MLFLOW_API_USER, driver
 from serving.running import write_bundle
 
 pytestmark = pytest.mark.e2e  # a whole MLflow on an empty PostgreSQL takes a minute
@@ -118,3 +119,21 @@ def test_nothing_but_health_is_open_and_the_registry_works_with_the_logins(locke
         assert refused.status_code == 403, (path, refused.text)
     upload = f"{locked.mlflow_tracking_uri}/api/2.0/mlflow-artifacts/artifacts/1/{run}/artifacts/bundle/bundle.json"
     assert httpx.put(upload, content=b"{}", auth=(MLFLOW_API_USER, API), trust_env=False).status_code == 403
+
+
+def test_both_users_have_the_passwords_of_the_settings_from_the_next_start_on(postgres_url: str, monkeypatch, tmp_path):
+    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
+    store = SqlAlchemyStore()
+    store.init_db(driver(postgres_url))
+    store.create_user(WHO[0], "the one of the first start", is_admin=True)
+    monkeypatch.setenv("NEUROLOOP_ENV_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("NEUROLOOP_HOME", str(tmp_path))
+    monkeypatch.setenv("NEUROLOOP_MLFLOW_DATABASE_URL", postgres_url)
+    for admins, apis in ((WHO[1], API), ("a third password of it", "a fourth password of it")):
+        monkeypatch.setenv("NEUROLOOP_MLFLOW_PASSWORD", admins)
+        monkeypatch.setenv("NEUROLOOP_MLFLOW_API_PASSWORD", apis)
+        mlflow_users.main()
+        assert store.authenticate_user(WHO[0], admins)
+        assert store.authenticate_user(MLFLOW_API_USER, apis)
+    assert not store.authenticate_user(WHO[0], "the one of the first start")

@@ -13,9 +13,10 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 
-from neuroloop.adapters.smtp import SmtpNotifier, parse_mail, start_sink
+from neuroloop.adapters.smtp import SmtpNotifier, start_sink
 from neuroloop.core.errors import Unavailable
 from neuroloop.core.keys import MAIL
+from neuroloop.core.mail import parse_mail
 from neuroloop.core.schemas import RESEARCH_NOTICE
 
 SENDER, RECEIVERS = "neuroloop@localhost", "ann@example.org, bob@example.org"

@@ -128,6 +128,8 @@ def test_a_later_verdict_of_the_same_reader_replaces_the_earlier_one(log: Postgr
     for verdict in (ann, bob, changed):
         log.record_feedback(verdict)
     assert log.feedback(row.id) == [bob, changed]
+    assert not log.record_feedback(ann.model_copy(update={"verdict": Verdict.NOT_SURE}))  # one that hung for a while
+    assert log.feedback(row.id) == [bob, changed]
 
 
 def test_a_class_goes_only_with_the_verdict_correct(log: PostgresLog):

@@ -62,6 +62,21 @@ def test_the_environment_wins_over_the_users_file_which_wins_over_the_generated_
     assert (settings.seed, settings.api_port, settings.ui_port) == (3, 2001, 1002)
 
 
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("phantom://      # simulated", "phantom://"),
+        ("/data/scan#1", "/data/scan#1"),
+        ("'/data/a # b'", "/data/a # b"),
+        ("   # nothing", ""),
+    ],
+)
+def test_a_comment_may_follow_a_value_as_it_may_for_compose(bare, tmp_path, line, value):
+    file = tmp_path / ".env"
+    file.write_text(f"NEUROLOOP_DATA_LICENCE={line}\n")
+    assert Settings.load({**bare, "NEUROLOOP_ENV_FILE": str(file)}).data_licence == value
+
+
 def test_a_line_that_is_no_setting_is_refused_with_its_place(bare, tmp_path):
     (tmp_path / ".env").write_text("NEUROLOOP_SEED\n")
     with pytest.raises(InvalidSetting, match=r"\.env:1 is not KEY=VALUE"):

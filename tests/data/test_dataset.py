@@ -250,6 +250,22 @@ def test_seventy_thousand_images_are_divided_in_seconds():
     assert time.process_time() - started < 10  # it takes about one
 
 
+@pytest.mark.parametrize("groups", [4, 5, 6])
+def test_a_class_of_as_few_groups_as_there_are_parts_reaches_all_of_them(groups):
+    files = {
+        f"{label}/{number}-{copy}.png": encode_png(np.roll(picture(1000 * order + number), copy, axis=1)[:, copy:])
+        for order, label in enumerate(LABELS)
+        for number in range(groups)
+        for copy in range(10)
+    }
+    images = snapshot_of(files).images
+    numbers = {image.path: hash(image.path.split("-")[0]) for image in images}
+    report = Audit.model_construct(groups=numbers, quarantined=())
+    split = make_split(Snapshot.model_construct(version="v", simulated=False, images=images), report)
+    for part in PARTS:
+        assert {entry.label for entry in split.of(part)} == set(LABELS), part
+
+
 def test_a_class_of_one_picture_over_and_over_cannot_be_divided():
     files = {path: data for path, data in four_classes(12).items() if not path.startswith("notumor")}
     files |= {f"notumor/{n}.png": encode_png(picture(2000)) for n in range(12)}

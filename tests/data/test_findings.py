@@ -73,3 +73,15 @@ def test_a_class_that_is_mostly_unusable_always_stops_and_names_its_files():
     found = findings(audit(snapshot_of(files), lambda entry: files[entry.path]))
     with pytest.raises(InvalidSource, match=r"3 of 10 pituitary images cannot be used.*20%.*pituitary/000\.png"):
         refuse(found)
+
+
+def test_a_shortcut_is_quoted_on_the_split_that_it_tells_most_on(faulty):
+    measured = Shortcuts(
+        source={"majority": 0.3, "border": 0.3, "nearest": 0.9},
+        grouped={"majority": 0.25, "border": 0.75, "nearest": 0.3},
+        images={},
+        sampled=False,
+    )
+    (found,) = (each for each in findings(faulty, measured) if each.name == "shortcuts")
+    assert "nearest 90.0% on the source's split, border 75.0% on the grouped split" in found.what
+    assert "the largest class: 30.0% on the source's and 25.0% on the grouped" in found.what

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from neuroloop.adapters.folder import FolderStore
@@ -131,3 +133,8 @@ def test_impossible_simulations_are_refused():
         PhantomSource(39, seed=0)
     with pytest.raises(InvalidSource, match="no simulated scanner 'Z'"):
         PhantomSource(40, seed=0, scanner="Z")
+
+
+def test_a_file_name_that_is_no_text_is_refused_by_name(tmp_path):
+    with pytest.raises(InvalidSource, match=r"Sch\\udce4del\.png.*UTF-8"):
+        folder_source(tmp_path, "glioma/a.png", os.fsdecode(b"glioma/Sch\xe4del.png")).files()

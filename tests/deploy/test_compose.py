@@ -252,3 +252,12 @@ def _filled(value: str) -> str:
     while found := re.search(r"\$\{\w+:([-?])([^${}]*)\}", value):
         value = value.replace(found[0], found[2] if found[1] == "-" else STANDINS.get(name(found[0]), "s3cret"))
     return value
+
+
+def test_every_setting_that_means_something_in_a_container_can_be_given():
+    # One machine's own: ports and passwords of what runs in its place here, the first build of `make up`, other clouds.
+    elsewhere = "HOME POSTGRES_PORT MAIL_PORT SUPERVISOR_PORT POSTGRES_PASSWORD API_KEY SUPERVISOR_PASSWORD SAGEMAKER"
+    elsewhere += " FIRST_BUILD_MINUTES POD_TEMPLATES"
+    text = (ROOT / "docker-compose.yaml").read_text()
+    missing = {name.upper() for name in Settings.model_fields if f"{PREFIX}{name.upper()}" not in text}
+    assert missing == set(elsewhere.split())

@@ -52,6 +52,16 @@ def test_a_second_start_changes_nothing_that_was_generated(environ, tmp_path):
     assert (tmp_path / "home" / "env").read_text() == before
 
 
+def test_a_secret_that_the_user_sets_for_a_while_does_not_cost_the_generated_one(environ, tmp_path):
+    Stack(environ)._generate()
+    before = (tmp_path / "home" / "env").read_text()
+    stack = Stack({**environ, "NEUROLOOP_MLFLOW_PASSWORD": "of the user"})  # pragma: allowlist secret
+    stack._generate()
+    assert stack.settings.mlflow_password == "of the user"  # pragma: allowlist secret
+    Stack(environ)._generate()
+    assert (tmp_path / "home" / "env").read_text() == before
+
+
 def test_a_port_the_user_chose_and_that_is_in_use_is_a_clear_error(environ, taken):
     with pytest.raises(InvalidSetting, match=f"NEUROLOOP_API_PORT={taken} is in use"):
         Stack({**environ, "NEUROLOOP_API_PORT": str(taken)})._generate()

@@ -119,15 +119,20 @@ def test_of_a_file_with_several_slices_the_reader_chooses_another_one(page, live
     before = predictions(live_api)
     upload(page, series, "IM-0001-0001")
     assert "the model sees a meningioma" in words(page)
-    slice_number = page.number_input(key="frame")
+    slice_number = page.number_input[0]
     assert (slice_number.label, slice_number.value) == ("Slice, of 3", 2)
 
     slice_number.set_value(3).run()
     assert predictions(live_api) == before + 1  # nothing is asked while the reader still types
     press(page, "Show this slice")
     assert "the model sees a pituitary" in words(page)
-    assert page.number_input(key="frame").value == 3
+    assert page.number_input[0].value == 3
     assert predictions(live_api) == before + 2
+
+    longer = dicom(np.stack([head(label) for label in ("glioma", "glioma", "meningioma", "pituitary", "pituitary")]))
+    page.number_input[0].set_value(1).run()
+    upload(page, longer, "IM-0002-0001")
+    assert (page.number_input[0].label, page.number_input[0].value) == ("Slice, of 5", 3)
 
     upload(page, encoded(head("glioma")), "one.png")
     assert not page.number_input
@@ -142,7 +147,7 @@ def test_a_refused_scan_is_shown_as_the_platform_read_it_and_another_slice_can_b
     upload(page, series, "series")
     assert "This does not look like a brain MRI" in words(page)
     assert page.get("image")
-    page.number_input(key="frame").set_value(2).run()
+    page.number_input[0].set_value(2).run()
     press(page, "Show this slice")
     assert "the model sees a glioma" in words(page)
 

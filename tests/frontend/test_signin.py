@@ -128,6 +128,19 @@ def test_signing_out_closes_the_app_and_forgets_the_scan(open_page, live_api):
     assert "the model sees" not in words(app)
 
 
+def test_whoever_comes_next_in_a_tab_left_open_sees_nothing_of_the_one_before(open_page, live_api):
+    app = consent(open_page("classify", live_api, name="Ann"))
+    upload(app, encoded(head("glioma")))
+    assert "the model sees a glioma" in words(app)
+    signin.sessions().close(app.session_state["session"])  # Ann signs out in another tab, or stays too long
+    assert shut(app.run())
+    sign_in(app, "", personal(live_api, "uploader"))
+    assert not shut(app)
+    assert "the model sees" not in words(app)
+    assert not app.checkbox(key="consent").value
+    assert not {"upload", "outcome"} & {name for name in ("upload", "outcome") if name in app.session_state}
+
+
 def leave(app: AppTest) -> None:
     """Follow the link Sign out."""
     from streamlit.util import calc_hash
@@ -182,7 +195,7 @@ def vouched(live_api, monkeypatch, tmp_path, **user) -> AppTest:
 
 
 def signed(email: str, **more) -> dict:
-    return {"is_logged_in": True, "email": email, "iat": int(time.time())} | more
+    return {"is_logged_in": True, "email": email, "email_verified": True, "iat": int(time.time())} | more
 
 
 def test_with_a_provider_there_is_its_button_and_no_password(live_api, monkeypatch, tmp_path):
@@ -214,6 +227,17 @@ def test_whom_the_settings_do_not_name_has_no_access(live_api, monkeypatch, tmp_
     app = vouched(live_api, monkeypatch, tmp_path, **user)
     assert "does not know you" in words(app)
     assert labels(app) == ["Sign out"]
+
+
+def test_an_address_that_the_provider_says_nothing_of_counts_where_the_settings_trust_it(
+    live_api, monkeypatch, tmp_path
+):
+    user = {name: value for name, value in signed("boss@example.org").items() if name != "email_verified"}
+    assert "does not know you" in words(vouched(live_api, monkeypatch, tmp_path, **user))
+    monkeypatch.setenv("NEUROLOOP_UI_TRUST_EMAIL", "true")
+    assert "Mail" in pages(vouched(live_api, monkeypatch, tmp_path, **user))
+    user["email_verified"] = False
+    assert "does not know you" in words(vouched(live_api, monkeypatch, tmp_path, **user))
 
 
 def test_an_old_sign_in_at_the_provider_does_not_last(live_api, monkeypatch, tmp_path):

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
+from neuroloop.imaging import canonical
 from neuroloop.imaging.canonical import Box, canonical_and_box, canonicalize, head_box, place
 from neuroloop.imaging.decode import decode
 from neuroloop.imaging.phantom import scan
@@ -136,3 +138,20 @@ def test_one_look_for_the_head_gives_the_canonical_image_and_the_box():
         canonical, box = canonical_and_box(given, 64)
         np.testing.assert_array_equal(canonical, canonicalize(given, 64))
         assert box == head_box(given)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_holes_are_filled_as_scipy_fills_them(seed):
+    generator = np.random.default_rng(seed)
+    mask = ndimage.gaussian_filter(generator.normal(size=(60, 70)), 2) > generator.uniform(-0.1, 0.1)
+    filled = canonical._filled(mask)
+    assert (filled == ndimage.binary_fill_holes(mask)).all()
+
+
+def test_a_ring_is_filled_and_one_that_is_open_to_the_edge_is_not():
+    ring = np.zeros((9, 9), bool)
+    ring[2:7, 2:7] = True
+    ring[4, 4] = False
+    assert canonical._filled(ring)[4, 4]
+    ring[4, 5:] = False
+    assert not canonical._filled(ring)[4, 4]

@@ -252,6 +252,13 @@ def test_small_pngs_and_jpegs_of_one_pass_are_plain():
         assert is_plain(encoded(colour, "JPEG"))
 
 
+def test_a_png_with_two_headers_is_not_plain_for_the_decoder_may_follow_the_second():
+    small, wide = encode_png(picture(64, 64)), encode_png(picture(400, 400))
+    start, end = 8, 8 + 25  # of the header
+    assert np.asarray(Image.open(io.BytesIO(small[:end] + wide[start:]))).shape == (400, 400)
+    assert not is_plain(small[:end] + wide[start:])
+
+
 def test_what_may_cost_more_than_its_size_says_is_not_plain():
     small, wide = Image.fromarray(picture(64, 64)), Image.new("L", (3000, 1500))
     assert not is_plain(encoded(small, "JPEG", progressive=True))

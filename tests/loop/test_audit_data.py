@@ -19,7 +19,7 @@ from neuroloop.loop.params import Params
 def platform(tmp_path, mlflow_uri):
     """A store, MLflow, and a source of two parts that leak, with a CT and a wrong label."""
     source = tmp_path / "source"
-    files = {f"Training/{path}": data for path, data in four_classes(14).items()}
+    files = {f"Training/{path}": data for path, data in four_classes(24).items()}
     files |= {f"Testing/{path}": encode_png(picture(60_000 + n)) for n, path in enumerate(four_classes(3))}
     files["Testing/glioma/mirror.png"] = encode_png(np.ascontiguousarray(picture(0)[:, ::-1]))
     files["Training/notumor/ct.png"] = encode_png(ct())

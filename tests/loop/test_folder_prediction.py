@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from imaging.files import dicom
 from neuroloop.core.errors import NeuroLoopError
 from neuroloop.core.schemas import LABELS
 from neuroloop.loop import folder_prediction
@@ -139,3 +140,16 @@ def test_wrong_options_are_one_line(folder, tmp_path, arguments):
     assert process.returncode == 1
     assert errors.startswith("neuroloop: ")
     assert "Traceback" not in errors
+
+
+def test_a_name_that_is_no_text_has_its_row_and_a_header_that_says_ct_is_refused_here_too(tmp_path):
+    folder, out = tmp_path / "scans", tmp_path / "table.csv"
+    folder.mkdir()
+    (folder / os.fsdecode(b"Sch\xe4del.png")).write_bytes(encoded(head("glioma")))
+    (folder / "ct.dcm").write_bytes(dicom(head("glioma"), Modality="CT"))
+    done = predict(folder, out, tmp_path, "--bundle", str(write_bundle(tmp_path / "bundle")))
+    assert done.wait(120) == 0, done.stderr.read()
+    table = pd.read_csv(out).set_index("file")
+    assert table.loc["Sch\\udce4del.png", "outcome"] == "answered"
+    assert table.loc["ct.dcm", "outcome"] == "refused"
+    assert "CT" in table.loc["ct.dcm", "problem"]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from neuroloop.bootstrap import Services
+from neuroloop.core.errors import NeuroLoopError
 from neuroloop.core.settings import Settings
 from neuroloop.loop import handoff, retraining
 
@@ -29,3 +30,10 @@ def test_a_retraining_that_does_not_happen_is_mailed_once_a_run_however_often_th
         handoff.keep(services, run_id, "check_source_flag", {"waiting": 50, "reason": "50 corrections wait."})
         retraining.flag_false(services, run_id, by_hand=True)
     assert [mail.body.split()[1] for mail in smtp_sink.mails()] == ["manual__1", "manual__2"]
+
+
+def test_two_dags_cannot_share_a_run_id(services: Services):
+    for _ in range(2):
+        handoff.begin(services, "release-1", handoff.BUILD)
+    with pytest.raises(NeuroLoopError, match=f"run release-1 of {handoff.BUILD} before"):
+        retraining.check_source_flag(services, "release-1")

@@ -31,9 +31,10 @@ from PIL import Image
 
 from conftest import mlflow_server
 from loop.tripwire import FolderWatch, Tripwire, relayed
-from neuroloop.adapters.smtp import parse_mail, start_sink
+from neuroloop.adapters.smtp import start_sink
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
+from neuroloop.core.mail import parse_mail
 from neuroloop.core.schemas import LABELS, Feedback, GateResult, Prediction, Verdict
 from neuroloop.core.settings import Settings
 from neuroloop.imaging.decode import encode_png
@@ -499,7 +500,7 @@ def test_of_a_corrected_upload_only_pixels_reach_training_registry_and_logs(refe
     for task in ("check_source_flag", "flag_true", "retrain_model"):
         disturbed.finish((RETRAINING, PRIVATE_RUN, task))
     result = disturbed.results["retrain_model"]
-    assert result["trained_on"] + result["held_out"] == THRESHOLD + 2 + len(ids)
+    assert result["trained_on"] + result["held_out"] + result["left_out"] == THRESHOLD + 2 + len(ids)
     run = services.registry.open_run(PRIVATE_RUN, experiment=RETRAINING)
     (named,) = disturbed.artifacts.glob(f"*/{run}/artifacts/data/corrections.json")
     assert all(each in named.read_text() for each in ids)

@@ -2,16 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import InvalidSource, NotFound
-from neuroloop.core.schemas import LABELS, PARTS
+from neuroloop.core.schemas import LABELS, PARTS, Split
 from neuroloop.core.settings import Settings
-from neuroloop.imaging.decode import encode_png
+from neuroloop.imaging.decode import decode, encode_png
 from neuroloop.imaging.phantom import scan
-from neuroloop.loop import handoff, pipeline, preparation, retraining
+from neuroloop.loop import feedback, handoff, pipeline, preparation, retraining
 from neuroloop.loop.params import Params
 from neuroloop.model.bundle import Bundle
 
@@ -208,6 +209,40 @@ def test_a_step_whose_input_is_missing_says_which_step_to_clear(platform):
         preparation.audit_data(platform, "manual__nothing")
 
 
+def test_a_held_out_correction_that_was_learned_from_the_data_tests_nothing(platform, built):
+    split = handoff.read_split(platform, built["download_data"]["version"])
+    learned = decode(handoff.image_reader(platform)(split.of("train")[0]))
+    pictures = {"learned": learned[:, ::-1], "new": scan("glioma", 77, seed=9, scanner="B", size=96).pixels}
+    found = [
+        feedback.Correction(key=f"{keys.DATA}tests/{name}.png", label="glioma", sha256=name, held_out=True)
+        for name in pictures
+    ]
+    for correction, pixels in zip(found, pictures.values(), strict=True):
+        platform.store.put(correction.key, encode_png(np.ascontiguousarray(pixels)))
+    kept, held_out, left_out = retraining._divided(platform, split.version, found)
+    assert (kept, [correction.sha256 for correction in held_out]) == ([], ["new"])
+    assert "which is trained on" in left_out[found[0].key]
+
+
+def test_a_source_too_small_for_the_gate_is_refused_before_anything_is_trained():
+    few = Split(version="v", simulated=False, entries=(), quarantined=())
+    with pytest.raises(InvalidSource, match="train part has only 0 images"):
+        preparation.refuse_few(few)
+
+
+def test_looks_at_the_same_test_images_count_whatever_the_data_version(platform, built):
+    split = handoff.read_split(platform, built["download_data"]["version"])
+    before = pipeline.looks_at(platform, split)
+    grown = split.model_copy(update={"version": "grown"})
+    platform.store.put(keys.split("grown"), grown.model_dump_json().encode())
+    handoff.log_opening(platform, "manual__grown", "a look", version="grown")
+    other = split.model_copy(update={"version": "other", "entries": split.of("train")})
+    platform.store.put(keys.split("other"), other.model_dump_json().encode())
+    handoff.log_opening(platform, "manual__other", "a look", version="other")
+    assert before >= 1
+    assert pipeline.looks_at(platform, split) == before + 1
+
+
 def correct(platform, number):
     for index in range(number):
         label = LABELS[index % 4]
@@ -233,14 +268,14 @@ def test_at_the_threshold_nothing_is_retrained_and_one_more_trains_evaluates_and
 
     result = retraining.retrain_model(platform, AGAIN, minutes=2, epochs=1, seed=0)
     assert result["from_version"] == built["register_model"]["version"]
-    assert result["trained_on"] + result["held_out"] == CORRECTIONS
+    assert result["trained_on"] + result["held_out"] + result["left_out"] == CORRECTIONS
     # As its champion was trained, at a third of the rate.
     assert (result["settings"]["mixup"], result["settings"]["learning_rate"]) == (0.3, pytest.approx(2e-3 / 3))
     train = handoff.load_arrays(platform, AGAIN, "train")
     base = handoff.load_arrays(platform, RUN, "train")
     corrected = [path for path in train.paths if path.startswith(keys.CORRECTIONS)]
     assert train.paths[: len(base.paths)] == base.paths
-    assert len(set(corrected)) == result["trained_on"] - result["left_out"]
+    assert len(set(corrected)) == result["trained_on"]
     evaluated = retraining.evaluate_model(platform, AGAIN)
     assert evaluated["champion"]["version"] == built["register_model"]["version"]
     assert evaluated["champion"]["test"] == pytest.approx(built["evaluate_model"]["test"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from neuroloop.bootstrap import Services
+from neuroloop.core.errors import NeuroLoopError
 from neuroloop.core.schemas import LABELS
 from neuroloop.core.settings import Settings
 from neuroloop.loop import handoff, pipeline
@@ -76,3 +77,21 @@ def test_a_repeat_does_not_undo_what_a_person_has_decided_since(services, champi
     assert pipeline.promote_model(services, run_id) == promoted
     assert (alias(services, "champion"), alias(services, "previous")) == (champion, promoted["version"])
     assert len(services.log.promotions()) == 2
+
+
+def test_no_alias_moves_where_somebody_moved_the_champion_after_the_decision(services, champion, run_id, tmp_path):
+    version = handoff.kept(services, run_id, "register_model")["version"]
+    services.log.record_promotion(pipeline.decision(services, run_id, version, handoff.BUILD))
+    third = registered(services, "third", tmp_path / "third")
+    services.registry.set_alias("champion", third)  # in MLflow's page, past the ledger
+    pipeline.promote_model(services, run_id)
+    assert alias(services, "champion") == third
+
+
+def test_a_row_of_another_run_with_the_same_id_is_not_taken_for_this_ones(services, champion, run_id, tmp_path):
+    pipeline.promote_model(services, run_id)
+    other = registered(services, "other", tmp_path / "other")
+    handoff.keep(services, run_id, "register_model", {"version": other})
+    with pytest.raises(NeuroLoopError, match="another run"):
+        pipeline.promote_model(services, run_id)
+    assert alias(services, "champion") != other

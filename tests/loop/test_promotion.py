@@ -87,3 +87,12 @@ def test_a_champion_that_this_program_cannot_read_is_replaced_with_the_reason_in
     promoted, checks = decide(scores(), None, RULES, retraining=False, outdated="the bundle has format 1.")
     assert promoted
     assert "the bundle has format 1." in " ".join(check.reason for check in checks)
+
+
+def test_a_model_of_simulated_scans_does_not_replace_a_real_champion_that_cannot_be_read():
+    candidate = scores().model_copy(update={"simulated": True})
+    old = {"retraining": False, "outdated": "the bundle has format 1."}
+    promoted, checks = decide(candidate, None, RULES, **old, outdated_simulated=False)
+    assert not promoted
+    assert failed(checks) == ["data"]
+    assert decide(candidate, None, RULES, **old, outdated_simulated=True)[0]

@@ -16,6 +16,7 @@ from neuroloop.core.schemas import LABELS
 from neuroloop.data.audit import audit
 from neuroloop.data.similarity import thumbnail, twins
 from neuroloop.imaging.decode import decode, encode_png
+from neuroloop.loop.feedback import claim, is_held_out
 from neuroloop.loop.splitting import decisions, freeze, frozen_parts
 
 SIDE = 32
@@ -196,3 +197,20 @@ def test_whatever_happens_to_a_source_no_image_changes_its_part_and_no_two_parts
                 picture(9_000 + 100 * seed + 10 * version + n, SIDE)
             )
         ever |= files
+
+
+def test_an_image_that_a_retraining_has_learned_from_comes_into_no_other_part_with_a_source(store, files):
+    new = {
+        f"{label}/new{n}.png": encode_png(picture(70_000 + 100 * k + n))
+        for k, label in enumerate(LABELS)
+        for n in range(9)
+    }
+    corrected = {path: keys.correction(path.split("/")[0], f"{k:08d}") for k, path in enumerate(new)}
+    for path, key in corrected.items():
+        store.put(key, again(new[path]))
+    claim(store, "run-1", 0)
+    learned = {path for path, key in corrected.items() if not is_held_out(sha(store.get(key)))}
+    assert 0 < len(learned) < len(new)
+    parts = {entry.path: entry.part for entry in split_of(store, files | new).entries}
+    assert {parts[path] for path in learned} == {"train"}
+    assert {parts[path] for path in new} != {"train"}

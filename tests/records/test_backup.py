@@ -266,3 +266,17 @@ def test_a_backup_cannot_lie_in_its_own_store(new_stack):
     done = CliRunner().invoke(cli, ["backup", str(stack.home / "store" / "backups")], env=stack.variables())
     assert done.exit_code != 0
     assert "cannot lie in the store" in str(done.exception)
+
+
+def test_a_name_with_an_end_of_line_of_unicodes_own_costs_no_backup(small, tmp_path, postgres_server):
+    databases, store, log = small
+    made = prediction("glioma").model_copy(
+        update={"owner": "Ann\u2028Lee", "object_key": keys.prediction("glioma", "x")}
+    )
+    store.put(made.object_key, b"image")
+    log.record_prediction(made)
+    target = FolderStore(str(tmp_path / "backup"))
+    assert backup(databases, store, target, say=print).missing == ()
+    url = postgres_server.new_database()
+    restore({"neuroloop": PostgresDump(url)}, FolderStore(str(tmp_path / "new")), target, say=print)
+    assert PostgresLog(url).prediction(made.id) == made

@@ -195,6 +195,11 @@ def test_an_uploader_sees_their_own_answers_and_not_even_that_there_are_others(a
         mine = ann.post("/v1/predictions", files={"file": ("x", encoded(head("glioma")))}).json()["id"]
         assert ann.get(f"/v1/predictions/{mine}").json()["owner"] == "ann"
         assert ann.get(f"/v1/predictions/{mine}/image").status_code == 200
+        gone = ann.post("/v1/predictions", files={"file": ("x", encoded(head("glioma")))}).json()["id"]
+        asked = {"reason": "requested", "by": "dr x"}
+        assert api.client.delete(f"/v1/predictions/{gone}", params=asked).status_code == 200
+        assert reader.get(f"/v1/predictions/{gone}").status_code == 410
+        assert bob.get(f"/v1/predictions/{gone}").status_code == 404
         never = bob.get(f"/v1/predictions/{uuid.uuid4()}").json()["detail"]
         for path in (f"/v1/predictions/{mine}", f"/v1/predictions/{mine}/image"):
             assert bob.get(path).status_code == 404

@@ -235,6 +235,8 @@ def test_models_and_mails_are_listed_newest_first(services, register, promote, s
     notifier = type(services)(smtp).notifier
     notifier.send("One", "first")
     notifier.send("Two", "second")
+    broken = b"Subject: Three\r\nContent-Type: text/plain; charset=klingon\r\n\r\nnuqneH"
+    services.store.put(keys.mail("9999-broken"), broken)
     with serving(services) as api:
         models = api.client.get("/v1/models").json()
         assert models["serving"] == second
@@ -243,8 +245,8 @@ def test_models_and_mails_are_listed_newest_first(services, register, promote, s
         assert models["promotions"] == []
         assert models["mlflow_url"] == f"{services.settings.mlflow_tracking_uri}/#/models"
         mails = api.client.get("/v1/mails").json()
-        assert [mail["subject"] for mail in mails] == ["Two", "One"]
-        assert mails[0]["body"].startswith("second")
+        assert [mail["subject"] for mail in mails] == ["Three", "Two", "One"]
+        assert mails[1]["body"].startswith("second")
 
 
 def test_metrics_count_what_happened_to_this_server_only(services, champion):

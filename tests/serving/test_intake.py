@@ -1,10 +1,15 @@
 """Bodies: bounded while they arrive, and read from forms with care."""
 
+import asyncio
 import http.client
 import socket
 
+import httpx
 import pytest
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.responses import Response
 
+from neuroloop.serving.intake import BodyLimit
 from serving.running import Api, encoded, head
 
 MEGABYTE = 1_000_000  # the limit of this API
@@ -81,3 +86,31 @@ def test_a_second_file_in_the_form_is_refused(api: Api):
     data = encoded(head("glioma"))
     response = api.client.post("/v1/predictions", files=[("file", ("a.png", data)), ("file", ("b.png", data))])
     assert response.status_code == 400
+
+
+def test_bodies_that_together_are_too_large_wait_for_nobody_and_the_next_finds_room_again():
+    reading, go = [], asyncio.Event()
+
+    async def app(scope, receive, send):
+        body = (await receive())["body"]
+        reading.append(len(body))
+        await go.wait()
+        await Response("read")(scope, receive, send)
+
+    limited = ExceptionMiddleware(BodyLimit(app, limit=lambda path: 100, together=150), handlers={})
+
+    async def clients() -> list[int]:
+        transport = httpx.ASGITransport(app=limited)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            first = asyncio.create_task(client.post("/", content=bytes(80)))
+            while not reading:
+                await asyncio.sleep(0.01)
+            second = await client.post("/", content=bytes(80))
+            go.set()
+            return [
+                (await first).status_code,
+                second.status_code,
+                (await client.post("/", content=bytes(80))).status_code,
+            ]
+
+    assert asyncio.run(clients()) == [200, 503, 200]

@@ -111,4 +111,8 @@ def test_a_ping_says_no_while_the_database_is_away(tmp_path: Path, mlflow_uri: s
     nowhere = f"postgresql://nobody@127.0.0.1:{free_port()}/none"
     settings = Settings(home=tmp_path, database_url=nowhere, mlflow_tracking_uri=mlflow_uri, sagemaker=True)
     with serving(Services(settings), model=False) as running, running.client_of(None) as client:
-        assert client.get("/ping").status_code == 503
+        said = client.get("/ping")
+        assert said.status_code == 503
+        assert "database" in said.text
+        assert "127.0.0.1" not in said.text
+        assert "nobody" not in said.text

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -53,8 +54,13 @@ class FolderStore:
             self._fail(f"cannot read {key!r} from {self._root}", error)
 
     def exists(self, key: str) -> bool:
-        """Whether `key` is taken."""
-        return self._path(key).is_file()
+        """Whether `key` is taken. Raises `Unavailable` where that cannot be told."""
+        try:
+            return stat.S_ISREG(self._path(key).stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            self._fail(f"cannot look up {key!r} in {self._root}", error)
 
     def list(self, prefix: str) -> list[str]:
         """All keys that start with `prefix`, sorted; a folder that is not there has none."""

@@ -243,7 +243,7 @@ class PostgresLog:
             return [row["id"] for row in cursor.fetchall()]
 
     def record_feedback(self, feedback: Feedback) -> bool:
-        """Insert or replace this reader's verdict; whether it was news.
+        """Insert or replace this reader's verdict; whether it was news. An older one never replaces a newer one.
 
         Raises `NotFound` on an unknown prediction, `Erased` on an erased one.
         """
@@ -257,7 +257,8 @@ class PostgresLog:
                     " VALUES (%(prediction_id)s, %(reader)s, %(verdict)s, %(label)s, %(created_at)s)"
                     " ON CONFLICT (prediction_id, reader) DO UPDATE SET"
                     " verdict = excluded.verdict, label = excluded.label, created_at = excluded.created_at"
-                    " WHERE (known.verdict, known.label) IS DISTINCT FROM (excluded.verdict, excluded.label)",
+                    " WHERE (known.verdict, known.label) IS DISTINCT FROM (excluded.verdict, excluded.label)"
+                    " AND known.created_at <= excluded.created_at",
                     feedback.model_dump()
                     | {"verdict": feedback.verdict.value, "prediction_id": _lookup(feedback.prediction_id)},
                 )

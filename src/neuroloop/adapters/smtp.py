@@ -8,7 +8,6 @@ import socket
 import ssl
 import threading
 import uuid
-from datetime import UTC, datetime
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from email.utils import format_datetime, make_msgid
@@ -18,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from neuroloop.core import keys
 from neuroloop.core.errors import NeuroLoopError, Unavailable
 from neuroloop.core.ports import ObjectStore
-from neuroloop.core.schemas import RESEARCH_NOTICE, Mail, now
+from neuroloop.core.schemas import RESEARCH_NOTICE, now
 
 if TYPE_CHECKING:
     from aiosmtpd.controller import Controller
@@ -84,27 +83,6 @@ class SmtpNotifier:
         elif not self._tls and self._host not in _LOOPBACK:
             raise smtplib.SMTPNotSupportedError("the server offers no encryption to send the password through")
         server.login(self._user, self._password)
-
-
-def parse_mail(data: bytes) -> Mail:
-    """A mail as the sink stored it. A date that is missing or malformed becomes 1970."""
-    message = message_from_bytes(data, policy=policy.default)
-    part = message.get_body(preferencelist=("plain", "html"))
-    sent = getattr(message["Date"], "datetime", None) or datetime.fromtimestamp(0, UTC)
-    return Mail(
-        at=sent if sent.tzinfo else sent.replace(tzinfo=UTC),
-        to=str(message["To"] or ""),
-        subject=str(message["Subject"] or ""),
-        body=_text(part) if part is not None else "",
-    )
-
-
-def _text(part: Any) -> str:
-    try:
-        return str(part.get_content())
-    except (LookupError, ValueError):  # an unknown character set or encoding
-        content = part.get_payload(decode=True)
-        return content.decode(errors="replace") if isinstance(content, bytes) else str(content)
 
 
 def start_sink(store: ObjectStore, host: str, port: int) -> "Controller":

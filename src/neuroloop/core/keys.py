@@ -38,6 +38,7 @@ PREDICTIONS = "InferenceLogs/ImageLogs/"
 INVALID = "InferenceLogs/ImageLogsForInvalidImages/"
 MAIL = "mail/"
 MODELS = "mlflow/"
+TASK_LOGS = "logs/airflow/"
 EVERYTHING = ""
 PROBE = "probe/"
 """Nothing lies here. Every process may list it, whatever else it may: that is how it sees that the store is there."""
@@ -169,4 +170,4 @@ def mail(name: str) -> str:
 
 def task_log(path: str) -> str:
     """The log of one attempt of a task; `path` is Airflow's own, relative to its folder of logs."""
-    return checked(f"logs/airflow/{path}")
+    return checked(f"{TASK_LOGS}{path}")

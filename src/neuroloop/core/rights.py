@@ -28,6 +28,7 @@ class Identity(StrEnum):
     HOUSEKEEPER = "housekeeper"
     MAIL = "mail"
     BACKUP = "backup"
+    AIRFLOW = "airflow"
 
 
 PROCESSES: Mapping[Identity, str] = {
@@ -36,6 +37,7 @@ PROCESSES: Mapping[Identity, str] = {
     Identity.MLFLOW: "the role `mlflow`: keeps the models",
     Identity.HOUSEKEEPER: "`housekeeping`, or `neuroloop sweep`",
     Identity.MAIL: "the role `mail`, where there is no mail server",
+    Identity.AIRFLOW: "the role `airflow-api` beside workers: shows the logs of their tasks",
     Identity.BACKUP: "`neuroloop backup`, where it has an identity of its own; a restore comes as the store's owner",
 }
 
@@ -55,15 +57,18 @@ RIGHTS: Mapping[Identity, Mapping[str, tuple[Right, ...]]] = {
         keys.RUNS: (_L, _R, _W, _D),
         keys.BATCHES: (_L, _R, _W),
         keys.CORRECTIONS: (_L, _R),
+        keys.TASK_LOGS: (_W,),
     },
     Identity.MLFLOW: {keys.MODELS: (_L, _R, _W, _D)},
     Identity.HOUSEKEEPER: {
         keys.PREDICTIONS: (_L, _R, _D),
         keys.INVALID: (_L, _R, _D),
         keys.CORRECTIONS: (_L, _R, _W, _D),
+        keys.TASK_LOGS: (_W,),
     },
     Identity.MAIL: {keys.MAIL: (_W,)},
     Identity.BACKUP: {keys.EVERYTHING: (_L, _R)},
+    Identity.AIRFLOW: {keys.TASK_LOGS: (_R,)},
 }
 
 

@@ -6,6 +6,7 @@ refused, because a misspelt setting that is silently ignored costs a day. `.env.
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -102,6 +103,10 @@ class Settings(BaseSettings):
         "",
         description="Who may sign in through OIDC, and as what: ann@example.org=reader, *@example.org=uploader",
     )
+    ui_trust_email: bool = Field(
+        False,
+        description="Believe addresses of an OIDC provider that does not say whether it has verified them",
+    )
     ui_session_hours: Annotated[float, Field(gt=0, le=24 * 30)] = Field(
         12.0, description="How long a sign-in to the frontend lasts, hours"
     )
@@ -150,7 +155,7 @@ class Settings(BaseSettings):
     pod_templates: str = Field(
         "", description="On Kubernetes: folder of training.yaml and housekeeping.yaml; empty: all tasks' pods are alike"
     )
-    simulated_images: Annotated[int, Field(ge=80, le=100_000)] = Field(1200, description="Scans that phantom:// makes")
+    simulated_images: Annotated[int, Field(ge=120, le=100_000)] = Field(1200, description="Scans that phantom:// makes")
     data_shards: Annotated[int, Field(ge=0, le=256)] = Field(
         0, description="Tasks that share the work on a build's images; 0: one for every 4,000 images"
     )
@@ -385,5 +390,7 @@ def _read_env_file(path: Path) -> dict[str, str]:
         if not separator:
             raise InvalidSetting(f"{path}:{number} is not KEY=VALUE", fix="write NEUROLOOP_NAME=value, one a line")
         if key.strip().startswith(PREFIX):
-            values[key.strip()] = value.strip().strip("'\"")
+            # As compose reads the same file: a comment may follow after a space, unless the value is quoted.
+            said = value.strip() if value.strip()[:1] in ("'", '"') else re.split(r"\s#", f" {value}")[0].strip()
+            values[key.strip()] = said.strip("'\"")
     return values

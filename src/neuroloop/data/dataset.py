@@ -271,10 +271,15 @@ def _place(
     for (label, _), count in (have + _counts([("train", group) for group in free])).items():
         images[label] += count
     wanted = {(label, part): share * count for label, count in images.items() for part, share in fractions.items()}
+    left = Counter(map(_label, free))
     for group in sorted(free, key=lambda group: (-len(group), _draw(group, seed))):
-        label = Counter(entry.label for entry in group).most_common(1)[0][0]
-        missing = {part: wanted[label, part] - have[label, part] for part in fractions}
-        roomy = [part for part in fractions if missing[part] >= len(group)]
+        label = _label(group)
+        empty = [part for part in fractions if not have[label, part]]
+        # The last groups of a class go where it has none yet: every part needs each class.
+        open_to = empty if empty and left[label] <= len(empty) else fractions
+        left[label] -= 1
+        missing = {part: wanted[label, part] - have[label, part] for part in open_to}
+        roomy = [part for part in missing if missing[part] >= len(group)]
         # Relative shortfall fills the parts evenly, each with its share of large groups; a group that fits nowhere
         # goes where most is missing.
         shortfall = {part: missing[part] / wanted[label, part] for part in roomy} or missing
@@ -282,6 +287,11 @@ def _place(
         placed.append((part, group))
         have.update((entry.label, part) for entry in group)
     return placed
+
+
+def _label(group: list[ImageEntry]) -> str:
+    """The class of most of its images."""
+    return Counter(entry.label for entry in group).most_common(1)[0][0]
 
 
 def _untie(

@@ -152,13 +152,20 @@ def _likeness(audit: Audit) -> Iterator[Finding]:
 def _tempting(measured: Shortcuts) -> Iterator[Finding]:
     names = measured.tempting()
     if names:
-        split, which = (measured.source, "source's") if measured.source else (measured.grouped, "grouped")
-        scores = ", ".join(f"{name} {split[name]:.1%}" for name in names)
+        splits = {
+            which: split for which, split in (("source's", measured.source), ("grouped", measured.grouped)) if split
+        }
+
+        def told(name: str) -> str:
+            which = max(splits, key=lambda which: splits[which][name] - splits[which]["majority"])
+            return f"{name} {splits[which][name]:.1%} on the {which} split"
+
+        largest = " and ".join(f"{split['majority']:.1%} on the {which}" for which, split in splits.items())
         yield Finding(
             grade="warning",
             name="shortcuts",
-            what=f"Traits that are no lesion predict the class on the {which} split: {scores} "
-            f"(the largest class: {split['majority']:.1%})",
+            what=f"Traits that are no lesion predict the class: {', '.join(map(told, names))} "
+            f"(the largest class: {largest})",
             why="a model may learn how the images were made instead of what they show",
             fix="train on the canonical form, and demand a score well above these",
             images=0,

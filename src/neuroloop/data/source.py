@@ -167,6 +167,13 @@ class ObjectSource:
         return files
 
     def _file(self, key: str) -> SourceFile:
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            name = key.encode(errors="backslashreplace").decode()
+            raise InvalidSource(
+                f"The name {name} in {self.url} is no text", why="it is not written in UTF-8", fix="rename the file"
+            ) from None
         folders = key.split("/")[:-1]
         label = label_of(folders[-1]) if folders else None
         if label is None:

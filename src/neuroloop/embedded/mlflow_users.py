@@ -1,5 +1,7 @@
 """Makes MLflow's user of the API before MLflow starts: it reads everything, and moves the model's aliases.
 
+MLflow itself makes its admin at its first start. Both get the passwords of the settings here, at every start.
+
 The admin is for people and the trainer. Their runs and files the API can neither change nor delete, nor their versions
 delete. MLflow has no finer rights: who moves aliases may edit tags and register versions, and everybody may open an
 experiment of their own.
@@ -23,8 +25,9 @@ def main() -> None:
     store.init_db(driver(settings.mlflow_database_url))
     if not store.has_user(MLFLOW_API_USER):
         store.create_user(MLFLOW_API_USER, password)
-    elif not store.authenticate_user(MLFLOW_API_USER, password):
-        store.update_user(MLFLOW_API_USER, password=password)
+    for name, secret in ((MLFLOW_API_USER, password), (settings.mlflow_user, settings.mlflow_password)):
+        if store.has_user(name) and not store.authenticate_user(name, secret):
+            store.update_user(name, password=secret)
     try:
         store.create_registered_model_permission(MODEL, MLFLOW_API_USER, EDIT.name)
     except MlflowException as error:

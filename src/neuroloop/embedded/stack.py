@@ -128,9 +128,10 @@ class Stack:
         home = self.settings.home
         home.mkdir(parents=True, exist_ok=True)
         file, set_by_user = home / "env", explicit(self.environ)
-        values: dict[str, str] = {}
+        before: dict[str, str] = {}
         if file.exists():
-            values = dict(line.split("=", 1) for line in file.read_text().splitlines() if "=" in line)
+            before = dict(line.split("=", 1) for line in file.read_text().splitlines() if "=" in line)
+        values = dict(before)
         for name in ("postgres", "airflow", "mlflow", "mlflow_api", "ui", "supervisor"):
             values.setdefault(f"{PREFIX}{name.upper()}_PASSWORD", secrets.token_urlsafe(12))
         values.setdefault(f"{PREFIX}UI_API_KEY", new_key())
@@ -151,7 +152,12 @@ class Stack:
             password = old.split(":", 2)[2].rsplit("@", 1)[0] if old else secrets.token_urlsafe(16)
             urls[f"{name}DATABASE_URL"] = postgres.url(role, password, ports["postgres"])
         values |= {PREFIX + key: value for key, value in urls.items()}
-        values = {key: value for key, value in values.items() if key not in set_by_user}
+        # What the user set counts instead; a secret from before is kept for when they no longer do.
+        values = {
+            key: before[key] if key in set_by_user else value
+            for key, value in values.items()
+            if key in before or key not in set_by_user
+        }
         fresh = file.with_name("env.new")
         fresh.unlink(missing_ok=True)
         fresh.touch(mode=0o600)

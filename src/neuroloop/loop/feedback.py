@@ -1,7 +1,6 @@
 """From piled-up corrections to one batch that is used once."""
 
 import hashlib
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -96,9 +95,3 @@ def repeats(corrections: int, training_images: int) -> int:
     if not corrections:
         return 0
     return int(np.clip(round(SHARE * training_images / corrections), 1, MOST_REPEATS))
-
-
-def summary(found: Iterable[Correction]) -> dict[str, int]:
-    """How many are trained on and how many are held out."""
-    held_out = [correction.held_out for correction in found]
-    return {"trained_on": len(held_out) - sum(held_out), "held_out": sum(held_out)}

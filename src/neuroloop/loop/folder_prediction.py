@@ -24,8 +24,9 @@ from neuroloop.core.errors import InvalidImage, NeuroLoopError, NotFound, Unavai
 from neuroloop.core.schemas import LABELS
 from neuroloop.data.source import hidden
 from neuroloop.imaging.canonical import canonicalize
-from neuroloop.imaging.decode import decode
+from neuroloop.imaging.decode import objection, read
 from neuroloop.model.bundle import Bundle
+from neuroloop.model.gate import declared
 
 Row = dict[str, Any]
 Ask = Callable[[bytes, str], Row]
@@ -81,7 +82,8 @@ class Work:
                     return
                 try:
                     data = (self.folder / file).read_bytes()
-                    key = hashlib.sha256(f"{self.run} {file} {hashlib.sha256(data).hexdigest()}".encode()).hexdigest()
+                    named = f"{self.run} {file} {hashlib.sha256(data).hexdigest()}"
+                    key = hashlib.sha256(named.encode(errors="surrogateescape")).hexdigest()
                     row = {"file": file} | ask(data, key)
                 except OSError as error:
                     row = {"file": file, "outcome": "unreadable", "problem": error.strerror or str(error)}
@@ -96,7 +98,9 @@ class Work:
 
             for result in [pool.submit(work, file) for file in self.files if file not in self.rows]:
                 result.result()
-        table = pd.DataFrame([self.rows[file] for file in self.files], columns=list(COLUMNS))
+        # In a name that is no UTF-8, the bytes that are none are written as \udcff.
+        named = {file: {"file": file.encode(errors="backslashreplace").decode()} for file in self.files}
+        table = pd.DataFrame([self.rows[file] | named[file] for file in self.files], columns=list(COLUMNS))
         part = self.out.with_name(self.out.name + ".new")
         if self.out.suffix.lower() == ".csv":
             table.to_csv(part, index=False)
@@ -144,11 +148,13 @@ def with_bundle(folder: Path) -> Ask:
 
     def ask(data: bytes, key: str) -> Row:
         try:
-            canonical = canonicalize(decode(data), bundle.image_size)
+            seen = read(data)
         except InvalidImage as error:
             return {"outcome": "unreadable", "problem": str(error)}
+        canonical = canonicalize(seen.pixels, bundle.image_size)
         outputs = bundle.predict(canonical[None])
-        gate = bundle.gate.judge(canonical, float(outputs.novelty[0]))
+        judged = bundle.gate.judge(canonical, float(outputs.novelty[0]))
+        gate = declared(judged, objection(seen.modality, seen.body_part))
         row: Row = {"gate_score": gate.score, "novelty": gate.novelty, "model_version": f"bundle {bundle.sha256[:12]}"}
         if not gate.accepted:
             return row | {"outcome": "refused", "problem": gate.reason}

@@ -43,6 +43,17 @@ def keep(services: Services, run_id: str, step: str, result: Result) -> Result:
     return result
 
 
+def begin(services: Services, run_id: str, dag: str) -> None:
+    """The first step of every run: two DAGs must not share a run id, for all that a run keeps lies under it."""
+    first = settled(services, run_id, "dag", lambda: {"dag": dag})["dag"]
+    if first != dag:
+        raise NeuroLoopError(
+            f"there was a run {run_id} of {first} before",
+            why=f"what it left would be taken for that of this run of {dag}",
+            fix="trigger it with another run id",
+        )
+
+
 def kept(services: Services, run_id: str, step: str) -> Result:
     """What an earlier step of this run returned."""
     try:

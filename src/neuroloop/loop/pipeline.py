@@ -5,6 +5,7 @@ result, which is also kept as `runs/<run>/<step>.json`. A step may be repeated: 
 steps up to the arrays that training reads are in `preparation`.
 """
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -17,7 +18,7 @@ import numpy as np
 
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
-from neuroloop.core.errors import OutdatedBundle
+from neuroloop.core.errors import NeuroLoopError, NotFound, OutdatedBundle
 from neuroloop.core.schemas import (
     LABELS,
     PARTS,
@@ -290,7 +291,8 @@ def evaluate_model(
             result["champion"] = score_champion(services, champion.version, split, test, corrections)
         except OutdatedBundle as error:
             log.warning("the champion, version %s, cannot be compared: %s", champion.version, error)
-            result["outdated"] = {"version": champion.version, "reason": str(error)}
+            simulated = champion.tags.get("simulated") == "true"
+            result["outdated"] = {"version": champion.version, "reason": str(error), "simulated": simulated}
     services.registry.log_metrics(run, scoring.metrics_of(result))
     for name, plot in plots.items():
         services.registry.log_bytes(run, f"evaluation/{name}", plot)
@@ -404,8 +406,19 @@ def model_card(services: Services, run_id: str, manifest: Manifest, experiment: 
         evaluated=kept(services, run_id, "evaluate_model"),
         trained=trained,
         augmentation=augmentation,
-        test_openings=sum(opening.split == manifest.split for opening in openings(services, version)),
+        test_openings=looks_at(services, split),
     )
+
+
+def looks_at(services: Services, split: Split) -> int:
+    """How often test images of this split were looked at, under other data versions too: frozen, most are the same."""
+    own, seen = {entry.sha256 for entry in split.of("test")}, {split.version: True}
+    for opening in openings(services):
+        if opening.split == split.name and opening.version not in seen:
+            with contextlib.suppress(NotFound):
+                other = read_split(services, opening.version, split.name)
+                seen[opening.version] = not own.isdisjoint(entry.sha256 for entry in other.of("test"))
+    return sum(opening.split == split.name and seen.get(opening.version, False) for opening in openings(services))
 
 
 def promote_model(services: Services, run_id: str, experiment: str = BUILD) -> Result:
@@ -415,12 +428,19 @@ def promote_model(services: Services, run_id: str, experiment: str = BUILD) -> R
     another run or a person has changed the champion since.
     """
     version = kept(services, run_id, "register_model")["version"]
-    ledger = services.log.promotions_since(run_id)
-    row = next((each for each in ledger if each.run_id == run_id), None)
+    row = next((each for each in services.log.promotions_since(run_id) if each.run_id == run_id), None)
     if row is None:
         row = decision(services, run_id, version, experiment)
         services.log.record_promotion(row)
-    if any(each.promoted for each in ledger if each.run_id != run_id):
+    if row.version != version:
+        raise NeuroLoopError(
+            f"run {run_id} has decided on version {row.version} before, not on {version}",
+            why="its id, or its results in the store, belong to another run too",
+            fix="trigger it anew with a run id of its own",
+        )
+    current = services.registry.by_alias("champion")
+    moved = current is not None and row.promoted and current.version not in (version, row.previous)
+    if moved or any(each.promoted for each in services.log.promotions_since(run_id) if each.run_id != run_id):
         log.warning("the champion has changed since this run's decision: no alias moves")
     elif row.promoted:
         if row.previous:
@@ -438,12 +458,14 @@ def promote_model(services: Services, run_id: str, experiment: str = BUILD) -> R
 def decision(services: Services, run_id: str, version: str, experiment: str) -> Promotion:
     """Whether this run's version becomes the champion, as a row for the ledger."""
     evaluated = kept(services, run_id, "evaluate_model")
-    current = services.registry.by_alias("champion")
-    met = (evaluated["champion"] or evaluated["outdated"] or {}).get("version")
-    if evaluated["split"] == "grouped" and current is not None and current.version not in (version, met):
+    while True:
+        outdated = evaluated["outdated"] or {}
+        met = (evaluated["champion"] or outdated).get("version")
+        current = services.registry.by_alias("champion")
+        if evaluated["split"] != "grouped" or current is None or current.version in (version, met):
+            break
         log.info("version %s became champion since the evaluation: comparing with it", current.version)
         evaluated = reevaluate(services, run_id, experiment)
-        met = current.version
     candidate = promotion.Scores(
         test=evaluated["test"],
         feedback=evaluated.get("feedback") or {},
@@ -463,7 +485,8 @@ def decision(services: Services, run_id: str, version: str, experiment: str) -> 
         evaluated["baselines"],
         retraining=experiment == RETRAINING,
         images=evaluated["test_images"],
-        outdated=(evaluated["outdated"] or {}).get("reason", ""),
+        outdated=outdated.get("reason", ""),
+        outdated_simulated=outdated.get("simulated", True),
     )
     return Promotion(
         run_id=run_id,

@@ -26,6 +26,7 @@ from neuroloop.loop.handoff import (
     RETRAINING,
     SHARDS,
     Result,
+    begin,
     image_reader,
     keep,
     kept,
@@ -37,9 +38,13 @@ from neuroloop.loop.handoff import (
 )
 from neuroloop.loop.params import Params
 
+LEAST_IMAGES = 10
+"""In the training and the validation part: what `gate_training.fit_gate` takes."""
+
 
 def check_source(services: Services, run_id: str, params: Params) -> Result:
     """Look at the source before anything is fetched. Raises `InvalidSource` with what was expected and found."""
+    begin(services, run_id, BUILD)
     found = services.source(params.data_url, seed=params.seed)
     summary = source.check(found.files())
     if params.split == "legacy" and not any(map(dataset.is_test, summary["parts"])):
@@ -151,6 +156,7 @@ def audit_data(services: Services, run_id: str) -> Result:
     _write_audit(services, run_id, snapshot, report)  # before anything may stop the run: people need the pictures
     refuse(findings(report), stops)
     split = write_splits(services, snapshot, report)
+    refuse_few(run_split(services, run_id))
     refuse_leaks(looks, split)
     measured = _shortcuts(looks, report, split)
     found = _write_audit(services, run_id, snapshot, report, measured)
@@ -161,6 +167,18 @@ def audit_data(services: Services, run_id: str) -> Result:
     services.registry.log_params(run, {f"images_{part}": count for part, count in counts.items()})
     result = {**report.summary(), "quarantined": len(split.quarantined), "parts": counts}
     return keep(services, run_id, "audit_data", result)
+
+
+def refuse_few(split: Split) -> None:
+    """Raise `InvalidSource` where a part is too small for the gate to learn from, or to set its threshold on."""
+    for part in ("train", "validation"):
+        count = len(split.of(part))
+        if count < LEAST_IMAGES:
+            raise InvalidSource(
+                f"The {part} part has only {count} images",
+                why=f"the input gate needs {LEAST_IMAGES} at least, and what is found on so few means nothing",
+                fix="add images; some 30 of each class, all unlike, are enough",
+            )
 
 
 def _shortcuts(looks: Looks[ImageEntry], report: Audit, split: Split) -> Shortcuts:

@@ -40,6 +40,7 @@ def decide(
     retraining: bool,
     images: Mapping[str, int] | None = None,
     outdated: str = "",
+    outdated_simulated: bool = True,
 ) -> tuple[bool, tuple[Check, ...]]:
     """Promote or not, with a check per reason.
 
@@ -49,16 +50,16 @@ def decide(
     simulated scans never replaces one trained on real ones. A model of the legacy split is never promoted: its test
     part leaks, and it may have trained on images of the frozen one. `baselines` has `<name>_macro_f1` for each of
     `BASELINES`. `outdated` says why a champion that is there cannot be compared: no server of this version can serve it
-    either.
+    either; `outdated_simulated` whether that one was trained on simulated scans.
     """
     if candidate.split != "grouped":
         return False, (_frozen_split(candidate),)
     checks = [_beats_baselines(candidate, baselines)]
     if outdated:
         reason = f"The champion cannot be compared, nor served by this version of the program: {outdated.rstrip('.')}."
-        checks.append(Check(name="champion", passed=True, reason=reason))
+        checks += [Check(name="champion", passed=True, reason=reason), _same_world(candidate, outdated_simulated)]
     if champion is not None:
-        checks += [_same_world(candidate, champion), _accuracy(candidate, champion)]
+        checks += [_same_world(candidate, champion.simulated), _accuracy(candidate, champion)]
         allowed = {label: max(RECALL_LOSS, IMAGES_LOST / n) for label, n in (images or {}).items() if n}
         checks += [
             _recall(label, candidate, champion, allowed.get(label, RECALL_LOSS))
@@ -85,8 +86,8 @@ def _beats_baselines(candidate: Scores, baselines: Mapping[str, float]) -> Check
     return Check(name="baselines", passed=score > bar, reason=reason)
 
 
-def _same_world(candidate: Scores, champion: Scores) -> Check:
-    passed = champion.simulated or not candidate.simulated
+def _same_world(candidate: Scores, champion_simulated: bool) -> Check:
+    passed = champion_simulated or not candidate.simulated
     reason = (
         "It may replace the champion as far as its data goes."
         if passed

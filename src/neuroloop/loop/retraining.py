@@ -2,6 +2,8 @@
 
 import json
 import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from neuroloop.bootstrap import Services
 from neuroloop.core.errors import Forbidden, NotFound
-from neuroloop.core.schemas import LABELS, PipelineEnd
+from neuroloop.core.schemas import LABELS, PipelineEnd, SplitEntry
 from neuroloop.data import dataset
 from neuroloop.data.audit import thumbnail, twins
 from neuroloop.data.dataset import Arrays
@@ -21,9 +23,12 @@ from neuroloop.loop.handoff import RETRAINING, Result, log
 from neuroloop.model.bundle import Bundle
 from neuroloop.records import erasure, orphans
 
+_AT_ONCE = 4096  # images that are compared with corrections at a time
+
 
 def check_source_flag(services: Services, run_id: str) -> Result:
     """Count the unused corrections; `go` when there are strictly more than the threshold, or this run has its batch."""
+    handoff.begin(services, run_id, RETRAINING)
     threshold = services.settings.feedback_threshold
     unsettled = _settled(services)
     waiting = len(feedback.waiting(services.store))
@@ -77,7 +82,7 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         architecture, chosen = bundle.manifest.architecture, bundle.manifest.hyperparameters
         gate_network = bundle.fitted_gate.onnx  # what a brain looks like has not changed
     found = feedback.allowed(services.log, feedback.used(services.store))
-    kept, left_out = _trainable(services, version, found)
+    kept, held_out, left_out = _divided(services, version, found)
     preparation.write_held_out(services, run_id, version, size)
     split = handoff.read_split(services, version)
     base = dataset.canonical_arrays(split.of("train"), handoff.image_reader(services), size)
@@ -85,7 +90,7 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
     arrays = _joined(base, corrections_arrays(services, kept, size), times)
     preparation.write_shards(services, run_id, arrays, seed, simulated=split.simulated)
     run = handoff.tracked(services, run_id, RETRAINING)
-    counts = {**feedback.summary(found), "left_out": len(left_out)}
+    counts = {"trained_on": len(kept), "held_out": len(held_out), "left_out": len(left_out)}
     services.registry.log_params(run, {"data_version": version})
     # Tags, not parameters, which never change: between two tries of this step, a correction may be erased.
     services.registry.set_tags(
@@ -110,7 +115,10 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         hyperparameters=chosen,
         experiment=RETRAINING,
     )
-    return handoff.keep(services, run_id, "retrain_model", {**result, "from_version": start, **counts})
+    names = sorted(_name(correction) for correction in held_out)
+    return handoff.keep(
+        services, run_id, "retrain_model", {**result, "from_version": start, **counts, "held_out_names": names}
+    )
 
 
 def _start(services: Services) -> Result:
@@ -123,8 +131,9 @@ def _start(services: Services) -> Result:
 
 def evaluate_model(services: Services, run_id: str) -> Result:
     """As in the build, and champion and candidate on the held-out corrections too."""
+    names = set(handoff.kept(services, run_id, "retrain_model")["held_out_names"])
     used = feedback.allowed(services.log, feedback.used(services.store))
-    held_out = [correction for correction in used if correction.held_out]
+    held_out = [correction for correction in used if _name(correction) in names]
     corrections = partial(corrections_arrays, services, held_out) if held_out else None
     return pipeline.evaluate_model(services, run_id, RETRAINING, corrections=corrections)
 
@@ -140,24 +149,54 @@ def corrections_arrays(services: Services, found: list[Correction], size: int) -
     )
 
 
-def _trainable(services: Services, version: str, found: list[Correction]) -> tuple[list[Correction], dict[str, str]]:
-    """The corrections to train on, and those left out because a twin of theirs is held out: path -> reason."""
+def _divided(
+    services: Services, version: str, found: list[Correction]
+) -> tuple[list[Correction], list[Correction], dict[str, str]]:
+    """The corrections to train on, those to test on, and why others serve for neither: path -> reason.
+
+    What is trained on has no twin in what is held out, and a held-out correction none in the training part, which
+    champion and candidate have both learned: otherwise remembering would look like learning.
+    """
     split = handoff.read_split(services, version)
-    read = handoff.image_reader(services)
-    entries = split.of("validation", "calibration", "test")
     held_out = [correction for correction in found if correction.held_out]
     candidates = [correction for correction in found if not correction.held_out]
-    if not candidates:
-        return [], {}
-    known = [thumbnail(decode(read(entry))) for entry in entries]
-    known += [thumbnail(decode(services.store.get(correction.key))) for correction in held_out]
-    names = [f"{entry.path} ({entry.part})" for entry in entries] + [correction.key for correction in held_out]
-    mine = [thumbnail(decode(services.store.get(correction.key))) for correction in candidates]
-    pairs = twins(np.array(mine), np.array(known))
-    left_out = {candidates[i].key: f"twin of {names[j]}, which is held out" for i, j in pairs}
+    left_out = {
+        correction.key: f"twin of {name}, which is trained on"
+        for correction, name in _known(services, held_out, split.of("train"), [])
+    } | {
+        correction.key: f"twin of {name}, which is held out"
+        for correction, name in _known(services, candidates, split.of("validation", "calibration", "test"), held_out)
+    }
     for key, reason in left_out.items():
-        log.info("%s is not trained on: %s", key, reason)
-    return [correction for correction in candidates if correction.key not in left_out], left_out
+        log.info("%s is left out: %s", key, reason)
+    return (
+        [correction for correction in candidates if correction.key not in left_out],
+        [correction for correction in held_out if correction.key not in left_out],
+        left_out,
+    )
+
+
+def _known(
+    services: Services, corrections: list[Correction], entries: Sequence[SplitEntry], others: list[Correction]
+) -> Iterator[tuple[Correction, str]]:
+    """Those of the corrections that have a twin among these images, each with one of them in words."""
+    if not corrections:
+        return
+    read = handoff.image_reader(services)
+    mine = np.array([thumbnail(decode(services.store.get(correction.key))) for correction in corrections])
+    images = [(f"{entry.path} ({entry.part})", partial(read, entry)) for entry in entries]
+    images += [(correction.key, partial(services.store.get, correction.key)) for correction in others]
+    for at in range(0, len(images), _AT_ONCE):
+        some = images[at : at + _AT_ONCE]
+        with ThreadPoolExecutor(4) as pool:
+            theirs = np.array(list(pool.map(lambda image: thumbnail(decode(image[1]())), some)))
+        for i, j in twins(mine, theirs):
+            yield corrections[i], some[j][0]
+
+
+def _name(correction: Correction) -> str:
+    """What stays of its key when a reader changes the class."""
+    return correction.key.rsplit("/", 1)[-1]
 
 
 def _joined(base: Arrays, corrections: Arrays, times: int) -> Arrays:

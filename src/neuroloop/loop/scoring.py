@@ -138,7 +138,7 @@ def _risk_coverage(candidate: Bundle, test: Arrays, probabilities: NDArray[np.fl
     """Points of the risk-coverage curve, and where the candidate's own limit puts it."""
     calibration = candidate.manifest.calibration
     curve = evaluation.risk_coverage(probabilities, test.labels)
-    answered = ~calibration.refer(probabilities)
+    answered = ~candidate.predict(test.images).refer  # what is served also refers what is unlike the training images
     found = {
         "accuracy_at_85": curve.at(0.85),
         "accuracy_at_90": curve.at(0.90),

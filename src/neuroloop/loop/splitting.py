@@ -22,6 +22,7 @@ from neuroloop.data import dataset
 from neuroloop.data.audit import Audit
 from neuroloop.data.similarity import thumbnail, twins
 from neuroloop.imaging.decode import decode
+from neuroloop.loop import feedback
 
 
 class Decisions(Record):
@@ -95,16 +96,27 @@ def _bound(
         for sha256, md5 in each.md5.items()
         if sha256 not in present
     }
-    if not new or not away:
+    # Corrections that retrainings have learned from: as new images of a source they may be in no other part.
+    learned = [] if snapshot.simulated or not new else _learned(store)
+    if not new or not (away or learned):
         return {}
     theirs, ours = _thumbnails(store, away.values()), _thumbnails(store, [entry.md5 for entry in new])
-    old = [(frozen[sha256], theirs[md5]) for sha256, md5 in away.items() if md5 in theirs]
+    old: list[tuple[Part, NDArray[np.float32]]] = [
+        (frozen[sha256], theirs[md5]) for sha256, md5 in away.items() if md5 in theirs
+    ]
+    old += [("train", seen) for seen in learned]
     if not old:
         return {}
     bound: dict[str, set[Part]] = defaultdict(set)
     for i, j in twins(np.stack([ours[entry.md5] for entry in new]), np.stack([seen for _, seen in old])):
         bound[new[i].sha256].add(old[j][0])
     return dict(bound)
+
+
+def _learned(store: ObjectStore) -> list[NDArray[np.float32]]:
+    """The thumbnails of the corrections that were trained on."""
+    keyed = [correction.key for correction in feedback.used(store) if not correction.held_out]
+    return [thumbnail(decode(store.get(key))) for key in keyed]
 
 
 def _similar(store: ObjectStore, images: Sequence[ImageEntry]) -> list[tuple[int, int]]:

@@ -211,3 +211,8 @@ def _measure_one(pixels: Images) -> NDArray[np.float64]:
 def _likeness(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     a, b = a - a.mean(), b - b.mean()
     return float((a * b).sum() / (math.sqrt((a * a).sum() * (b * b).sum()) + 1e-6))
+
+
+def declared(gate: GateResult, objection: str) -> GateResult:
+    """The gate's judgement, or a rejection where the image's own header objects: that is certain, so its score is 0."""
+    return gate.model_copy(update={"accepted": False, "score": 0.0, "reason": objection}) if objection else gate

@@ -183,8 +183,10 @@ def _named(dump: DatabaseDump, name: str, target: ObjectStore) -> Iterable[str]:
         if "object_key" in table.columns:
             index = table.columns.index("object_key")
             for part in table.parts:
-                for line in target.get(_part(name, part.name)).decode().splitlines():
-                    yield line.split("\t")[index]
+                # Not splitlines(): a name may hold what Unicode counts as the end of a line, and COPY leaves it there.
+                for line in target.get(_part(name, part.name)).decode().split("\n"):
+                    if line:
+                        yield line.split("\t")[index]
 
 
 def _copy(store: ObjectStore, target: ObjectStore, wanted: list[str]) -> dict[str, CopiedObject]:

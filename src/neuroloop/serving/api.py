@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from neuroloop import __version__, bootstrap
 from neuroloop.core import logs
 from neuroloop.core.credentials import Role
-from neuroloop.core.errors import NeuroLoopError, Unavailable
+from neuroloop.core.errors import Unavailable
 from neuroloop.core.schemas import (
     RESEARCH_NOTICE,
     Consent,
@@ -47,12 +47,13 @@ from neuroloop.serving import (
 from neuroloop.serving.access import caller_of
 from neuroloop.serving.champion import Champion
 from neuroloop.serving.metrics import Metrics
+from neuroloop.serving.readiness import CHECK_SECONDS, Readiness
 from neuroloop.serving.request_log import RequestLog
 
 ANSWER_SECONDS = 12.0
 """Longest wait of a request for a thread, the store and the database together; then it is a 503."""
-CHECK_SECONDS = 3.0
-"""Longest wait of a readiness probe for each part."""
+UPLOADS_TOGETHER = 20
+"""As many of the largest uploads may be held in memory at once, those of batches included."""
 CHAMPION_SECONDS = 60.0
 """Longest wait of a person who moves the champion: the bundle is fetched and verified first."""
 PREDICTING_THREADS = 4
@@ -199,6 +200,8 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     predicting = admission.Places(PREDICTING_THREADS, "predict", in_a_crowd=1 + cores)
     asking = _Threads(8, "ask")
     probing = _Threads(4, "probe")
+    parts = {"database": service.check_database, "store": service.check_store, "model": service.check_model}
+    readiness = Readiness(probing.run, parts)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -235,6 +238,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
             "/v1/predictions:batch": upload_limit * batch.BODY_UPLOADS,
             "/invocations": upload_limit,
         }.get(path, intake.ENVELOPE_BYTES),
+        together=upload_limit * UPLOADS_TOGETHER,
     )
     app.add_middleware(admission.Door, places=predicting, paths=frozenset(_PREDICTING))
     app.add_middleware(RequestLog, metrics=metrics)
@@ -432,28 +436,16 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
 
         What is wrong with one is told in words only on the machine itself: the words name hosts and folders.
         """
-        plainly = access.is_local(request)
-
-        async def look(check: Callable[[], object]) -> str:
-            try:
-                await probing.run(check, seconds=CHECK_SECONDS)
-            except NeuroLoopError as error:
-                return str(error) if plainly else "not usable, see the server's log"
-            except Exception:
-                _LOG.exception("a readiness check failed unexpectedly")
-                return "unexpected fault, see the server's log"
-            return "ok"
-
-        parts = {"database": service.check_database, "store": service.check_store, "model": service.check_model}
-        checks = dict(zip(parts, await asyncio.gather(*map(look, parts.values())), strict=True))
-        missing = [part for part, state in checks.items() if state != "ok"]
-        if not missing:
+        faults = await readiness.faults()
+        hidden = "" if access.is_local(request) else "not usable, see the server's log"
+        checks = dict.fromkeys(parts, "ok") | {part: hidden or fault for part, fault in faults.items()}
+        if not faults:
             return Ready(status="ready", checks=checks)
         return problems.problem(  # type: ignore[return-value]
             503,
             "not-ready",
             "The service is not ready",
-            f"Not usable: {', '.join(missing)}",
+            f"Not usable: {', '.join(faults)}",
             "see checks",
             checks=checks,
         )
@@ -466,7 +458,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     answering = partial(predicting.run, seconds=ANSWER_SECONDS)
-    sagemaker.install(app, services.settings, service, predict=answering, probe=probing.run, upload=_UPLOAD)
+    sagemaker.install(app, services.settings, service, predict=answering, ready=readiness, upload=_UPLOAD)
     access.document(app)
     problems.document(app)
     return app

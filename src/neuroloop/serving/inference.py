@@ -2,14 +2,11 @@
 
 import base64
 import contextlib
-import email
-import email.policy
-import email.utils
 import hashlib
 import logging
 import time
 import uuid
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -19,7 +16,8 @@ from pydantic import Field
 
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
-from neuroloop.core.errors import AlreadyExists, NotFound, Unavailable, Uncertain
+from neuroloop.core.errors import AlreadyExists, Erased, NotFound, Unavailable, Uncertain
+from neuroloop.core.mail import parse_mail
 from neuroloop.core.schemas import (
     LABELS,
     NO_TUMOUR,
@@ -45,6 +43,7 @@ from neuroloop.imaging.decode import Decoded, encode_png, objection
 from neuroloop.model.bundle import Bundle
 from neuroloop.model.card import Card, as_markdown
 from neuroloop.model.explanation import heat_map
+from neuroloop.model.gate import declared
 from neuroloop.records import corrections, erasure
 from neuroloop.serving import feedback as verdicts
 from neuroloop.serving.champion import Champion, Served
@@ -183,7 +182,7 @@ class InferenceService:
         canonical, box = canonical_and_box(pixels, bundle.image_size)
         outputs = bundle.predict(canonical[None])
         judged = bundle.gate.judge(canonical, float(outputs.novelty[0]))
-        gate = _declared(judged, objection(read.modality, read.body_part))
+        gate = declared(judged, objection(read.modality, read.body_part))
         prediction_id = claim.prediction_id if claim else str(uuid.uuid4())
         index = int(outputs.probabilities[0].argmax())
         label = LABELS[index] if gate.accepted else None
@@ -322,7 +321,8 @@ class InferenceService:
     def mails(self) -> list[Mail]:
         """The latest mails that the local sink kept, newest first. Raises `Unavailable`."""
         store = self._services.store
-        return [_mail(store.get(key)) for key in reversed(store.list(keys.MAIL)[-MAILS:])]  # keys begin with the time
+        latest = store.list(keys.MAIL)[-MAILS:]  # keys begin with the time
+        return [parse_mail(store.get(key)) for key in reversed(latest)]
 
     def check_database(self) -> None:
         """Raise `Unavailable` unless the database answers."""
@@ -337,10 +337,18 @@ class InferenceService:
         return self._champion.require()
 
     def _prediction(self, prediction_id: str, owner: str | None = None) -> Prediction:
-        """The row. With `owner`, a row of somebody else is as good as none: not even that it exists is said."""
+        """The row. With `owner`, a row of somebody else is as good as none: not even that it exists is said.
+
+        Nor that it was erased: the mark of an erasure does not say whose it was.
+        """
         _known_form(prediction_id)
-        row = self._services.log.prediction(prediction_id)
-        if owner is not None and row.owner != owner:
+        try:
+            row = self._services.log.prediction(prediction_id)
+        except Erased:
+            if owner is None:
+                raise
+            row = None
+        if row is None or (owner is not None and row.owner != owner):
             raise NotFound(f"there is no prediction {prediction_id!r}")  # the log's own words
         return row
 
@@ -398,11 +406,6 @@ class InferenceService:
             self._metrics.referrals.labels(prediction.label).inc()
         self._metrics.prediction_seconds.observe(prediction.seconds)
         self._metrics.gate_score.observe(prediction.gate.score)
-
-
-def _declared(gate: GateResult, objection: str) -> GateResult:
-    """The gate's judgement, or a rejection where the image's own header objects: that is certain, so its score is 0."""
-    return gate.model_copy(update={"accepted": False, "score": 0.0, "reason": objection}) if objection else gate
 
 
 def _rejection(prediction: Prediction, read: Decoded) -> Rejection:
@@ -505,23 +508,3 @@ def _refer_reason(largest: float, limit: float, novelty: float) -> str:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
-
-
-def _mail(raw: bytes) -> Mail:
-    message = email.message_from_bytes(raw, policy=email.policy.default)
-    body = message.get_body(("plain",))
-    return Mail(
-        at=_date(str(message["Date"] or "")),
-        to=str(message["To"] or ""),
-        subject=str(message["Subject"] or ""),
-        body=str(body.get_content()) if body else "",
-    )
-
-
-def _date(text: str) -> datetime:
-    """The time in a Date header, UTC; mails are ours and have one, a broken one must not hide the others."""
-    try:
-        at = email.utils.parsedate_to_datetime(text)
-    except ValueError:
-        return datetime.fromtimestamp(0, UTC)
-    return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)

@@ -25,11 +25,14 @@ _BINARY = (b"application/dicom", b"application/gzip", b"application/x-gzip", b"a
 
 class BodyLimit:
     """ASGI middleware that refuses a body beyond `limit(path)` bytes with 413: by its announced length where there is
-    one, else as soon as more has arrived. Nothing beyond the limit is kept in memory.
+    one, else as soon as more has arrived. Nothing beyond the limit is kept in memory, and beyond `together` bytes of
+    all bodies that are being worked on the one that comes last gets 503: a few senders of large batches would otherwise
+    fill the machine.
     """
 
-    def __init__(self, app: ASGIApp, limit: Callable[[str], int]) -> None:
-        self._app, self._limit = app, limit
+    def __init__(self, app: ASGIApp, limit: Callable[[str], int], together: int) -> None:
+        self._app, self._limit, self._together = app, limit, together
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on, counted."""
@@ -44,12 +47,19 @@ class BodyLimit:
         async def counted() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            received += size
+            self._held += size
             if received > limit:
                 raise HTTPException(413, _too_large(limit), {"Connection": "close"})
+            if self._held > self._together:
+                raise HTTPException(503, "The service is busy with other large uploads", {"Connection": "close"})
             return message
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._held -= received
 
 
 def consent(stated: Consent | None, settings: Settings) -> Consent:
@@ -76,8 +86,12 @@ async def read_image(request: Request) -> bytes:
 
 async def body_of(request: Request) -> bytes:
     """The whole body, waited for `UPLOAD_SECONDS` at most; then it is an `HTTPException` with status 408."""
+
+    async def whole() -> bytes:
+        return b"".join([part async for part in request.stream()])  # request.body() would keep it to the end
+
     try:
-        return await asyncio.wait_for(request.body(), UPLOAD_SECONDS)
+        return await asyncio.wait_for(whole(), UPLOAD_SECONDS)
     except TimeoutError:
         message = f"The body had not arrived after {UPLOAD_SECONDS:.0f} s"
         raise HTTPException(408, message, {"Connection": "close"}) from None

@@ -25,7 +25,7 @@ from neuroloop.core.errors import (
 from neuroloop.serving.feedback import InvalidFeedback
 from neuroloop.serving.inference import Rejection
 from neuroloop.serving.keyring import InvalidKey
-from neuroloop.serving.rollback import NotPromotable
+from neuroloop.serving.rollback import LedgerBehind, NotPromotable
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 5
@@ -50,6 +50,7 @@ _KINDS: tuple[tuple[type[NeuroLoopError], int, str, str], ...] = (  # the first 
     (InvalidImage, 400, "invalid-image", "The image cannot be read"),
     (InvalidFeedback, 422, "invalid-feedback", "The feedback contradicts itself"),
     (NotPromotable, 409, "not-promotable", "The version cannot become the champion"),
+    (LedgerBehind, 500, "ledger-behind", "The change was made, but could not be written down"),
     (KeyReused, 422, "idempotency-key-reused", "The Idempotency-Key belongs to another request"),
     (InvalidKey, 422, "invalid-key", "The key cannot be made"),
     (NotFound, 404, "not-found", "There is no such thing"),

@@ -14,12 +14,16 @@ class NotPromotable(NeuroLoopError):
     """A version that must not become, or already is, the champion."""
 
 
+class LedgerBehind(NeuroLoopError):
+    """The champion is another, and the ledger has no row of it."""
+
+
 def make_champion(services: Services, version: str | None, *, by: str, reason: str) -> Promotion:
     """Point `champion` at `version` (None: at what `previous` names) and `previous` at the champion there was.
 
     The version is fetched and verified first, so that no server is sent after a broken one, and the ledger gets a row
     that says who did it and why. Raises `NotFound`, `NotPromotable`, `InvalidBundle` and `Unavailable`; then nothing
-    has moved, but for a database that goes away in between: the error says so.
+    has moved. Raises `LedgerBehind` where the database goes away once it has.
     """
     registry = services.registry
     champion, target = registry.by_alias("champion"), _target(services, version)
@@ -42,7 +46,7 @@ def make_champion(services: Services, version: str | None, *, by: str, reason: s
     try:
         services.log.record_promotion(row)
     except NeuroLoopError as error:
-        raise NeuroLoopError(
+        raise LedgerBehind(
             f"Version {target.version} is the champion now, but the ledger does not say so",
             why=str(error),
             fix="repeat it the other way round and back once the database answers",

@@ -12,11 +12,12 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse
 
-from neuroloop.core.errors import NeuroLoopError, Unavailable
+from neuroloop.core.errors import Unavailable
 from neuroloop.core.schemas import Consent
 from neuroloop.core.settings import Settings
 from neuroloop.serving import inference, intake, problems
 from neuroloop.serving.access import caller_of
+from neuroloop.serving.readiness import Readiness
 
 PING_SECONDS = 1.5
 Run = Callable[..., Coroutine[Any, Any, Any]]
@@ -36,19 +37,20 @@ def install(
     service: inference.InferenceService,
     *,
     predict: Run,
-    probe: Run,
+    ready: Readiness,
     upload: dict[str, Any],
 ) -> None:
     """Give `app` both routes; `upload` is OpenAPI's description of a body that is an image."""
 
     @app.get("/ping", tags=["health"], response_class=Response, responses=problems.responses(503))
     async def ping() -> Response:
-        """Whether a prediction would be answered: 200 without a body, else 503 with the reason."""
-        checks = (service.check_database, service.check_store, service.check_model)
+        """Whether a prediction would be answered: 200 without a body, else 503; see `GET /health/ready`."""
         try:
-            await asyncio.gather(*(probe(check, seconds=PING_SECONDS) for check in checks))
-        except NeuroLoopError as error:
-            raise Unavailable("not ready", why=str(error)) from error
+            faults = await asyncio.wait_for(ready.faults(), PING_SECONDS)
+        except TimeoutError:
+            raise Unavailable("not ready", why=f"this could not be told within {PING_SECONDS} s") from None
+        if faults:
+            raise Unavailable("not ready", why=f"not usable: {', '.join(faults)}")
         return Response(status_code=200)
 
     @app.post(

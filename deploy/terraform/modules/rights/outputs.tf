@@ -15,6 +15,7 @@ locals {
       "runs/"                                = ["list", "read", "write", "delete"]
       "retraining/batches/"                  = ["list", "read", "write"]
       "InferenceLogs/ImageLogsWithFeedback/" = ["list", "read"]
+      "logs/airflow/"                        = ["write"]
     }
     mlflow = {
       "mlflow/" = ["list", "read", "write", "delete"]
@@ -23,6 +24,7 @@ locals {
       "InferenceLogs/ImageLogs/"                 = ["list", "read", "delete"]
       "InferenceLogs/ImageLogsForInvalidImages/" = ["list", "read", "delete"]
       "InferenceLogs/ImageLogsWithFeedback/"     = ["list", "read", "write", "delete"]
+      "logs/airflow/"                            = ["write"]
     }
     backup = {
       "" = ["list", "read"] # all of it; each cloud's module lets it write to a bucket of its own

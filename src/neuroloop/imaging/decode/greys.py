@@ -1,10 +1,10 @@
 """From values of any depth to 8-bit greys, and back to PNG."""
 
 import struct
-import zlib
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -67,20 +67,20 @@ def square(pixels: NDArray[np.uint8], row_spacing: float, column_spacing: float,
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
-    """The PNG of uint8 pixels, grey (H, W) or colour (H, W, 3); equal pixels give equal bytes, without metadata.
+    """The PNG of uint8 pixels, grey (H, W) or colour (H, W, 3), without metadata.
 
-    Written here, because a library tries five filters on every row, which took half of the time of a prediction: every
-    row is its difference from the one above (PNG's filter 2), packed as runs. A noisy slice takes 2.7 ms instead of 5.7
-    and a sixth more room.
+    Equal pixels give equal bytes on machines of one kind. Written here, because a library tries five filters on every
+    row, which took half of the time of a prediction: every row is its difference from the one above (PNG's filter 2),
+    packed by ISA-L.
     """
     rows = np.ascontiguousarray(pixels).reshape(len(pixels), -1)
     filtered = np.empty((rows.shape[0], rows.shape[1] + 1), np.uint8)
     filtered[:, 0] = 2
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])  # modulo 256, as the filter is defined
-    packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
     size = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
-    parts = ((b"IHDR", size), (b"IDAT", packer.compress(filtered.data) + packer.flush()), (b"IEND", b""))
+    parts = ((b"IHDR", size), (b"IDAT", isal_zlib.compress(filtered.data, 1)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", isal_zlib.crc32(name + data))
+        for name, data in parts
     )

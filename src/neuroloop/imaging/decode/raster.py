@@ -59,7 +59,8 @@ def is_plain(data: bytes) -> bool:
         return False
     kind = kind_of(data)
     if kind == "PNG":
-        return data[12:16] == b"IHDR" and _area(data[16:24], 4) <= PLAIN_PIXELS
+        # A decoder may follow the last header of several. (What looks like another may be chance; then it is no harm.)
+        return data[12:16] == b"IHDR" and data.count(b"IHDR") == 1 and _area(data[16:24], 4) <= PLAIN_PIXELS
     if kind != "JPEG":
         return False
     place, colours = 2, 0

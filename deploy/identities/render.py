@@ -38,7 +38,8 @@ def aws(identity: Identity) -> dict[str, Any]:
         statement = {"Sid": right.title(), "Effect": "Allow", "Action": list(cloud.S3.actions[right])}
         if right is Right.LIST:
             statement["Resource"] = ["arn:aws:s3:::${bucket}"]
-            statement["Condition"] = {"StringLike": {"s3:prefix": [f"{prefix}*" for prefix in where]}}
+            if keys.EVERYTHING not in where:  # who lists all names no prefix, and no pattern fits what is not there
+                statement["Condition"] = {"StringLike": {"s3:prefix": [f"{prefix}*" for prefix in where]}}
         else:
             statement["Resource"] = [f"arn:aws:s3:::${{bucket}}/{prefix}*" for prefix in where]
         statements.append(statement)
@@ -78,7 +79,7 @@ def azure(identity: Identity) -> dict[str, Any]:
             "DataActions": actions,
         },
         "conditionVersion": "2.0",
-        "condition": "\nAND\n".join(_azure_clause(right, prefixes(identity, right)) for right in rights),
+        "condition": _azure_condition(rights, identity),  # empty: assigned without one
     }
 
 
@@ -113,6 +114,11 @@ def _azure_clause(right: Right, where: list[str]) -> str:
         named = f"@Resource[{BLOBS}:path]"
     tests = " OR ".join(f"{named} StringStartsWith '{prefix}'" for prefix in where)
     return f"(!({concerned}) OR ({tests}))"
+
+
+def _azure_condition(rights: list[Right], identity: Identity) -> str:
+    where = {right: prefixes(identity, right) for right in rights}
+    return "\nAND\n".join(_azure_clause(right, named) for right, named in where.items() if keys.EVERYTHING not in named)
 
 
 def _text(document: dict[str, Any]) -> str:

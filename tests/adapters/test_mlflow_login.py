@@ -130,10 +130,11 @@ def test_both_users_have_the_passwords_of_the_settings_from_the_next_start_on(po
     monkeypatch.setenv("NEUROLOOP_ENV_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("NEUROLOOP_HOME", str(tmp_path))
     monkeypatch.setenv("NEUROLOOP_MLFLOW_DATABASE_URL", postgres_url)
-    for admins, apis in ((WHO[1], API), ("a third password of it", "a fourth password of it")):
+    for admins, apis in ((WHO[1], ""), (WHO[1], API), ("a third password of it", "a fourth password of it")):
         monkeypatch.setenv("NEUROLOOP_MLFLOW_PASSWORD", admins)
         monkeypatch.setenv("NEUROLOOP_MLFLOW_API_PASSWORD", apis)
         mlflow_users.main()
         assert store.authenticate_user(WHO[0], admins)
-        assert store.authenticate_user(MLFLOW_API_USER, apis)
+        assert store.has_user(MLFLOW_API_USER) == bool(apis)
+        assert not apis or store.authenticate_user(MLFLOW_API_USER, apis)
     assert not store.authenticate_user(WHO[0], "the one of the first start")

@@ -68,6 +68,7 @@ def test_the_environment_wins_over_the_users_file_which_wins_over_the_generated_
         ("phantom://      # simulated", "phantom://"),
         ("/data/scan#1", "/data/scan#1"),
         ("'/data/a # b'", "/data/a # b"),
+        ('"phantom://" # simulated', "phantom://"),
         ("   # nothing", ""),
     ],
 )

@@ -8,11 +8,11 @@ import pytest
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import InvalidSource, NotFound
-from neuroloop.core.schemas import LABELS, PARTS, Split
+from neuroloop.core.schemas import LABELS, PARTS, Split, SplitEntry
 from neuroloop.core.settings import Settings
 from neuroloop.imaging.decode import decode, encode_png
 from neuroloop.imaging.phantom import scan
-from neuroloop.loop import feedback, handoff, pipeline, preparation, retraining
+from neuroloop.loop import feedback, handoff, pipeline, preparation, retraining, splitting
 from neuroloop.loop.params import Params
 from neuroloop.model.bundle import Bundle
 
@@ -224,10 +224,40 @@ def test_a_held_out_correction_that_was_learned_from_the_data_tests_nothing(plat
     assert "which is trained on" in left_out[found[0].key]
 
 
+def test_a_correction_whose_twin_is_frozen_in_another_data_versions_test_part_is_not_trained_on(platform, built):
+    version = built["download_data"]["version"]
+    pixels = [scan("glioma", index, seed=5, scanner="B", size=96).pixels for index in (1, 2)]
+    platform.store.put(keys.image("ab" * 16), encode_png(pixels[0]))
+    number = keys.next_number(platform.store.list(keys.SPLIT_REGISTRY))
+    elsewhere = splitting.Decisions(version="v0", simulated=True, parts={"s": "test"}, md5={"s": "ab" * 16})
+    platform.store.put(keys.split_decisions(number), elsewhere.model_dump_json().encode())
+    found = [
+        feedback.Correction(key=f"{keys.DATA}tests/{n}.png", label="glioma", sha256=str(n), held_out=False)
+        for n in range(2)
+    ]
+    for correction, image in zip(found, pixels, strict=True):
+        platform.store.put(correction.key, encode_png(image))
+    try:
+        kept, _, left_out = retraining._divided(platform, version, found)
+    finally:
+        platform.store.delete(keys.split_decisions(number))
+    assert [correction.sha256 for correction in kept] == ["1"]
+    assert "data version v0 (test), which is held out" in left_out[found[0].key]
+
+
 def test_a_source_too_small_for_the_gate_is_refused_before_anything_is_trained():
-    few = Split(version="v", simulated=False, entries=(), quarantined=())
-    with pytest.raises(InvalidSource, match="train part has only 0 images"):
-        preparation.refuse_few(few)
+    def split(groups: int) -> Split:
+        return Split.model_construct(
+            entries=tuple(
+                SplitEntry(path=f"{part}-{n}", label="glioma", part=part, group=n % groups, sha256="", md5="")
+                for part in ("train", "validation")
+                for n in range(40)
+            )
+        )
+
+    preparation.refuse_few(split(10))
+    with pytest.raises(InvalidSource, match="train part has only 9 unlike images"):
+        preparation.refuse_few(split(9))
 
 
 def test_looks_at_the_same_test_images_count_whatever_the_data_version(platform, built):
@@ -236,7 +266,7 @@ def test_looks_at_the_same_test_images_count_whatever_the_data_version(platform,
     grown = split.model_copy(update={"version": "grown"})
     platform.store.put(keys.split("grown"), grown.model_dump_json().encode())
     handoff.log_opening(platform, "manual__grown", "a look", version="grown")
-    other = split.model_copy(update={"version": "other", "entries": split.of("train")})
+    other = split.model_copy(update={"version": "other", "entries": tuple(split.of("train"))})
     platform.store.put(keys.split("other"), other.model_dump_json().encode())
     handoff.log_opening(platform, "manual__other", "a look", version="other")
     assert before >= 1

@@ -214,3 +214,14 @@ def test_an_image_that_a_retraining_has_learned_from_comes_into_no_other_part_wi
     parts = {entry.path: entry.part for entry in split_of(store, files | new).entries}
     assert {parts[path] for path in learned} == {"train"}
     assert {parts[path] for path in new} != {"train"}
+
+
+def test_a_correction_that_was_left_out_for_a_test_image_binds_nothing(store, files):
+    first = split_of(store, files)
+    tests = [entry for entry in first.of("test") if entry.label == "glioma"]
+    for number in range(30):  # one of them at least is not held out
+        grey = decode(files[tests[0].path]).astype(int) + (number % 3)
+        store.put(keys.correction("glioma", f"{number:08d}"), encode_png(np.clip(grey, 0, 255).astype(np.uint8)))
+    claim(store, "run-1", 0)
+    later = split_of(store, files | {"glioma/again.jpg": again(files[tests[0].path])}, "v2")
+    assert {entry.part for entry in later.entries if entry.path == "glioma/again.jpg"} == {"test"}

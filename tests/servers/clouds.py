@@ -82,7 +82,7 @@ class S3Server:
         """From now on every request needs a valid signature and a policy that allows it."""
         self._ask("/moto-api/reset-auth", b"0", method="POST", headers={"Content-Type": "text/plain"})
 
-    def listings(self, environment: dict[str, str]) -> list[str]:
+    def listings(self, environment: dict[str, str]) -> list[str | None]:
         """The prefixes that the holder of these variables has listed so far."""
         return [prefix for key, prefix in json.loads(self._ask("/listings")) if key == environment["AWS_ACCESS_KEY_ID"]]
 

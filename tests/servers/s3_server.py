@@ -40,7 +40,7 @@ class OneAtATime:
             query = parse_qs(environ["QUERY_STRING"], keep_blank_values=True)
             if method in ("GET", "HEAD") and path.strip("/").count("/") == 0 and path != "/":
                 key = environ.get("HTTP_AUTHORIZATION", "").partition("Credential=")[2].partition("/")[0]
-                self._listings.append([key, query.get("prefix", [""])[0]])
+                self._listings.append([key, query.get("prefix", [None])[0]])
             if path.count("/") > 1 and self._faults and self._faults[0][0] == method:
                 _, status, effective = self._faults.popleft()
                 if effective:

@@ -391,6 +391,6 @@ def _read_env_file(path: Path) -> dict[str, str]:
             raise InvalidSetting(f"{path}:{number} is not KEY=VALUE", fix="write NEUROLOOP_NAME=value, one a line")
         if key.strip().startswith(PREFIX):
             # As compose reads the same file: a comment may follow after a space, unless the value is quoted.
-            said = value.strip() if value.strip()[:1] in ("'", '"') else re.split(r"\s#", f" {value}")[0].strip()
-            values[key.strip()] = said.strip("'\"")
+            quoted = re.fullmatch(r"""\s*(['"])(.*)\1\s*(?:\s#.*)?""", value)
+            values[key.strip()] = quoted[2] if quoted else re.split(r"\s#", f" {value}")[0].strip().strip("'\"")
     return values

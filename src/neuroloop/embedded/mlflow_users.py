@@ -17,17 +17,19 @@ from neuroloop.embedded.roles import MLFLOW_API_USER, driver
 
 
 def main() -> None:
-    """Make the user, or give it the password of the settings; nothing where there is none in them."""
+    """Make the API's user, and give both the passwords of the settings, those that stand there."""
     settings = Settings.load()
-    if not (settings.mlflow_password and settings.mlflow_api_password):
+    if not settings.mlflow_password:  # then MLflow has no login
         return
     store, password = SqlAlchemyStore(), settings.mlflow_api_password
     store.init_db(driver(settings.mlflow_database_url))
-    if not store.has_user(MLFLOW_API_USER):
+    if password and not store.has_user(MLFLOW_API_USER):
         store.create_user(MLFLOW_API_USER, password)
     for name, secret in ((MLFLOW_API_USER, password), (settings.mlflow_user, settings.mlflow_password)):
-        if store.has_user(name) and not store.authenticate_user(name, secret):
+        if secret and store.has_user(name) and not store.authenticate_user(name, secret):
             store.update_user(name, password=secret)
+    if not password:
+        return
     try:
         store.create_registered_model_permission(MODEL, MLFLOW_API_USER, EDIT.name)
     except MlflowException as error:

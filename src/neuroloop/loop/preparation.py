@@ -170,12 +170,15 @@ def audit_data(services: Services, run_id: str) -> Result:
 
 
 def refuse_few(split: Split) -> None:
-    """Raise `InvalidSource` where a part is too small for the gate to learn from, or to set its threshold on."""
-    for part in ("train", "validation"):
-        count = len(split.of(part))
+    """Raise `InvalidSource` where a part is too small for the gate to learn from, or to set its threshold on.
+
+    Of a group in training it is shown one image.
+    """
+    counts = {"train": len({entry.group for entry in split.of("train")}), "validation": len(split.of("validation"))}
+    for part, count in counts.items():
         if count < LEAST_IMAGES:
             raise InvalidSource(
-                f"The {part} part has only {count} images",
+                f"The {part} part has only {count} unlike images",
                 why=f"the input gate needs {LEAST_IMAGES} at least, and what is found on so few means nothing",
                 fix="add images; some 30 of each class, all unlike, are enough",
             )

@@ -1,29 +1,34 @@
 """The retraining, step by step: one function per task of `model_retraining` that is not the build's own."""
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from neuroloop.bootstrap import Services
+from neuroloop.core import keys
 from neuroloop.core.errors import Forbidden, NotFound
-from neuroloop.core.schemas import LABELS, PipelineEnd, SplitEntry
+from neuroloop.core.schemas import LABELS, Part, PipelineEnd, Split
 from neuroloop.data import dataset
 from neuroloop.data.audit import thumbnail, twins
 from neuroloop.data.dataset import Arrays
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.imaging.decode import decode
-from neuroloop.loop import feedback, handoff, pipeline, preparation
+from neuroloop.loop import feedback, handoff, pipeline, preparation, splitting
 from neuroloop.loop.feedback import Correction
 from neuroloop.loop.handoff import RETRAINING, Result, log
 from neuroloop.model.bundle import Bundle
 from neuroloop.records import erasure, orphans
 
 _AT_ONCE = 4096  # images that are compared with corrections at a time
+Named = tuple[str, Callable[[], bytes]]
+"""An image: what it is in words, and how its bytes are had."""
 
 
 def check_source_flag(services: Services, run_id: str) -> Result:
@@ -115,10 +120,9 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         hyperparameters=chosen,
         experiment=RETRAINING,
     )
-    names = sorted(_name(correction) for correction in held_out)
-    return handoff.keep(
-        services, run_id, "retrain_model", {**result, "from_version": start, **counts, "held_out_names": names}
-    )
+    # Apart, for what the step returns gets into the model card, where ids of predictions have no place.
+    handoff.keep(services, run_id, "held_out_corrections", {"names": sorted(map(_name, held_out))})
+    return handoff.keep(services, run_id, "retrain_model", {**result, "from_version": start, **counts})
 
 
 def _start(services: Services) -> Result:
@@ -131,9 +135,11 @@ def _start(services: Services) -> Result:
 
 def evaluate_model(services: Services, run_id: str) -> Result:
     """As in the build, and champion and candidate on the held-out corrections too."""
-    names = set(handoff.kept(services, run_id, "retrain_model")["held_out_names"])
     used = feedback.allowed(services.log, feedback.used(services.store))
-    held_out = [correction for correction in used if _name(correction) in names]
+    held_out = [correction for correction in used if correction.held_out]
+    with contextlib.suppress(NotFound):  # of a training by a version before this list was kept
+        names = handoff.kept(services, run_id, "held_out_corrections")["names"]
+        held_out = [correction for correction in held_out if _name(correction) in names]
     corrections = partial(corrections_arrays, services, held_out) if held_out else None
     return pipeline.evaluate_model(services, run_id, RETRAINING, corrections=corrections)
 
@@ -160,12 +166,17 @@ def _divided(
     split = handoff.read_split(services, version)
     held_out = [correction for correction in found if correction.held_out]
     candidates = [correction for correction in found if not correction.held_out]
+    read = handoff.image_reader(services)
+
+    def of(*parts: Part) -> list[Named]:
+        return [(f"{entry.path} ({entry.part})", partial(read, entry)) for entry in split.of(*parts)]
+
+    closed = of("validation", "calibration", "test") + _closed_elsewhere(services, split)
+    closed += [(correction.key, partial(services.store.get, correction.key)) for correction in held_out]
     left_out = {
-        correction.key: f"twin of {name}, which is trained on"
-        for correction, name in _known(services, held_out, split.of("train"), [])
-    } | {
-        correction.key: f"twin of {name}, which is held out"
-        for correction, name in _known(services, candidates, split.of("validation", "calibration", "test"), held_out)
+        correction.key: f"twin of {name}, which is {role}"
+        for some, others, role in ((held_out, of("train"), "trained on"), (candidates, closed, "held out"))
+        for correction, name in _known(services, some, others)
     }
     for key, reason in left_out.items():
         log.info("%s is left out: %s", key, reason)
@@ -176,22 +187,40 @@ def _divided(
     )
 
 
+def _closed_elsewhere(services: Services, split: Split) -> list[Named]:
+    """The images of other data versions that are frozen in a part which is not trained on: they may come back."""
+    taken, mine = splitting.decisions(services.store), {entry.sha256 for entry in split.entries}
+    frozen = splitting.frozen_parts(taken)
+    return [
+        (f"an image of data version {each.version} ({frozen[sha256]})", partial(services.store.get, keys.image(md5)))
+        for each in taken
+        if each.simulated == split.simulated
+        for sha256, md5 in each.md5.items()
+        if sha256 not in mine and frozen[sha256] != "train"
+    ]
+
+
 def _known(
-    services: Services, corrections: list[Correction], entries: Sequence[SplitEntry], others: list[Correction]
+    services: Services, corrections: list[Correction], images: Sequence[Named]
 ) -> Iterator[tuple[Correction, str]]:
     """Those of the corrections that have a twin among these images, each with one of them in words."""
+
+    def seen(image: Named) -> NDArray[np.float32] | None:
+        try:
+            return thumbnail(decode(image[1]()))
+        except NotFound:  # deleted from the store
+            return None
+
     if not corrections:
         return
-    read = handoff.image_reader(services)
     mine = np.array([thumbnail(decode(services.store.get(correction.key))) for correction in corrections])
-    images = [(f"{entry.path} ({entry.part})", partial(read, entry)) for entry in entries]
-    images += [(correction.key, partial(services.store.get, correction.key)) for correction in others]
     for at in range(0, len(images), _AT_ONCE):
         some = images[at : at + _AT_ONCE]
         with ThreadPoolExecutor(4) as pool:
-            theirs = np.array(list(pool.map(lambda image: thumbnail(decode(image[1]())), some)))
-        for i, j in twins(mine, theirs):
-            yield corrections[i], some[j][0]
+            found = [(name, one) for (name, _), one in zip(some, pool.map(seen, some), strict=True) if one is not None]
+        if found:
+            for i, j in twins(mine, np.array([one for _, one in found])):
+                yield corrections[i], found[j][0]
 
 
 def _name(correction: Correction) -> str:

@@ -97,7 +97,7 @@ def _bound(
         if sha256 not in present
     }
     # Corrections that retrainings have learned from: as new images of a source they may be in no other part.
-    learned = [] if snapshot.simulated or not new else _learned(store)
+    learned = [] if snapshot.simulated or not new else _learned(store, taken, frozen)
     if not new or not (away or learned):
         return {}
     theirs, ours = _thumbnails(store, away.values()), _thumbnails(store, [entry.md5 for entry in new])
@@ -113,10 +113,16 @@ def _bound(
     return dict(bound)
 
 
-def _learned(store: ObjectStore) -> list[NDArray[np.float32]]:
-    """The thumbnails of the corrections that were trained on."""
+def _learned(store: ObjectStore, taken: Sequence[Decisions], frozen: Mapping[str, Part]) -> list[NDArray[np.float32]]:
+    """The thumbnails of the corrections that were trained on: not those held out, nor twins of what is."""
     keyed = [correction.key for correction in feedback.used(store) if not correction.held_out]
-    return [thumbnail(decode(store.get(key))) for key in keyed]
+    learned = [thumbnail(decode(store.get(key))) for key in keyed]
+    real = [each.md5.items() for each in taken if not each.simulated]
+    closed = _thumbnails(store, [md5 for some in real for sha256, md5 in some if frozen[sha256] != "train"])
+    if not learned or not closed:
+        return learned
+    left_out = {i for i, _ in twins(np.stack(learned), np.stack(list(closed.values())))}
+    return [seen for i, seen in enumerate(learned) if i not in left_out]
 
 
 def _similar(store: ObjectStore, images: Sequence[ImageEntry]) -> list[tuple[int, int]]:

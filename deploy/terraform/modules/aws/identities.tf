@@ -27,13 +27,16 @@ locals {
           Action   = actions
           Resource = [for prefix in rights[right] : "${local.bucket_arn}/${prefix}*"]
         } if length(rights[right]) > 0],
-        [for right in ["list"] : {
-          Sid       = right
-          Effect    = "Allow"
-          Action    = ["s3:ListBucket"]
-          Resource  = [local.bucket_arn]
-          Condition = { StringLike = { "s3:prefix" = [for prefix in rights[right] : "${prefix}*"] } }
-        } if length(rights[right]) > 0],
+        [for right in ["list"] : merge(
+          {
+            Sid      = right
+            Effect   = "Allow"
+            Action   = ["s3:ListBucket"]
+            Resource = [local.bucket_arn]
+          },
+          # Who lists all names no prefix, and no pattern fits what is not there.
+          { for name, pattern in { Condition = { StringLike = { "s3:prefix" = [for prefix in rights[right] : "${prefix}*"] } } } : name => pattern if !contains(rights[right], "") },
+        ) if length(rights[right]) > 0],
       )
     }
   }

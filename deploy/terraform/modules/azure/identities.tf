@@ -56,8 +56,8 @@ resource "azurerm_role_assignment" "part" {
   role_definition_id = azurerm_role_definition.right[each.value.right].role_definition_resource_id
   principal_id       = azurerm_user_assigned_identity.part[each.value.identity].principal_id
   principal_type     = "ServicePrincipal"
-  condition_version  = "2.0"
-  condition = join(" AND ", concat(
+  condition_version  = contains(each.value.prefixes, "") ? null : "2.0"
+  condition = contains(each.value.prefixes, "") ? null : join(" AND ", concat(
     each.value.right == "list" ? ["(SubOperationMatches{'Blob.List'})"] : each.value.right == "read" ? ["(NOT SubOperationMatches{'Blob.List'})"] : [],
     ["(${join(" OR ", [
       for prefix in each.value.prefixes : each.value.right == "list"

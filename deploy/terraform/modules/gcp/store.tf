@@ -58,6 +58,9 @@ resource "google_storage_bucket" "backups" {
   uniform_bucket_level_access = true
   public_access_prevention    = "enforced"
   force_destroy               = !var.protected
+  soft_delete_policy {
+    retention_duration_seconds = 0
+  }
   lifecycle_rule {
     condition {
       age = var.backup_days

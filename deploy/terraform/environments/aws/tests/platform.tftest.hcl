@@ -62,6 +62,12 @@ run "the_api_cannot_write_models_and_the_trainer_cannot_read_logs" {
     error_message = "the backup's identity can change the store"
   }
   assert {
+    condition = {
+      for identity, policy in output.platform.policies : identity => anytrue([for statement in policy.Statement : statement.Sid == "list" && can(statement.Condition)])
+    } == { api = true, trainer = true, mlflow = true, housekeeper = true, backup = false }
+    error_message = "not the backup alone may list without a prefix"
+  }
+  assert {
     condition     = output.platform.backups_url == "s3://example-org-neuroloop-store-backups"
     error_message = "the backups' address is ${output.platform.backups_url}"
   }

@@ -116,10 +116,12 @@ def _bound(
 def _learned(store: ObjectStore, taken: Sequence[Decisions], frozen: Mapping[str, Part]) -> list[NDArray[np.float32]]:
     """The thumbnails of the corrections that were trained on: not those held out, nor twins of what is."""
     keyed = [correction.key for correction in feedback.used(store) if not correction.held_out]
+    if not keyed:
+        return []
     learned = [thumbnail(decode(store.get(key))) for key in keyed]
     real = [each.md5.items() for each in taken if not each.simulated]
     closed = _thumbnails(store, [md5 for some in real for sha256, md5 in some if frozen[sha256] != "train"])
-    if not learned or not closed:
+    if not closed:
         return learned
     left_out = {i for i, _ in twins(np.stack(learned), np.stack(list(closed.values())))}
     return [seen for i, seen in enumerate(learned) if i not in left_out]

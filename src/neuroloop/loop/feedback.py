@@ -33,6 +33,11 @@ class Correction(Record):
     sha256: str
     held_out: bool
 
+    @property
+    def name(self) -> str:
+        """What stays of its key when a reader changes the class."""
+        return self.key.rsplit("/", 1)[-1]
+
 
 def batches(store: ObjectStore) -> list[Batch]:
     """All batches so far, oldest first."""
@@ -80,7 +85,7 @@ def used(store: ObjectStore) -> list[Correction]:
 
 def allowed(log: PredictionLog, found: list[Correction]) -> list[Correction]:
     """Those of the corrections that are not erased: where an object still lingers, the mark is what counts."""
-    names = {correction.key: correction.key.rsplit("/", 1)[-1].removesuffix(".png") for correction in found}
+    names = {correction.key: correction.name.removesuffix(".png") for correction in found}
     erased = log.erased(list(names.values()))
     return [correction for correction in found if names[correction.key] not in erased]
 

@@ -413,12 +413,13 @@ def model_card(services: Services, run_id: str, manifest: Manifest, experiment: 
 def looks_at(services: Services, split: Split) -> int:
     """How often test images of this split were looked at, under other data versions too: frozen, most are the same."""
     own, seen = {entry.sha256 for entry in split.of("test")}, {split.version: True}
-    for opening in openings(services):
-        if opening.split == split.name and opening.version not in seen:
+    found = [opening for opening in openings(services) if opening.split == split.name]
+    for opening in found:
+        if opening.version not in seen:
             with contextlib.suppress(NotFound):
                 other = read_split(services, opening.version, split.name)
                 seen[opening.version] = not own.isdisjoint(entry.sha256 for entry in other.of("test"))
-    return sum(opening.split == split.name and seen.get(opening.version, False) for opening in openings(services))
+    return sum(seen.get(opening.version, False) for opening in found)
 
 
 def promote_model(services: Services, run_id: str, experiment: str = BUILD) -> Result:

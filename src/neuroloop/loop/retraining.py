@@ -3,20 +3,18 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import Forbidden, NotFound
-from neuroloop.core.schemas import LABELS, Part, PipelineEnd, Split
+from neuroloop.core.schemas import LABELS, Part, PipelineEnd
 from neuroloop.data import dataset
-from neuroloop.data.audit import thumbnail, twins
+from neuroloop.data.audit import twins
 from neuroloop.data.dataset import Arrays
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.imaging.decode import decode
@@ -27,8 +25,6 @@ from neuroloop.model.bundle import Bundle
 from neuroloop.records import erasure, orphans
 
 _AT_ONCE = 4096  # images that are compared with corrections at a time
-Named = tuple[str, Callable[[], bytes]]
-"""An image: what it is in words, and how its bytes are had."""
 
 
 def check_source_flag(services: Services, run_id: str) -> Result:
@@ -121,7 +117,9 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         experiment=RETRAINING,
     )
     # Apart, for what the step returns gets into the model card, where ids of predictions have no place.
-    handoff.keep(services, run_id, "held_out_corrections", {"names": sorted(map(_name, held_out))})
+    handoff.keep(
+        services, run_id, "held_out_corrections", {"names": sorted(correction.name for correction in held_out)}
+    )
     return handoff.keep(services, run_id, "retrain_model", {**result, "from_version": start, **counts})
 
 
@@ -139,7 +137,7 @@ def evaluate_model(services: Services, run_id: str) -> Result:
     held_out = [correction for correction in used if correction.held_out]
     with contextlib.suppress(NotFound):  # of a training by a version before this list was kept
         names = handoff.kept(services, run_id, "held_out_corrections")["names"]
-        held_out = [correction for correction in held_out if _name(correction) in names]
+        held_out = [correction for correction in held_out if correction.name in names]
     corrections = partial(corrections_arrays, services, held_out) if held_out else None
     return pipeline.evaluate_model(services, run_id, RETRAINING, corrections=corrections)
 
@@ -166,13 +164,12 @@ def _divided(
     split = handoff.read_split(services, version)
     held_out = [correction for correction in found if correction.held_out]
     candidates = [correction for correction in found if not correction.held_out]
-    read = handoff.image_reader(services)
 
-    def of(*parts: Part) -> list[Named]:
-        return [(f"{entry.path} ({entry.part})", partial(read, entry)) for entry in split.of(*parts)]
+    def of(*parts: Part) -> dict[str, str]:
+        return {keys.image(entry.md5): f"{entry.path} ({entry.part})" for entry in split.of(*parts)}
 
-    closed = of("validation", "calibration", "test") + _closed_elsewhere(services, split)
-    closed += [(correction.key, partial(services.store.get, correction.key)) for correction in held_out]
+    closed = splitting.closed(splitting.decisions(services.store), simulated=split.simulated)
+    closed |= of("validation", "calibration", "test") | {correction.key: correction.key for correction in held_out}
     left_out = {
         correction.key: f"twin of {name}, which is {role}"
         for some, others, role in ((held_out, of("train"), "trained on"), (candidates, closed, "held out"))
@@ -187,45 +184,18 @@ def _divided(
     )
 
 
-def _closed_elsewhere(services: Services, split: Split) -> list[Named]:
-    """The images of other data versions that are frozen in a part which is not trained on: they may come back."""
-    taken, mine = splitting.decisions(services.store), {entry.sha256 for entry in split.entries}
-    frozen = splitting.frozen_parts(taken)
-    return [
-        (f"an image of data version {each.version} ({frozen[sha256]})", partial(services.store.get, keys.image(md5)))
-        for each in taken
-        if each.simulated == split.simulated
-        for sha256, md5 in each.md5.items()
-        if sha256 not in mine and frozen[sha256] != "train"
-    ]
-
-
 def _known(
-    services: Services, corrections: list[Correction], images: Sequence[Named]
+    services: Services, corrections: list[Correction], images: Mapping[str, str]
 ) -> Iterator[tuple[Correction, str]]:
-    """Those of the corrections that have a twin among these images, each with one of them in words."""
-
-    def seen(image: Named) -> NDArray[np.float32] | None:
-        try:
-            return thumbnail(decode(image[1]()))
-        except NotFound:  # deleted from the store
-            return None
-
-    if not corrections:
-        return
-    mine = np.array([thumbnail(decode(services.store.get(correction.key))) for correction in corrections])
-    for at in range(0, len(images), _AT_ONCE):
-        some = images[at : at + _AT_ONCE]
-        with ThreadPoolExecutor(4) as pool:
-            found = [(name, one) for (name, _), one in zip(some, pool.map(seen, some), strict=True) if one is not None]
-        if found:
-            for i, j in twins(mine, np.array([one for _, one in found])):
-                yield corrections[i], found[j][0]
-
-
-def _name(correction: Correction) -> str:
-    """What stays of its key when a reader changes the class."""
-    return correction.key.rsplit("/", 1)[-1]
+    """Those of the corrections that have a twin among these images (store key -> in words), each with one of them."""
+    by_key, names = {correction.key: correction for correction in corrections}, list(images)
+    mine = splitting.thumbnails(services.store, by_key)
+    for at in range(0, len(names) if mine else 0, _AT_ONCE):
+        theirs = splitting.thumbnails(services.store, names[at : at + _AT_ONCE])
+        if theirs:
+            ours, others = list(mine), list(theirs)
+            for i, j in twins(np.stack(list(mine.values())), np.stack(list(theirs.values()))):
+                yield by_key[ours[i]], images[others[j]]
 
 
 def _joined(base: Arrays, corrections: Arrays, times: int) -> Arrays:

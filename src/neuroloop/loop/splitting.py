@@ -49,6 +49,18 @@ def frozen_parts(taken: Sequence[Decisions]) -> dict[str, Part]:
     return {sha256: part for each in reversed(taken) for sha256, part in each.parts.items()}
 
 
+def closed(taken: Sequence[Decisions], *, simulated: bool) -> dict[str, str]:
+    """The images that are frozen in a part which is not trained on, of any data version: store key -> in words."""
+    frozen = frozen_parts(taken)
+    return {
+        keys.image(md5): f"an image of data version {each.version} ({frozen[sha256]})"
+        for each in taken
+        if each.simulated == simulated
+        for sha256, md5 in each.md5.items()
+        if frozen[sha256] != "train"
+    }
+
+
 def freeze(store: ObjectStore, snapshot: Snapshot, audit: Audit) -> Split:
     """The grouped split of a snapshot, with its new decisions in the registry.
 
@@ -97,10 +109,10 @@ def _bound(
         if sha256 not in present
     }
     # Corrections that retrainings have learned from: as new images of a source they may be in no other part.
-    learned = [] if snapshot.simulated or not new else _learned(store, taken, frozen)
+    learned = [] if snapshot.simulated or not new else _learned(store, taken)
     if not new or not (away or learned):
         return {}
-    theirs, ours = _thumbnails(store, away.values()), _thumbnails(store, [entry.md5 for entry in new])
+    theirs, ours = _by_md5(store, away.values()), _by_md5(store, [entry.md5 for entry in new])
     old: list[tuple[Part, NDArray[np.float32]]] = [
         (frozen[sha256], theirs[md5]) for sha256, md5 in away.items() if md5 in theirs
     ]
@@ -113,34 +125,38 @@ def _bound(
     return dict(bound)
 
 
-def _learned(store: ObjectStore, taken: Sequence[Decisions], frozen: Mapping[str, Part]) -> list[NDArray[np.float32]]:
+def _learned(store: ObjectStore, taken: Sequence[Decisions]) -> list[NDArray[np.float32]]:
     """The thumbnails of the corrections that were trained on: not those held out, nor twins of what is."""
     keyed = [correction.key for correction in feedback.used(store) if not correction.held_out]
     if not keyed:
         return []
-    learned = [thumbnail(decode(store.get(key))) for key in keyed]
-    real = [each.md5.items() for each in taken if not each.simulated]
-    closed = _thumbnails(store, [md5 for some in real for sha256, md5 in some if frozen[sha256] != "train"])
-    if not closed:
+    learned = list(thumbnails(store, keyed).values())
+    others = thumbnails(store, closed(taken, simulated=False))
+    if not learned or not others:
         return learned
-    left_out = {i for i, _ in twins(np.stack(learned), np.stack(list(closed.values())))}
+    left_out = {i for i, _ in twins(np.stack(learned), np.stack(list(others.values())))}
     return [seen for i, seen in enumerate(learned) if i not in left_out]
 
 
 def _similar(store: ObjectStore, images: Sequence[ImageEntry]) -> list[tuple[int, int]]:
-    seen = _thumbnails(store, [image.md5 for image in images])
+    seen = _by_md5(store, [image.md5 for image in images])
     vectors = np.stack([seen[image.md5] for image in images])
     return twins(vectors, vectors)
 
 
-def _thumbnails(store: ObjectStore, md5s: Iterable[str]) -> dict[str, NDArray[np.float32]]:
-    """The thumbnails of stored images by their hash; one that was deleted from the store is left out."""
+def _by_md5(store: ObjectStore, md5s: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+    named = {keys.image(md5): md5 for md5 in md5s}
+    return {named[key]: seen for key, seen in thumbnails(store, named).items()}
 
-    def one(md5: str) -> tuple[str, NDArray[np.float32]] | None:
+
+def thumbnails(store: ObjectStore, of: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+    """The thumbnails of stored images by their key; one that was deleted from the store is left out."""
+
+    def one(key: str) -> tuple[str, NDArray[np.float32]] | None:
         try:
-            return md5, thumbnail(decode(store.get(keys.image(md5))))
+            return key, thumbnail(decode(store.get(key)))
         except NotFound:
             return None
 
     with ThreadPoolExecutor(4) as pool:
-        return dict(found for found in pool.map(one, md5s) if found)
+        return dict(found for found in pool.map(one, of) if found)

@@ -1,18 +1,7 @@
 locals {
   bucket_arn = "arn:aws:s3:::${var.bucket}"
   images     = toset(["api", "frontend", "mlflow", "airflow"])
-  # Policies of the two buckets: nobody comes without TLS.
-  tls_only = { for arn in [local.bucket_arn, "${local.bucket_arn}-backups"] : arn => {
-    Version = "2012-10-17"
-    Statement = [{
-      Sid       = "TlsOnly"
-      Effect    = "Deny"
-      Principal = "*"
-      Action    = "s3:*"
-      Resource  = [arn, "${arn}/*"]
-      Condition = { Bool = { "aws:SecureTransport" = "false" } }
-    }]
-  } }
+  buckets    = { store = aws_s3_bucket.store, backups = aws_s3_bucket.backups }
 }
 
 resource "aws_s3_bucket" "store" {
@@ -20,16 +9,18 @@ resource "aws_s3_bucket" "store" {
   force_destroy = !var.protected
 }
 
-resource "aws_s3_bucket_public_access_block" "store" {
-  bucket                  = aws_s3_bucket.store.id
+resource "aws_s3_bucket_public_access_block" "each" {
+  for_each                = local.buckets
+  bucket                  = each.value.id
   block_public_acls       = true
   block_public_policy     = true
   ignore_public_acls      = true
   restrict_public_buckets = true
 }
 
-resource "aws_s3_bucket_server_side_encryption_configuration" "store" {
-  bucket = aws_s3_bucket.store.id
+resource "aws_s3_bucket_server_side_encryption_configuration" "each" {
+  for_each = local.buckets
+  bucket   = each.value.id
   rule {
     apply_server_side_encryption_by_default {
       sse_algorithm = "AES256"
@@ -61,10 +52,22 @@ resource "aws_s3_bucket_lifecycle_configuration" "store" {
   depends_on = [aws_s3_bucket_versioning.store]
 }
 
-resource "aws_s3_bucket_policy" "store" {
-  bucket     = aws_s3_bucket.store.id
-  policy     = jsonencode(local.tls_only[local.bucket_arn])
-  depends_on = [aws_s3_bucket_public_access_block.store]
+# Nobody comes without TLS.
+resource "aws_s3_bucket_policy" "each" {
+  for_each = local.buckets
+  bucket   = each.value.id
+  policy = jsonencode({
+    Version = "2012-10-17"
+    Statement = [{
+      Sid       = "TlsOnly"
+      Effect    = "Deny"
+      Principal = "*"
+      Action    = "s3:*"
+      Resource  = [each.value.arn, "${each.value.arn}/*"]
+      Condition = { Bool = { "aws:SecureTransport" = "false" } }
+    }]
+  })
+  depends_on = [aws_s3_bucket_public_access_block.each]
 }
 
 resource "aws_ecr_repository" "image" {
@@ -82,23 +85,6 @@ resource "aws_s3_bucket" "backups" {
   force_destroy = !var.protected
 }
 
-resource "aws_s3_bucket_public_access_block" "backups" {
-  bucket                  = aws_s3_bucket.backups.id
-  block_public_acls       = true
-  block_public_policy     = true
-  ignore_public_acls      = true
-  restrict_public_buckets = true
-}
-
-resource "aws_s3_bucket_server_side_encryption_configuration" "backups" {
-  bucket = aws_s3_bucket.backups.id
-  rule {
-    apply_server_side_encryption_by_default {
-      sse_algorithm = "AES256"
-    }
-  }
-}
-
 resource "aws_s3_bucket_lifecycle_configuration" "backups" {
   bucket = aws_s3_bucket.backups.id
   rule {
@@ -114,8 +100,3 @@ resource "aws_s3_bucket_lifecycle_configuration" "backups" {
   }
 }
 
-resource "aws_s3_bucket_policy" "backups" {
-  bucket     = aws_s3_bucket.backups.id
-  policy     = jsonencode(local.tls_only["${local.bucket_arn}-backups"])
-  depends_on = [aws_s3_bucket_public_access_block.backups]
-}

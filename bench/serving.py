@@ -414,7 +414,7 @@ def main() -> None:
             rate = 10 * mine["four clients"]["per_second"]
             clients = 200
             with probed(ours.port) as probes:
-                crowd = [load(ours, folder, clients=clients, seconds=2 * given.seconds, wait=clients / rate)]
+                crowd = [load(ours, folder, clients=clients, seconds=6 * given.seconds, wait=clients / rate)]
             after = [load(ours, folder, clients=4, seconds=given.seconds)]
             answered = merged(crowd, "201")
             result["ten times"] = {

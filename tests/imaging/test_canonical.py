@@ -140,12 +140,37 @@ def test_one_look_for_the_head_gives_the_canonical_image_and_the_box():
         assert box == head_box(given)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_holes_are_filled_as_scipy_fills_them(seed):
+def blobs(seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
-    mask = ndimage.gaussian_filter(generator.normal(size=(60, 70)), 2) > generator.uniform(-0.1, 0.1)
-    filled = canonical._filled(mask)
-    assert (filled == ndimage.binary_fill_holes(mask)).all()
+    return ndimage.gaussian_filter(generator.normal(size=(60, 70)), 2) > generator.uniform(-0.1, 0.1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_masks_are_opened_and_their_holes_filled_as_scipy_does_it(seed):
+    mask = blobs(seed)
+    assert (canonical._filled(mask) == ndimage.binary_fill_holes(mask)).all()
+    opened = canonical._opened(mask)
+    assert (opened == ndimage.binary_opening(mask, iterations=2)).all()
+    assert opened.sum() < mask.sum()
+
+
+def test_sums_of_nine_are_nine_times_scipy_s_mean():
+    image = np.random.default_rng(0).integers(0, 256, (40, 30), dtype=np.uint8)
+    assert np.allclose(canonical._sums_of_nine(image), 9 * ndimage.uniform_filter(image.astype(float), 3))
+
+
+@pytest.mark.parametrize("box", [Box(40, 60, 150, 150), Box(-30, -10, 260, 260), Box(100, 200, 120, 120)])
+def test_a_mask_is_sampled_as_if_the_frame_s_own_mask_were_resized(box):
+    mask = canonical._opened(blobs(3))
+    there = ndimage.zoom(mask.astype(float), 4, order=1, grid_mode=True, mode="nearest") > 0.5  # 240 x 280
+    sampled = canonical._sample(mask, box, there.shape, 64)
+    y, x = (np.floor(start + (np.arange(64) + 0.5) * length / 64).astype(int) for start, length in
+            ((box.top, box.height), (box.left, box.width)))  # fmt: skip
+    inside = ((y >= 0) & (y < 240))[:, None] & ((x >= 0) & (x < 280))
+    nearest = there[np.clip(y, 0, 239)][:, np.clip(x, 0, 279)] & inside
+    assert not sampled[~inside].any()
+    assert (sampled == nearest).mean() > 0.97  # they may differ along the edges of the mask
+    assert 0.1 < sampled.mean() < 0.9
 
 
 def test_a_ring_is_filled_and_one_that_is_open_to_the_edge_is_not():

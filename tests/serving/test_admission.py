@@ -10,7 +10,7 @@ import pytest
 
 from neuroloop.bootstrap import Services
 from neuroloop.core.errors import Unavailable
-from neuroloop.serving.admission import BURST, CALM_SECONDS, CROWD, Places
+from neuroloop.serving.admission import BURST, CALM_SECONDS, COMING_SECONDS, CROWD, Places
 from serving.running import BEARER, encoded, head, serving
 
 
@@ -62,6 +62,30 @@ def test_one_too_many_is_turned_away_at_once_and_the_latest_of_those_who_wait_wi
     assert sent_off == list(range(1 + CROWD, 1 + BURST))
     assert said[: 1 + CROWD] == list(range(1 + CROWD))
     assert all(isinstance(each, Unavailable) for each in said[1 + CROWD :])
+
+
+def test_who_was_let_in_counts_until_it_is_worked_on_or_takes_too_long_to_come():
+    async def play() -> None:
+        clock, gate = Clock(), threading.Event()
+        places = Places(1, "test", clock)
+        places.turned_away()
+        with places.coming():
+            assert not places.full()
+            with places.coming():
+                assert places.full()  # one for the thread, one to wait
+            assert not places.full()
+            tasks = start(places, lambda n: gate.wait(20), 1)
+            await settled()
+            assert not places.full()  # it is worked on, and counts no more as coming
+            with places.coming():
+                assert places.full()
+                clock.now += COMING_SECONDS
+                assert not places.full()  # sends too slowly to keep others out
+        gate.set()
+        await asyncio.gather(*tasks)
+        places.close()
+
+    asyncio.run(play())
 
 
 def test_only_few_wait_until_nobody_was_turned_away_for_a_while():

@@ -14,7 +14,7 @@ from scipy import ndimage
 
 _Level = TypeVar("_Level", np.float32, np.uint8)
 
-CANONICAL_VERSION = "2"
+CANONICAL_VERSION = "3"
 """Changes whenever the same pixels would give another canonical image; a bundle refuses another version."""
 
 _WORK = 128  # pixels of the long side on which the head is outlined: enough for an outline, fast to label
@@ -44,7 +44,7 @@ def canonical_and_box(pixels: NDArray[np.uint8], size: int) -> tuple[NDArray[np.
     """What `canonicalize` and `head_box` give, from one look for the head."""
     mask, box = _outline(pixels)
     head = _resize(_cut(pixels, box), size)
-    inside = _resize(_cut_mask(mask, box, pixels.shape), size) > 0.5
+    inside = _sample(mask, box, pixels.shape, size)
     low, high = _percentiles(head[inside])
     if high - low < 1.0:
         return np.zeros((size, size), dtype=np.uint8), box
@@ -81,8 +81,8 @@ def _outline(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], Box]:
     height, width = pixels.shape
     scale = max(height, width) / _WORK
     rows, columns = (max(1, round(side / scale)) for side in (height, width))
-    small = np.asarray(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BOX), dtype=np.float64)
-    mask = _largest(ndimage.uniform_filter(small, 3) > _background_level(small))
+    small = np.asarray(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BOX, reducing_gap=1))
+    mask = _largest(_sums_of_nine(small) > 9 * _background_level(small))
     ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     top, bottom = ys[0] * height / rows, (ys[-1] + 1) * height / rows
     left, right = xs[0] * width / columns, (xs[-1] + 1) * width / columns
@@ -90,23 +90,46 @@ def _outline(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], Box]:
     return mask, Box(round((top + bottom - side) / 2), round((left + right - side) / 2), side, side)
 
 
-def _background_level(small: NDArray[np.float64]) -> float:
+def _sums_of_nine(small: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """The sum of each pixel and its eight neighbours, edge pixels repeated.
+
+    As the opening below, what `scipy.ndimage` gives in a fraction of its time, which is an answer's time.
+    """
+    wide = np.pad(small, 1, mode="edge").astype(np.int16)
+    rows = wide[:-2] + wide[1:-1] + wide[2:]
+    return rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
+
+
+def _background_level(small: NDArray[np.uint8]) -> float:
     """The grey that parts head from air: a tenth of the way from the dark to the bright end of the image.
 
-    A split by variance (Otsu) would part bright fat from dark brain on half of the contrasts.
+    The ends are the 2nd and the 98th percentile. A split by variance (Otsu) would part bright fat from dark brain on
+    half of the contrasts.
     """
-    dark, bright = np.percentile(small, [2, 98])
-    return float(dark + 0.1 * (bright - dark))
+    ordered = np.sort(small, axis=None, kind="stable")  # of bytes, a radix sort
+    dark, bright = (float(ordered[round(share * (ordered.size - 1))]) for share in (0.02, 0.98))
+    return dark + 0.1 * (bright - dark)
 
 
 def _largest(bright: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    opened = ndimage.binary_opening(bright, iterations=2)  # lets go of stamped text and thin rulers
-    labels, count = ndimage.label(opened)
+    labels, count = ndimage.label(_opened(bright))
     if count == 0:
         return np.ones_like(bright)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return _filled(labels == sizes.argmax())
+
+
+def _opened(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Opened twice by a cross, beyond the frame all is false: lets go of stamped text and thin rulers."""
+    wide = np.pad(mask, 2)
+    for merge in (np.logical_and, np.logical_and, np.logical_or, np.logical_or):
+        before = wide.copy()
+        merge(wide[1:], before[:-1], out=wide[1:])
+        merge(wide[:-1], before[1:], out=wide[:-1])
+        merge(wide[:, 1:], before[:, :-1], out=wide[:, 1:])
+        merge(wide[:, :-1], before[:, 1:], out=wide[:, :-1])
+    return wide[2:-2, 2:-2]
 
 
 def _filled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -129,17 +152,28 @@ def _cut(pixels: NDArray[np.uint8], box: Box) -> NDArray[np.float32]:
     return np.pad(inside, beyond, mode="edge").astype(np.float32)
 
 
-def _cut_mask(mask: NDArray[np.bool_], box: Box, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The box of the mask, 0..1; 0 beyond the frame."""
-    full = np.asarray(
-        Image.fromarray(mask.astype(np.uint8) * 255).resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
-    )
-    out = np.zeros((box.height, box.width), dtype=np.float32)
-    top, left = max(box.top, 0), max(box.left, 0)
-    bottom, right = min(box.top + box.height, shape[0]), min(box.left + box.width, shape[1])
-    inside = out[top - box.top : bottom - box.top, left - box.left : right - box.left]
-    np.divide(full[top:bottom, left:right], np.float32(255.0), out=inside)
-    return out
+def _sample(mask: NDArray[np.bool_], box: Box, shape: tuple[int, ...], size: int) -> NDArray[np.bool_]:
+    """The box of a mask over a frame of `shape`, bilinearly: bool (size, size), false beyond the frame."""
+
+    rows, down, in_height = _places(box.top, box.height, shape[0], mask.shape[0], size)
+    columns, right, in_width = _places(box.left, box.width, shape[1], mask.shape[1], size)
+    level = np.pad(mask, ((0, 1), (0, 1)), mode="edge").astype(np.float32)
+    level = level[rows] + down[:, None] * (level[rows + 1] - level[rows])
+    level = level[:, columns] + right * (level[:, columns + 1] - level[:, columns])
+    return (level > 0.5) & in_height[:, None] & in_width
+
+
+def _places(
+    start: int, length: int, side: int, cells: int, size: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
+    """Where `size` pixels lie that divide a `length` from `start` of a frame's `side`, on a grid of `cells` over it.
+
+    The cell whose centre is before each pixel's, how far to the next one (0..1), and whether it is in the frame.
+    """
+    at = start + (np.arange(size) + 0.5) * length / size
+    cell = np.clip(at * cells / side - 0.5, 0, cells - 1)
+    before = cell.astype(np.int64)
+    return before, (cell - before).astype(np.float32), (at >= 0) & (at < side)
 
 
 def _resize(values: NDArray[np.float32], size: int) -> NDArray[np.float32]:

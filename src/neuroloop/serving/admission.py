@@ -4,15 +4,17 @@ A queue without an end turns a crowd into answers that come when nobody waits fo
 a burst. Once that overflows it is no burst but more than the server can do, and a short queue is enough to keep the
 threads busy: until no more are turned away, only so many wait, the latest of those who waited are sent off, and fewer
 are worked on at once, for they would share the processor and each take longer. So answers that are given stay quick.
-Whoever is turned away learns it at once, before a key is looked up or a body read.
+Whoever is turned away learns it at once, before a key is looked up or a body read: whoever was let in before and is
+still sending counts as waiting.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +30,10 @@ CROWD = 1
 """Requests that may wait while others are being turned away: enough that no thread is idle until the next comes."""
 CALM_SECONDS = 1.0
 """A crowd is over when nobody was turned away for so long."""
+COMING_SECONDS = 0.25
+"""How long a request counts from the door on, until it waits or is worked on: enough for a key and some 100 kB of body
+on a busy server; whoever sends slowly must not keep others out meanwhile."""
+_COMING: contextvars.ContextVar[object] = contextvars.ContextVar("coming", default=None)
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -50,11 +56,25 @@ class Places:
         self._free, self._clock = at_once, clock
         self._spared = at_once - min(max(in_a_crowd or at_once, 1), at_once)
         self._queue: deque[_Waiting] = deque()
+        self._coming: dict[object, float] = {}  # since when, the earliest first
         self._crowded_until = 0.0
 
     def full(self) -> bool:
         """Whether one more would be turned away."""
-        return len(self._queue) >= (CROWD if self._crowded() else BURST)
+        while self._coming and (first := next(iter(self._coming.items())))[1] <= self._clock() - COMING_SECONDS:
+            del self._coming[first[0]]
+        return len(self._queue) + len(self._coming) >= max(self._usable(), 0) + (CROWD if self._crowded() else BURST)
+
+    @contextlib.contextmanager
+    def coming(self) -> Iterator[None]:
+        """Around a request that was let in: it counts for `COMING_SECONDS`, or until it calls `run`."""
+        self._coming[me := object()] = self._clock()
+        token = _COMING.set(me)
+        try:
+            yield
+        finally:
+            _COMING.reset(token)
+            self._coming.pop(me, None)
 
     def turned_away(self) -> Unavailable:
         """Note that one was turned away, which makes it a crowd; the error to tell them."""
@@ -75,6 +95,7 @@ class Places:
         Who is `patient` waits however long the queue is, and is not sent off: parts of a request that was let in.
         """
         deadline = self._clock() + seconds
+        self._coming.pop(_COMING.get(), None)
         try:
             await self._place(seconds, patient)
             job = self._start(function, *args)
@@ -125,7 +146,11 @@ class Places:
                 self._free -= 1
 
     def _has_place(self) -> bool:
-        return self._free > (self._spared if self._crowded() else 0)
+        return self._usable() > 0
+
+    def _usable(self) -> int:
+        """Free threads; fewer than none where more are at work than a crowd should have."""
+        return self._free - (self._spared if self._crowded() else 0)
 
     def _crowded(self) -> bool:
         return self._clock() < self._crowded_until
@@ -139,18 +164,16 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on, or not."""
-        if (
-            scope["type"] == "http"
-            and scope["path"] in self._paths
-            and scope["method"] == "POST"
-            and self._places.full()
-        ):
+        if scope["type"] != "http" or scope["path"] not in self._paths or scope["method"] != "POST":
+            return await self._app(scope, receive, send)
+        if self._places.full():
             scope["route"] = _Named(scope["path"])  # for the log and the metrics, as if it had been reached
             answer = problems.from_error(self._places.turned_away())
             if "transfer-encoding" in Headers(scope=scope):  # it may have no end, and nobody will read it
                 answer.headers["Connection"] = "close"
             return await answer(scope, receive, send)
-        await self._app(scope, receive, send)
+        with self._places.coming():
+            await self._app(scope, receive, send)
 
 
 def too_slow(seconds: float) -> Unavailable:

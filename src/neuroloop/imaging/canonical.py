@@ -81,7 +81,7 @@ def _outline(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], Box]:
     height, width = pixels.shape
     scale = max(height, width) / _WORK
     rows, columns = (max(1, round(side / scale)) for side in (height, width))
-    small = np.asarray(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BOX, reducing_gap=1))
+    small = np.asarray(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BOX, reducing_gap=2))
     mask = _largest(_sums_of_nine(small) > 9 * _background_level(small))
     ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     top, bottom = ys[0] * height / rows, (ys[-1] + 1) * height / rows
@@ -93,7 +93,7 @@ def _outline(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], Box]:
 def _sums_of_nine(small: NDArray[np.uint8]) -> NDArray[np.int16]:
     """The sum of each pixel and its eight neighbours, edge pixels repeated.
 
-    As the opening below, what `scipy.ndimage` gives in a fraction of its time, which is an answer's time.
+    Nine times what `ndimage.uniform_filter` gives, and as the opening below in a fraction of its time.
     """
     wide = np.pad(small, 1, mode="edge").astype(np.int16)
     rows = wide[:-2] + wide[1:-1] + wide[2:]
@@ -121,7 +121,7 @@ def _largest(bright: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _opened(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Opened twice by a cross, beyond the frame all is false: lets go of stamped text and thin rulers."""
+    """Eroded and then dilated by a cross, two pixels deep, false outside: lets go of stamped text and rulers."""
     wide = np.pad(mask, 2)
     for merge in (np.logical_and, np.logical_and, np.logical_or, np.logical_or):
         before = wide.copy()
@@ -154,7 +154,6 @@ def _cut(pixels: NDArray[np.uint8], box: Box) -> NDArray[np.float32]:
 
 def _sample(mask: NDArray[np.bool_], box: Box, shape: tuple[int, ...], size: int) -> NDArray[np.bool_]:
     """The box of a mask over a frame of `shape`, bilinearly: bool (size, size), false beyond the frame."""
-
     rows, down, in_height = _places(box.top, box.height, shape[0], mask.shape[0], size)
     columns, right, in_width = _places(box.left, box.width, shape[1], mask.shape[1], size)
     level = np.pad(mask, ((0, 1), (0, 1)), mode="edge").astype(np.float32)

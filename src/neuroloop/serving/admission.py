@@ -4,8 +4,8 @@ A queue without an end turns a crowd into answers that come when nobody waits fo
 a burst. Once that overflows it is no burst but more than the server can do, and a short queue is enough to keep the
 threads busy: until no more are turned away, only so many wait, the latest of those who waited are sent off, and fewer
 are worked on at once, for they would share the processor and each take longer. So answers that are given stay quick.
-Whoever is turned away learns it at once, before a key is looked up or a body read: whoever was let in before and is
-still sending counts as waiting.
+Nearly all who are turned away learn it at once, before a key is looked up or a body read: at the door, where those
+count too who were let in a moment before and are still sending.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
 from starlette.datastructures import Headers
@@ -31,8 +32,10 @@ CROWD = 1
 CALM_SECONDS = 1.0
 """A crowd is over when nobody was turned away for so long."""
 COMING_SECONDS = 0.25
-"""How long a request counts from the door on, until it waits or is worked on: enough for a key and some 100 kB of body
-on a busy server; whoever sends slowly must not keep others out meanwhile."""
+"""How long a request may count from the door on, until it waits or is worked on: enough for a key and some 100 kB of
+body on a busy server."""
+COMING_WHILE_IDLE_SECONDS = 0.03
+"""The same while a thread has nothing to do: whoever sends slowly must not keep others out then."""
 _COMING: contextvars.ContextVar[object] = contextvars.ContextVar("coming", default=None)
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -56,25 +59,26 @@ class Places:
         self._free, self._clock = at_once, clock
         self._spared = at_once - min(max(in_a_crowd or at_once, 1), at_once)
         self._queue: deque[_Waiting] = deque()
-        self._coming: dict[object, float] = {}  # since when, the earliest first
+        self._coming: dict[object, float] = {}  # since when, the latest last
         self._crowded_until = 0.0
 
     def full(self) -> bool:
         """Whether one more would be turned away."""
-        while self._coming and (first := next(iter(self._coming.items())))[1] <= self._clock() - COMING_SECONDS:
-            del self._coming[first[0]]
-        return len(self._queue) + len(self._coming) >= max(self._usable(), 0) + (CROWD if self._crowded() else BURST)
+        idle = self._usable() > 0 and not self._queue
+        since = self._clock() - (COMING_WHILE_IDLE_SECONDS if idle else COMING_SECONDS)
+        coming = sum(1 for _ in takewhile(lambda began: began > since, reversed(self._coming.values())))
+        return len(self._queue) + coming >= self._limit()
 
     @contextlib.contextmanager
     def coming(self) -> Iterator[None]:
-        """Around a request that was let in: it counts for `COMING_SECONDS`, or until it calls `run`."""
+        """Around a request that was let in: it counts as coming until it calls `run`, ends, or takes too long."""
         self._coming[me := object()] = self._clock()
         token = _COMING.set(me)
         try:
             yield
         finally:
-            _COMING.reset(token)
             self._coming.pop(me, None)
+            _COMING.reset(token)
 
     def turned_away(self) -> Unavailable:
         """Note that one was turned away, which makes it a crowd; the error to tell them."""
@@ -111,7 +115,7 @@ class Places:
         if self._has_place() and not self._queue:
             self._free -= 1
             return
-        if not patient and self.full():
+        if not patient and len(self._queue) >= self._limit():  # those who came later are nobody to wait for
             raise self.turned_away()
         waiting = _Waiting(asyncio.get_running_loop().create_future(), patient)
         self._queue.append(waiting)
@@ -147,6 +151,10 @@ class Places:
 
     def _has_place(self) -> bool:
         return self._usable() > 0
+
+    def _limit(self) -> int:
+        """How many may be on their way to a thread: as many as are free, and those who may wait."""
+        return max(self._usable(), 0) + (CROWD if self._crowded() else BURST)
 
     def _usable(self) -> int:
         """Free threads; fewer than none where more are at work than a crowd should have."""

@@ -38,7 +38,7 @@ from neuroloop.core.schemas import (
     Verdict,
     now,
 )
-from neuroloop.imaging.canonical import Box, canonical_and_box, head_box, place
+from neuroloop.imaging.canonical import Box, canonical_and_box, place
 from neuroloop.imaging.decode import Decoded, encode_png, objection
 from neuroloop.model.bundle import Bundle
 from neuroloop.model.card import Card, as_markdown
@@ -216,7 +216,7 @@ class InferenceService:
             }
         )
         explained = label not in (None, NO_TUMOUR)
-        explanation = _explanation(bundle, outputs.cam[0]) if request and explained else None
+        explanation = _explanation(bundle, outputs.cam[0], box) if request and explained else None
         try:
             self._record(prediction, request, explanation)
         except AlreadyExists:
@@ -225,8 +225,8 @@ class InferenceService:
             return self._again(claim, read, images, mine=key)
         if label is None:
             return _rejection(prediction, read)
-        heat = bundle.heat(outputs.cam[0], index) if explained and images else None
-        return _answer(prediction, read, heat, images=images, png=png, box=box)
+        drawn = (bundle.heat(outputs.cam[0], index), box) if explained and images else None
+        return _answer(prediction, read, drawn, images=images, png=png)
 
     def erase(self, prediction_id: str, *, reason: ErasureReason, by: str) -> Erasure:
         """Erase a prediction, see `records.erasure`. Raises `NotFound`, `Unavailable`."""
@@ -373,7 +373,8 @@ class InferenceService:
             return _rejection(prediction, read)
         if mine:  # what the other request left to draw the heat map from
             claim = log.claimed(claim.prediction_id)
-        return _answer(prediction, read, _heat(claim.explanation, prediction.label) if images else None, images=images)
+        drawn = _drawn(claim.explanation, prediction.label) if images else None
+        return _answer(prediction, read, drawn, images=images)
 
     def _record(self, prediction: Prediction, request: str, explanation: dict[str, object] | None) -> None:
         """Write the row of a stored object; where it certainly has none, the object goes too.
@@ -421,17 +422,16 @@ def _rejection(prediction: Prediction, read: Decoded) -> Rejection:
 def _answer(
     prediction: Prediction,
     read: Decoded,
-    heat: NDArray[np.float32] | None,
+    drawn: tuple[NDArray[np.float32], Box] | None,
     *,
     images: bool = True,
     png: bytes | None = None,
-    box: Box | None = None,
 ) -> Answer:
     """The answer, its images reduced to `SHOWN_SIDE`; the heat map is placed in that size, which is what is seen.
 
-    `png` and `box` are what was made of the pixels on the way, where it was: their PNG and the head in them.
+    `drawn` is the heat map and the head that it covers, `png` the PNG of the pixels where that was made on the way.
     """
-    image, heatmap = _shown(read.pixels, heat, png, box) if images else (None, None)
+    image, heatmap = _shown(read.pixels, drawn, png) if images else (None, None)
     return Answer(
         **prediction.model_dump(include=set(Answer.model_fields) & set(Prediction.model_fields) - {"gate"}),
         gate=prediction.gate,
@@ -444,7 +444,7 @@ def _answer(
 
 
 def _shown(
-    pixels: NDArray[np.uint8], heat: NDArray[np.float32] | None, png: bytes | None, box: Box | None
+    pixels: NDArray[np.uint8], drawn: tuple[NDArray[np.float32], Box] | None, png: bytes | None
 ) -> tuple[str, str | None]:
     """The image and the heat map as an answer holds them."""
     scale = min(1.0, SHOWN_SIDE / max(pixels.shape))
@@ -453,8 +453,8 @@ def _shown(
         reduced = Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX)
         png = encode_png(np.asarray(reduced))
     overlay = None
-    if heat is not None:
-        top, left, tall, wide = box or head_box(pixels)
+    if drawn is not None:
+        heat, (top, left, tall, wide) = drawn
         there = Box(round(top * scale), round(left * scale), max(1, round(tall * scale)), max(1, round(wide * scale)))
         overlay = place(np.rint(np.clip(heat, 0, 1) * 255).astype(np.uint8), there, (height, width))
     return _base64(png or encode_png(pixels)), None if overlay is None else _base64(encode_png(overlay))
@@ -469,23 +469,25 @@ def _known_form(prediction_id: str) -> None:
         raise NotFound("There is no prediction with this id", fix="use the id of an answer, as it was given")
 
 
-def _explanation(bundle: Bundle, cam: NDArray[np.float32]) -> dict[str, object]:
+def _explanation(bundle: Bundle, cam: NDArray[np.float32], box: Box) -> dict[str, object]:
     """What a heat map is drawn from, to the bit, so that a repeated request gets the same one: some kilobytes."""
     return {
         "cam": base64.b64encode(np.ascontiguousarray(cam, "<f4").tobytes()).decode("ascii"),
         "shape": list(cam.shape),
+        "box": list(box),
         "size": bundle.image_size,
         "offset": list(bundle.manifest.map_offset),
     }
 
 
-def _heat(explanation: dict[str, Any] | None, label: Label) -> NDArray[np.float32] | None:
-    """The inverse of `_explanation`: the heat map of the class, None where none was shown."""
+def _drawn(explanation: dict[str, Any] | None, label: Label) -> tuple[NDArray[np.float32], Box] | None:
+    """The inverse of `_explanation`: the heat map of the class and its place, None where none was shown."""
     if explanation is None:
         return None
     cam = np.frombuffer(base64.b64decode(explanation["cam"]), "<f4").reshape(explanation["shape"])
     down, right = explanation["offset"]
-    return heat_map(cam, LABELS.index(label), explanation["size"], (down, right))
+    heat = heat_map(cam, LABELS.index(label), explanation["size"], (down, right))
+    return heat, Box(*explanation["box"])
 
 
 def _open_classes(found: NDArray[np.bool_], probabilities: list[float]) -> list[str]:

@@ -135,7 +135,7 @@ def set_line(level: str, classes: tuple[str, ...]) -> str:
     """A prediction set in plain words."""
     share = percent(float(level))
     if not classes:
-        return f"**{share} set:** no class. The scan fits none of the four well enough; a reader should look."
+        return f"**{share} set:** empty. No class fits this scan as well as it fits nearly all scans of that class."
     names = [CLASS_NAMES[label].lower() for label in classes]
     if len(names) == len(LABELS):
         return f"**{share} set:** any of the four. At this coverage the scan says nothing."

@@ -125,9 +125,15 @@ def classify(upload: Upload) -> Outcome:
     if outcome is None:
         with st.spinner("Reading the scan"):
             try:
-                # The consent is the ticked notice's; the key makes "try again" a repeat, never a second record.
+                # The consent is the ticked notice's; but no model of real scans shall learn from a simulated sample.
+                foreign = upload.simulated and not layout.api().champion().simulated
+                # The key makes "try again" a repeat, never a second record.
                 answer = layout.api().predict(
-                    upload.data, upload.media_type, frame=upload.frame, key=upload.key, consent="training"
+                    upload.data,
+                    upload.media_type,
+                    frame=upload.frame,
+                    key=upload.key,
+                    consent="record" if foreign else "training",
                 )
                 outcome = Outcome(upload.key, answer=answer)
             except ApiProblem as fault:

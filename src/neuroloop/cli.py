@@ -186,14 +186,18 @@ def search(
     params = pipeline.Params.of(
         outside, given | {"hyperparameters": _json_object("--hyperparameters", hyperparameters)}
     )
-    for name, result in pipeline.play(outside, run_id, params):
-        print(name)
-        _show(result)
-        if name == "audit_data":  # the split is there, and a search wants no more
-            break
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("neuroloop").setLevel(logging.INFO)  # a line a trial
-    found = searching.search(outside, run_id, params, trials=trials, minutes=minutes, epochs=epochs or searching.EPOCHS)
+    try:
+        for name, result in pipeline.play(outside, run_id, params):
+            print(name)
+            _show(result)
+            if name == "audit_data":  # the split is there, and a search wants no more
+                break
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("neuroloop").setLevel(logging.INFO)  # a line a trial
+        most = epochs or searching.EPOCHS
+        found = searching.search(outside, run_id, params, trials=trials, minutes=minutes, epochs=most)
+    finally:
+        pipeline.drop_shards(outside, run_id)
     _show({name: value for name, value in found.items() if name != "trials"})
     chosen = json.dumps(found["hyperparameters"])
     print(f"Build with them: neuroloop build --architecture {params.architecture} --hyperparameters '{chosen}'")
@@ -214,7 +218,7 @@ def predict(
 
     If it is stopped or the API goes away, the same command goes on where it was: no image is recorded twice.
     """
-    from neuroloop.core.schemas import Consent
+    from neuroloop.core.schemas import RESEARCH_NOTICE, Consent
     from neuroloop.core.settings import Settings
     from neuroloop.loop import folder_prediction
 
@@ -228,10 +232,12 @@ def predict(
         ask = folder_prediction.through_api(api or settings.api_url, key, consent)
     else:
         ask = folder_prediction.with_bundle(bundle)
+    _writable(out)
     work = folder_prediction.Work.on(folder, out, asked=str(bundle or api), consent=consent)
     with typer.progressbar(length=len(work.files), label=f"{len(work.files):,} files", file=sys.stderr) as bar:
         counts = work.do(ask, at_once=at_once, done=bar.update)
     print(f"{', '.join(f'{count:,} {what}' for what, count in counts.items())}; written to {out}")
+    print(RESEARCH_NOTICE)
 
 
 @app.command()
@@ -318,9 +324,9 @@ def audit(
 
     if not folder.is_dir():
         raise InvalidSource(f"{folder} is no folder", fix="name the folder that holds part/class/images")
-    for file in (json_file, html_file):
-        if file and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise NeuroLoopError(f"{file} cannot be written", why="its folder is not there, or it is a folder itself")
+    for target in (json_file, html_file):
+        if target:
+            _writable(target)
     report = audit_folder(FolderStore(str(folder)), str(folder), say=_progress())
     for file, data in ((json_file, report.json_report), (html_file, report.html_report)):
         if file:
@@ -332,6 +338,14 @@ def audit(
     for file in (json_file, html_file):
         if file:
             print(f"written to {file}")
+
+
+def _writable(file: Path) -> None:
+    """Raise `NeuroLoopError` where a result could not be written, before any work is done for it."""
+    folder = file.absolute().parent
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "it is a folder itself, or its folder is not there or not yours to write to"
+        raise NeuroLoopError(f"{file} cannot be written", why=why, fix="name another place")
 
 
 @keys.command("create")

@@ -127,6 +127,53 @@ def test_a_folder_in_which_nothing_can_be_read_is_audited_and_says_so(tmp_path):
     assert report["findings"][0]["name"] == "broken_class"
 
 
+def test_deeper_folders_links_and_other_spellings_hide_no_leak(tmp_path):
+    files = {}
+    for path, data in four_classes(4).items():
+        label, name = path.split("/")
+        files[f"set/train/site A/{label}/patient 1/{name}"] = data
+        files[f"elsewhere/{label.upper()}/{name}"] = data
+    files |= {"set/train/Cat/1.png": encode_png(picture(901)), "elsewhere/cat/1.png": encode_png(picture(901))}
+    root = write(tmp_path, files)
+    (root / "set" / "test").symlink_to(root / "elsewhere", target_is_directory=True)
+    (root / "set" / "test" / "loop").symlink_to(root / "set", target_is_directory=True)
+    report = json.loads(audit_folder(FolderStore(str(root / "set")), "here").json_report)
+    assert report["classes"] == {"cat": 2, "glioma": 8, "meningioma": 8, "notumor": 8, "pituitary": 8}
+    assert [(part["name"], part["images"]) for part in report["parts"]] == [
+        ("test", 17),
+        ("train", 1),
+        ("train/site A", 16),
+    ]
+    assert report["twins_across_parts"] == 18  # "train/site A" is the largest of those one trains on
+    assert report["label_conflicts"] == []
+
+
+def test_images_in_no_part_beside_a_test_part_leak_too(tmp_path):
+    files = {}
+    for path, data in four_classes(4).items():
+        files[path] = files[f"test/{path}"] = data
+    report = json.loads(audit_folder(FolderStore(str(write(tmp_path, files))), "here").json_report)
+    assert [(part["name"], part["held_out"]) for part in report["parts"]] == [("", False), ("test", True)]
+    assert report["identical_across_parts"] == report["twins_across_parts"] == 16
+
+
+def test_what_is_not_looked_at_is_said_and_what_is_not_there_is_unreadable(tmp_path):
+    root = write(tmp_path, four_classes(4) | {"cover.jpg": b"x", "glioma/a.dcm": b"x", "glioma/b.DCM": b"x", "n": b"x"})
+    (root / "glioma" / "gone.png").symlink_to(root / "nowhere.png")
+    audited = audit_folder(FolderStore(str(root)), "here")
+    report = json.loads(audited.json_report)
+    assert report["ignored"] == {"(no suffix) files": 1, ".dcm files": 2, "images in no class folder": 1}
+    assert report["unreadable"] == ["glioma/gone.png"]
+    assert "4 files were not looked at" in audited.html_report.decode()
+
+
+def test_a_pattern_too_fine_for_a_thumbnail_is_blank_and_leaks_nowhere(tmp_path):
+    fine = encode_png((np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8))
+    root = write(tmp_path, four_classes(4) | {f"glioma/fine {n}.png": fine for n in range(3)})
+    report = json.loads(audit_folder(FolderStore(str(root)), "here").json_report)
+    assert report["blank"] == [f"glioma/fine {n}.png" for n in range(3)]
+
+
 def test_a_name_that_is_no_text_can_be_read_and_reported(tmp_path):
     folder = write(tmp_path, four_classes(6))
     odd = os.fsencode(folder / "glioma") + b"/\xff.png"

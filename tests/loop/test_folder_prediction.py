@@ -13,7 +13,7 @@ import pytest
 
 from imaging.files import dicom
 from neuroloop.core.errors import NeuroLoopError
-from neuroloop.core.schemas import LABELS
+from neuroloop.core.schemas import LABELS, RESEARCH_NOTICE
 from neuroloop.loop import folder_prediction
 from serving.running import KEY, Api, encoded, head, noise, wait, write_bundle
 
@@ -47,6 +47,7 @@ def check(table: pd.DataFrame) -> None:
     """Every file has its own row."""
     assert list(table.columns) == list(folder_prediction.COLUMNS)
     assert table["file"].tolist() == sorted(table["file"])
+    assert set(table["notice"]) == {RESEARCH_NOTICE}
     outcomes = table.set_index("file")["outcome"].to_dict()
     assert outcomes.pop("noise.png") == "refused"
     assert outcomes.pop("letter.txt") == "unreadable"

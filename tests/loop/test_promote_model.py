@@ -7,7 +7,7 @@ import pytest
 
 from neuroloop.bootstrap import Services
 from neuroloop.core.errors import NeuroLoopError
-from neuroloop.core.schemas import LABELS
+from neuroloop.core.schemas import LABELS, Promotion
 from neuroloop.core.settings import Settings
 from neuroloop.loop import handoff, pipeline
 from neuroloop.loop.promotion import BASELINES
@@ -42,6 +42,7 @@ def run_id(services: Services, champion: str, tmp_path: Path) -> str:
     version = services.registry.register(run, write_bundle(tmp_path / "second", data_version="d2"), tags={}).version
     handoff.keep(services, run_id, "register_model", {"version": version})
     evaluated = {"test": GOOD, "baselines": {f"{name}_macro_f1": 0.3 for name in BASELINES}, "simulated": True}
+    evaluated["data_version"] = "d2"
     outdated = {"version": champion, "reason": "its format is an older one"}
     about = {"split": "grouped", "test_images": dict.fromkeys(LABELS, 30), "champion": None, "outdated": outdated}
     handoff.keep(services, run_id, "evaluate_model", evaluated | about)
@@ -77,6 +78,22 @@ def test_a_repeat_does_not_undo_what_a_person_has_decided_since(services, champi
     assert pipeline.promote_model(services, run_id) == promoted
     assert (alias(services, "champion"), alias(services, "previous")) == (champion, promoted["version"])
     assert len(services.log.promotions()) == 2
+
+
+def test_the_best_champion_of_a_data_version_is_the_bar_for_all_that_follow(services, champion, tmp_path):
+    for number, (macro_f1, promoted, data_version) in enumerate(
+        ((0.9, True, "d2"), (0.95, True, "d2"), (0.93, True, "d2"), (0.99, False, "d2"), (0.98, True, "d1"))
+    ):
+        run = services.registry.open_run(f"bar-{uuid.uuid4()}", experiment=handoff.BUILD)
+        folder = write_bundle(tmp_path / str(number))
+        version = services.registry.register(run, folder, tags={"data_version": data_version}).version
+        metrics = {"candidate": GOOD | {"macro_f1": macro_f1}, "champion": None}
+        row = Promotion(
+            run_id=f"{uuid.uuid4()}", version=version, previous=None, promoted=promoted, checks=(), metrics=metrics
+        )
+        services.log.record_promotion(row)
+    assert pipeline.best_before(services, "d2") == GOOD | {"macro_f1": 0.95}
+    assert pipeline.best_before(services, "d3") is None
 
 
 def test_no_alias_moves_where_somebody_moved_the_champion_after_the_decision(services, champion, run_id, tmp_path):

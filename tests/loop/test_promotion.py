@@ -55,6 +55,22 @@ def test_losses_up_to_the_tolerance_are_within_it():
     assert promoted, failed(checks)
 
 
+def test_many_small_losses_do_not_add_up():
+    best = scores(accuracy=0.93, meningioma=0.95).test
+    champion = scores(accuracy=0.926, feedback=0.0, meningioma=0.94)
+    fine, slipping = scores(accuracy=0.926, feedback=0.5, meningioma=0.94), scores(accuracy=0.922, feedback=0.5)
+    assert decide(fine, champion, RULES, retraining=True, best=best)[0]
+    promoted, checks = decide(slipping, champion, RULES, retraining=True, best=best)
+    assert not promoted
+    assert failed(checks) == ["accuracy", "recall_meningioma"]
+    assert failed(decide(slipping, champion, RULES, retraining=True)[1]) == ["recall_meningioma"]
+
+
+def test_a_retraining_of_which_no_correction_is_held_out_must_be_better_on_the_test():
+    assert failed(decide(scores(), scores(), RULES, retraining=True)[1]) == ["macro_f1"]
+    assert decide(scores(macro_f1=0.91), scores(), RULES, retraining=True)[0]
+
+
 @pytest.mark.parametrize(
     ("images", "lost", "promoted"), [(42, 2, True), (42, 3, False), (245, 4, True), (245, 5, False)]
 )

@@ -75,6 +75,15 @@ def test_one_two_and_eight_shards_in_any_order_leave_the_same_bits(services, fil
     assert audits[1] == audits[2] == audits[0]
 
 
+def test_blocks_of_an_attempt_on_a_larger_training_part_are_not_learned_from(services, files):
+    left, _ = prepared(services, files, "mended", 2)
+    stale = handoff.shard_key("mended", 0, 98)
+    services.store.put(stale, b"of an image that was taken out of the source since")
+    preparation.augment_input_data(services, "mended", Params.of(services, {"image_size": 32, "seed": 3}))
+    own = {name for name in left if name.startswith("shards/")}
+    assert {key.split("/", 2)[2] for key in services.store.list(keys.run("mended", "shards") + "/")} == own
+
+
 def test_what_the_shards_saw_is_what_one_look_at_all_sees(services, files):
     prepared(services, files, "seen", 5)
     snapshot = snapshot_of(files, VERSION)

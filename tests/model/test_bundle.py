@@ -90,6 +90,15 @@ def test_a_manifest_that_does_not_fit_is_refused(copy, changes, message):
         Bundle.load(copy)
 
 
+def test_a_manifest_other_than_the_registered_one_is_refused(copy):
+    sha256 = Bundle.load(copy).sha256
+    assert Bundle.load(copy, sha256=sha256).sha256 == sha256
+    rewrite(copy, map_offset=[0.4, 0.4])
+    Bundle.load(copy)
+    with pytest.raises(InvalidBundle, match=r"bundle\.json is damaged.*registered"):
+        Bundle.load(copy, sha256=sha256)
+
+
 def test_a_bundle_of_the_first_format_is_refused_with_what_to_do(copy):
     manifest = json.loads((copy / "bundle.json").read_text())
     calibration = manifest.pop("calibration")

@@ -150,6 +150,18 @@ def test_of_two_readers_both_verdicts_are_kept_and_the_latest_correction_decides
     assert store.list(keys.CORRECTIONS) == [keys.correction("notumor", row.id)]
 
 
+def test_a_reader_who_says_later_that_it_is_no_brain_mri_takes_the_copy_away(log: PostgresLog, store: FolderStore):
+    row = recorded(log, store)
+    correct(log, row, "glioma", "ann")
+    corrections.settle(log, store, row)
+    log.record_feedback(Feedback(prediction_id=row.id, reader="ben", verdict=Verdict.NOT_BRAIN_MRI))
+    corrections.settle(log, store, row)
+    assert store.list(keys.CORRECTIONS) == []
+    log.record_feedback(Feedback(prediction_id=row.id, reader="ben", verdict=Verdict.NOT_SURE))
+    corrections.settle(log, store, row)
+    assert store.list(keys.CORRECTIONS) == [keys.correction("glioma", row.id)]
+
+
 # --- erasure and retention ----------------------------------------------------------------------
 
 

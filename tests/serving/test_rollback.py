@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from neuroloop.adapters.mlflow_registry import MODEL
+from neuroloop.model.bundle import BUNDLE_TAG
 from serving.running import Api, head, serving, wait, write_bundle
 
 
@@ -90,8 +91,11 @@ def test_a_version_that_cannot_be_served_is_refused_and_nothing_moves(services, 
     damaged = write_bundle(tmp_path / "damaged")
     (damaged / "gate.json").write_text((damaged / "gate.json").read_text() + " ")
     broken, legacy = register(damaged), register(write_bundle(tmp_path / "legacy", split="legacy"))
+    run = services.registry.open_run(f"serving-{tmp_path.name}", experiment="serving")
+    other = services.registry.register(run, write_bundle(tmp_path / "other"), tags={BUNDLE_TAG: "0" * 64}).version
+    cases = ((broken, 409, "damaged"), (other, 409, "registered"), (legacy, 409, "own split"), ("987654", 404, "98765"))
     with serving(services) as api:
-        for target, status, word in ((broken, 409, "damaged"), (legacy, 409, "own split"), ("987654", 404, "987654")):
+        for target, status, word in cases:
             answer = api.client.post(f"/v1/models/{target}/champion", json={"by": "ann", "reason": "why not"})
             assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
             assert word in answer.json()["detail"]

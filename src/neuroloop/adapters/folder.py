@@ -72,7 +72,12 @@ class FolderStore:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):
                 self._fail(f"cannot list {error.filename}", error)
 
-        for folder, folders, names in os.walk(start, onerror=stop):
+        real: dict[Path, str] = {}
+        for folder, folders, names in os.walk(start, onerror=stop, followlinks=True):
+            real[Path(folder)] = here = os.path.realpath(folder)
+            if any(real.get(above) == here for above in Path(folder).parents):  # a link to a folder that it lies in
+                folders.clear()
+                continue
             if Path(folder) == self._root and _TEMPORARY in folders:
                 folders.remove(_TEMPORARY)
             below = Path(folder).relative_to(self._root).as_posix()

@@ -372,9 +372,12 @@ def _look_at(data: bytes) -> "_Look | tuple[FaultKind, str]":
         return "tiny" if _is_tiny(data) else "unreadable", f"unreadable: {error}"
     if pixels.std() < BLANK_DEVIATION:
         return "blank", f"blank: its grey levels deviate by {pixels.std():.1f} of 255 only"
+    small = thumbnail(pixels)
+    if not small.any():  # such have no correlation, so they could not even be told from one another
+        return "blank", "blank: a pattern so fine that nothing is left of it at 32 x 32 pixels"
     side = (shortcuts.FRAME, shortcuts.FRAME)
     return _Look(
-        thumbnail=thumbnail(pixels),
+        thumbnail=small,
         frame=np.asarray(Image.fromarray(pixels).resize(side, Image.Resampling.BOX)),
         histogram=np.bincount(pixels.ravel() >> 3, minlength=32),
         size=(len(data), *pixels.shape),
@@ -394,10 +397,14 @@ def _source_parts(entries: Sequence[AuditedImage], leaks: Collection[str]) -> tu
     for image in entries:
         where.setdefault(image.sha256, set()).add(image.part)
     images = Counter(image.part for image in entries)
-    names = sorted(set(images) - {""})
+    names = sorted(images)
     if len(names) < 2:  # what all images share is a folder, not a split
         names = []
-    trained_on = max(names, key=lambda name: (name.casefold().startswith("train"), images[name]), default="")
+
+    def likely(name: str) -> tuple[bool, bool, int]:
+        return name.casefold().startswith("train"), not name.casefold().startswith("test"), images[name]
+
+    trained_on = max(names, key=likely, default="")
     return tuple(
         SourcePart(
             name=name,

@@ -37,6 +37,7 @@ DEFINITIONS: Mapping[str, str] = {
     "mirrored or turned by quarters (correlation of 32x32 thumbnails of the whole image 0.99 or more)",
     "leak_rate": "twins_across_parts as a share of all readable images of held-out parts",
     "leaks": "image (of any part) -> its most alike twin in another part",
+    "ignored": "what was not looked at, in words -> number of files",
     "groups": "connected components of correlation 0.95 or more between those thumbnails over flips and quarter turns, "
     "that hold an image which is not quarantined",
     "groups_of_all_readable": "the same, counted before anything readable was quarantined",
@@ -50,7 +51,12 @@ _PAIRS, _TILES, _GROUPS, _MEMBERS = 24, 160, 6, 8  # shown at most; the JSON lis
 
 
 def document(
-    audit: Audit, found: Sequence[Finding], measured: Shortcuts | None = None, *, source: str = ""
+    audit: Audit,
+    found: Sequence[Finding],
+    measured: Shortcuts | None = None,
+    *,
+    source: str = "",
+    ignored: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The audit as JSON-ready values; `DEFINITIONS` says what each field means, and stands in it."""
     splits = {"source": measured.source if measured else {}, "grouped": measured.grouped if measured else {}}
@@ -59,6 +65,7 @@ def document(
         "source": source,
         "version": audit.version,
         "images": audit.images,
+        "ignored": dict(ignored or {}),
         "classes": audit.classes,
         **{kind: list(paths) for kind, paths in audit.faults.items()},
         "label_conflicts": [list(pair) for pair in audit.label_conflicts],

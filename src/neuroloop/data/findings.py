@@ -76,8 +76,9 @@ def _leaks(audit: Audit) -> Iterator[Finding]:
             yield Finding(
                 grade="error" if part.leak_rate >= GRAVE_LEAK else "warning",
                 name="source_leak",
-                what=f"{part.leak_rate:.1%} of {part.name} ({part.twins:,} of {part.images:,} images) stand in another "
-                f"part of the source too, {part.identical} of them byte for byte",
+                what=f"{part.leak_rate:.1%} of {part.name or 'the images in no part'} ({part.twins:,} of "
+                f"{part.images:,} images) stand in another part of the source too, "
+                f"{part.identical} of them byte for byte",
                 why="a model can know these images by heart: a score on this part says little about new ones",
                 fix="use the grouped split; quote a score on this part only with its leak rate beside it",
                 images=part.twins,

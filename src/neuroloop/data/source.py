@@ -10,8 +10,8 @@ from neuroloop.core.schemas import LABELS, Label, SourceFile
 from neuroloop.imaging.decode import encode_png
 from neuroloop.imaging.phantom import SCANNERS, scan
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-"""What `imaging.decode` reads, by the names such files have."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+"""The plain pictures among what `imaging.decode` reads, by the names such files have."""
 
 MINIMUM_PER_CLASS = 10
 """Fewer images than this cannot be divided into four parts of which each knows every class."""
@@ -145,7 +145,7 @@ class ObjectSource:
             )
         images = sorted(key for key in keys if key.lower().endswith(IMAGE_SUFFIXES))
         self.ignored = dict(
-            sorted(Counter(_suffix(key) for key in keys if not key.lower().endswith(IMAGE_SUFFIXES)).items())
+            sorted(Counter(suffix_of(key) for key in keys if not key.lower().endswith(IMAGE_SUFFIXES)).items())
         )
         if not images:
             found = ", ".join(f"{count} {suffix}" for suffix, count in self.ignored.items())
@@ -201,6 +201,7 @@ def hidden(key: str) -> bool:
     return any(piece.startswith(".") or piece == "__MACOSX" for piece in key.split("/"))
 
 
-def _suffix(key: str) -> str:
+def suffix_of(key: str) -> str:
+    """`.jpg` of a key, in lower case, or `(no suffix)`."""
     name = key.rsplit("/", 1)[-1]
     return f".{name.rsplit('.', 1)[1].lower()}" if "." in name else "(no suffix)"

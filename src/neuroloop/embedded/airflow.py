@@ -1,5 +1,6 @@
 """Airflow's REST API, as far as the platform uses it from outside: health, trigger, follow."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -67,9 +68,12 @@ class AirflowClient:
         return _checked(answer, f"{task} of {run} has no result").json()["value"]
 
     def follow(
-        self, dag: str, run: str, say: Callable[[str], None] = lambda line: None, seconds: float = 3 * 3600
+        self, dag: str, run: str, say: Callable[[str], None] = lambda line: None, seconds: float = math.inf
     ) -> dict[str, dict[str, Any]]:
-        """Report each task as it starts and ends, until the run ends; its tasks. A failed run raises."""
+        """Report each task as it starts and ends, until the run ends; its tasks. A failed run raises.
+
+        So does one that has not ended after `seconds`; by default it is followed however long it takes.
+        """
         seen: dict[str, str] = {}
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

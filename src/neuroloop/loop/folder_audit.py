@@ -1,21 +1,23 @@
 """The audit of any folder of images, without the rest of the platform."""
 
 import hashlib
+import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 
 import numpy as np
 from pydantic import Field
 from sklearn.model_selection import StratifiedGroupKFold
 
-from neuroloop.core.errors import InvalidSource
+from neuroloop.core.errors import InvalidSource, NotFound
 from neuroloop.core.ports import ObjectStore
 from neuroloop.core.schemas import Record
 from neuroloop.data import audit_report, shortcuts
 from neuroloop.data.audit import Audit, Looks, judge, look, own_split
 from neuroloop.data.findings import Finding, findings
-from neuroloop.data.source import IMAGE_SUFFIXES, hidden, label_of
+from neuroloop.data.source import IMAGE_SUFFIXES, hidden, label_of, suffix_of
 
 FOLDS = 5
 """A folder has no frozen split; for its shortcuts one group in five is tested on."""
@@ -39,7 +41,7 @@ class Folder(Record):
 
     version: str
     images: tuple[FolderImage, ...]
-    ignored: int = Field(description="other files")
+    ignored: dict[str, int] = Field(description="what was not looked at, in words -> files")
 
 
 class FolderAudit(Record):
@@ -60,7 +62,7 @@ def audit_folder(store: ObjectStore, name: str, *, say: Callable[[str], None] = 
     say(f"{len(folder.images):,} images in {len({image.label for image in folder.images})} classes")
 
     def read(image: FolderImage) -> bytes:
-        return store.get(image.key)
+        return _get(store, image.key)
 
     def progress(done: int, total: int) -> None:
         if done == total or done % max(total // 10, 100) == 0:
@@ -77,17 +79,23 @@ def audit_folder(store: ObjectStore, name: str, *, say: Callable[[str], None] = 
         generator=np.random.default_rng(0),
     )
     say("shortcuts measured")
-    found = findings(audit, measured)
+    found = (*_ignored(folder), *findings(audit, measured))
     return FolderAudit(
         audit=audit,
         findings=found,
-        json_report=audit_report.to_json(audit_report.document(audit, found, measured, source=name)),
+        json_report=audit_report.to_json(
+            audit_report.document(audit, found, measured, source=name, ignored=folder.ignored)
+        ),
         html_report=audit_report.to_html(audit, found, measured, source=name, images=folder.images, read=read),
     )
 
 
 def list_folder(store: ObjectStore, name: str) -> Folder:
-    """The images below a folder, told by their suffix, each read once for its hash. Raises `InvalidSource`."""
+    """The images below a folder, told by their suffix, each read once for its hash. Raises `InvalidSource`.
+
+    A class is the deepest folder whose name is one of ours, else the folder that holds the image, whatever its case;
+    what is above it, but for what all images share, is the part.
+    """
     store.check()
     found = [key for key in store.list("") if not hidden(key)]
     images = [key for key in found if key.lower().endswith(IMAGE_SUFFIXES)]
@@ -100,30 +108,72 @@ def list_folder(store: ObjectStore, name: str) -> Folder:
             fix="name the folder that holds the class folders",
         )
     loose = [key for key in images if "/" not in key]
-    if loose:
+    images = [key for key in images if "/" in key]
+    if not images:
         raise InvalidSource(
             f"{loose[0]} in {name} has no class",
             why=f"{len(loose)} images lie in no class folder; expected {_LAYOUT}",
             fix="name the folder above, or move them into class folders",
         )
 
-    def one(key: str) -> FolderImage:
-        data = store.get(key)
-        *_, part, label = ["", *key.split("/")[:-1]]
-        path = _text(key)
+    spelled: dict[str, str] = {}
+    placed = [_placed(key.split("/")[:-1], spelled) for key in images]
+    levels = zip(*(above for above, _ in placed), strict=False)
+    shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, levels))
+
+    def one(key: str, place: tuple[list[str], str]) -> FolderImage:
+        data, (above, label) = _get(store, key), place
         return FolderImage(
-            path=path,
+            path=_text(key),
             key=key,
-            label=label_of(label) or _text(label),
-            part=_text(part),
+            label=_text(label),
+            part=_text("/".join(above[shared:])),
             sha256=hashlib.sha256(data).hexdigest(),
             size=len(data),
         )
 
     with ThreadPoolExecutor(4) as pool:
-        entries = tuple(pool.map(one, images))
+        entries = tuple(pool.map(one, images, placed))
     version = hashlib.sha256("\n".join(f"{image.sha256} {image.path}" for image in entries).encode()).hexdigest()
-    return Folder(version=version, images=entries, ignored=len(found) - len(images))
+    ignored = Counter(f"{suffix_of(key)} files" for key in found if not key.lower().endswith(IMAGE_SUFFIXES))
+    if loose:
+        ignored["images in no class folder"] = len(loose)
+    return Folder(version=version, images=entries, ignored=dict(sorted(ignored.items())))
+
+
+def _placed(folders: Sequence[str], spelled: dict[str, str]) -> tuple[list[str], str]:
+    """The folders above the class, and the class as `spelled` has it, which learns the first spelling of each."""
+    for depth in range(len(folders) - 1, -1, -1):
+        if (label := label_of(folders[depth])) is not None:
+            return list(folders[:depth]), label
+    name = folders[-1]
+    return list(folders[:-1]), spelled.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+
+
+def _get(store: ObjectStore, key: str) -> bytes:
+    """The bytes of an image; none of one that is listed and not there, as a link that leads nowhere is."""
+    try:
+        return store.get(key)
+    except NotFound:
+        return b""
+
+
+def _ignored(folder: Folder) -> list[Finding]:
+    """A finding on what was not looked at, where there is such."""
+    if not folder.ignored:
+        return []
+    count = sum(folder.ignored.values())
+    named = ", ".join(f"{number:,} {what}" for what, number in folder.ignored.items())
+    return [
+        Finding(
+            grade="warning",
+            name="ignored",
+            what=f"{count:,} files were not looked at: {named}",
+            why=f"images are told by their names, which end in {', '.join(IMAGE_SUFFIXES)}; expected {_LAYOUT}",
+            fix="where they are images, convert them or move them into class folders",
+            images=count,
+        )
+    ]
 
 
 def _splits(looks: Looks[FolderImage], audit: Audit) -> dict[str, tuple[np.ndarray, np.ndarray]]:

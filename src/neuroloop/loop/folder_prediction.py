@@ -21,7 +21,7 @@ import httpx
 import pandas as pd
 
 from neuroloop.core.errors import InvalidImage, NeuroLoopError, NotFound, Unavailable
-from neuroloop.core.schemas import LABELS
+from neuroloop.core.schemas import LABELS, RESEARCH_NOTICE
 from neuroloop.data.source import hidden
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.imaging.decode import objection, read
@@ -34,7 +34,7 @@ Ask = Callable[[bytes, str], Row]
 
 COLUMNS = (
     *("file", "outcome", "id", "label", *(f"p_{label}" for label in LABELS), "refer", "set_90", "set_95"),
-    *("gate_score", "novelty", "model_version", "problem"),
+    *("gate_score", "novelty", "model_version", "problem", "notice"),
 )
 TRIES, LONGEST_PAUSE = 6, 10.0  # some 30 seconds, within which a killed service is back
 _PASSING = (408, 425, 429, 500, 502, 503, 504, 507)
@@ -100,7 +100,8 @@ class Work:
                 result.result()
         # In a name that is no UTF-8, the bytes that are none are written as \udcff.
         named = {file: {"file": file.encode(errors="backslashreplace").decode()} for file in self.files}
-        table = pd.DataFrame([self.rows[file] | named[file] for file in self.files], columns=list(COLUMNS))
+        rows = [self.rows[file] | named[file] | {"notice": RESEARCH_NOTICE} for file in self.files]
+        table = pd.DataFrame(rows, columns=list(COLUMNS))
         part = self.out.with_name(self.out.name + ".new")
         if self.out.suffix.lower() == ".csv":
             table.to_csv(part, index=False)

@@ -217,3 +217,8 @@ def drop_shards(services: Services, run_id: str) -> None:
     for kind in ("shards", "train", "looks", "measures"):
         for key in services.store.list(keys.run(run_id, kind) + "/"):
             services.store.delete(key)
+
+
+def drop_training_part(services: Services, run_id: str) -> None:
+    """Remove what a retraining has learned from: copies of uploads, which nobody would find to erase them."""
+    services.store.delete(keys.run(run_id, "train.npz"))

@@ -18,7 +18,7 @@ import numpy as np
 
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
-from neuroloop.core.errors import NeuroLoopError, NotFound, OutdatedBundle
+from neuroloop.core.errors import InvalidBundle, NeuroLoopError, NotFound
 from neuroloop.core.schemas import (
     LABELS,
     PARTS,
@@ -40,6 +40,7 @@ from neuroloop.loop.handoff import (
     RETRAINING,
     Result,
     drop_shards,
+    drop_training_part,
     image_reader,
     keep,
     kept,
@@ -66,7 +67,7 @@ from neuroloop.loop.preparation import (
 )
 from neuroloop.loop.shards import audit_shard, list_shards, prepare_shard
 from neuroloop.model import card
-from neuroloop.model.bundle import CARD, CARD_DATA, Bundle, Manifest, with_card
+from neuroloop.model.bundle import BUNDLE_TAG, CARD, CARD_DATA, Bundle, Manifest, with_card
 from neuroloop.model.card import Card, compose
 
 __all__ = [
@@ -288,11 +289,16 @@ def evaluate_model(
     result["champion"] = result["outdated"] = None
     if champion is not None:
         try:
-            result["champion"] = score_champion(services, champion.version, split, test, corrections)
-        except OutdatedBundle as error:
+            with tempfile.TemporaryDirectory() as folder:
+                files = services.registry.download_bundle(champion.version, Path(folder))
+                bundle = Bundle.load(files, threads=2, sha256=champion.tags.get(BUNDLE_TAG))
+        except (InvalidBundle, NotFound) as error:  # damaged or gone: no build could ever replace it otherwise
             log.warning("the champion, version %s, cannot be compared: %s", champion.version, error)
             simulated = champion.tags.get("simulated") == "true"
             result["outdated"] = {"version": champion.version, "reason": str(error), "simulated": simulated}
+        else:
+            scores = score_champion(services, bundle, split, test, corrections)
+            result["champion"] = {"version": champion.version, **scores}
     services.registry.log_metrics(run, scoring.metrics_of(result))
     for name, plot in plots.items():
         services.registry.log_bytes(run, f"evaluation/{name}", plot)
@@ -302,7 +308,7 @@ def evaluate_model(
 
 def score_champion(
     services: Services,
-    champion: str,
+    champion: Bundle,
     split: Split,
     test: Arrays,
     corrections: Callable[[int], Arrays] | None = None,
@@ -310,15 +316,12 @@ def score_champion(
     """The champion's scores on the candidate's test part and the held-out corrections, in its own image size."""
     from neuroloop.loop import scoring
 
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Bundle.load(services.registry.download_bundle(champion, Path(folder)), threads=2)
-        if bundle.image_size != test.images.shape[1]:
-            test = dataset.canonical_arrays(split.of("test"), image_reader(services), bundle.image_size)
-        scores = scoring.scores_on(bundle, test)
-        result: Result = {"version": champion, "test": scores, "simulated": bundle.manifest.simulated}
-        if corrections is not None:
-            result["feedback"] = scoring.scores_on(bundle, corrections(bundle.image_size))
-        return result
+    if champion.image_size != test.images.shape[1]:
+        test = dataset.canonical_arrays(split.of("test"), image_reader(services), champion.image_size)
+    result: Result = {"test": scoring.scores_on(champion, test), "simulated": champion.manifest.simulated}
+    if corrections is not None:
+        result["feedback"] = scoring.scores_on(champion, corrections(champion.image_size))
+    return result
 
 
 def log_dataset(services: Services, run: str, split: Split, part: Part, arrays: Arrays) -> None:
@@ -357,7 +360,7 @@ def register_model(services: Services, run_id: str, experiment: str = BUILD) -> 
             "test_macro_f1": f"{evaluated['test']['macro_f1']:.4f}",
             "test_accuracy": f"{evaluated['test']['accuracy']:.4f}",
             "notice": RESEARCH_NOTICE,
-            "bundle_sha256": bundle.sha256,
+            BUNDLE_TAG: bundle.sha256,
         }
         text = (folder / CARD).read_text()
         for name in (CARD, CARD_DATA):
@@ -486,6 +489,7 @@ def decision(services: Services, run_id: str, version: str, experiment: str) -> 
         evaluated["baselines"],
         retraining=experiment == RETRAINING,
         images=evaluated["test_images"],
+        best=best_before(services, evaluated["data_version"]),
         outdated=outdated.get("reason", ""),
         outdated_simulated=outdated.get("simulated", True),
     )
@@ -498,6 +502,14 @@ def decision(services: Services, run_id: str, version: str, experiment: str) -> 
         metrics={"candidate": evaluated["test"], "champion": before and before["test"]}
         | {"feedback": {"candidate": evaluated.get("feedback"), "champion": before and before.get("feedback")}},
     )
+
+
+def best_before(services: Services, data_version: str) -> dict[str, float] | None:
+    """Test scores of the best champion by macro-F1, going by the ledger, that this data version has had."""
+    own = {each.version for each in services.registry.versions() if each.tags.get("data_version") == data_version}
+    rows = [row for row in services.log.promotions() if row.promoted and row.version in own]
+    scored = [row.metrics["candidate"] for row in rows if (row.metrics or {}).get("candidate")]
+    return max(scored, key=lambda test: test["macro_f1"], default=None)
 
 
 def reevaluate(services: Services, run_id: str, experiment: str) -> Result:
@@ -546,4 +558,6 @@ def send_email(services: Services, run_id: str, experiment: str = BUILD) -> Resu
     outcome: Outcome = "promoted" if promoted["promoted"] else "not_promoted"
     services.log.record_end(PipelineEnd(dag=experiment, outcome=outcome, run_id=run_id, task="send_email"))
     drop_shards(services, run_id)
+    if experiment == RETRAINING:
+        drop_training_part(services, run_id)
     return keep(services, run_id, "send_email", {"subject": subject})

@@ -294,10 +294,17 @@ def _check_changes(
 
 
 def augment_input_data(services: Services, run_id: str, params: Params) -> Result:
-    """Join what `prepare_shard` made of the training part, for the steps that want it whole, and show samples of it."""
+    """Join what `prepare_shard` made of the training part, for the steps that want it whole, and show samples of it.
+
+    Blocks beyond its own are those of an attempt on a larger one, before the source was mended: they are removed.
+    """
     split = run_split(services, run_id)
     arrays = shards.training_part(services, run_id, split)
-    blocks = len(services.store.list(keys.run(run_id, "shards") + "/")) // SHARDS
+    blocks = len(dataset.blocks(split.of("train")))
+    wanted = {shard_key(run_id, epoch, block) for epoch in range(SHARDS) for block in range(blocks)}
+    for key in services.store.list(keys.run(run_id, "shards") + "/"):
+        if key not in wanted:
+            services.store.delete(key)
     result = _keep_training_part(services, run_id, arrays, params.seed, simulated=split.simulated, experiment=BUILD)
     return keep(services, run_id, "augment_input_data", {"epochs": SHARDS, "blocks": blocks, **result})
 

@@ -21,7 +21,7 @@ from neuroloop.imaging.decode import decode
 from neuroloop.loop import feedback, handoff, pipeline, preparation, splitting
 from neuroloop.loop.feedback import Correction
 from neuroloop.loop.handoff import RETRAINING, Result, log
-from neuroloop.model.bundle import Bundle
+from neuroloop.model.bundle import BUNDLE_TAG, Bundle
 from neuroloop.records import erasure, orphans
 
 _AT_ONCE = 4096  # images that are compared with corrections at a time
@@ -75,9 +75,14 @@ def flag_true(services: Services, run_id: str) -> Result:
 
 def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: int | None, seed: int) -> Result:
     """Train the champion further on its own training part plus the corrections that are not held out."""
-    start = handoff.settled(services, run_id, "start", lambda: _start(services))["version"]
+    for batch in feedback.batches(services.store):  # of runs that never came to their end
+        if batch.run_id != run_id:
+            handoff.drop_shards(services, batch.run_id)
+            handoff.drop_training_part(services, batch.run_id)
+    settled = handoff.settled(services, run_id, "start", lambda: _start(services))
+    start, sha256 = settled["version"], settled.get("sha256")
     with tempfile.TemporaryDirectory() as folder:
-        bundle = Bundle.load(services.registry.download_bundle(start, Path(folder)))
+        bundle = Bundle.load(services.registry.download_bundle(start, Path(folder)), sha256=sha256)
         version, size = bundle.manifest.data_version, bundle.image_size
         statistics_json, weights = bundle.statistics, bundle.weights
         architecture, chosen = bundle.manifest.architecture, bundle.manifest.hyperparameters
@@ -128,7 +133,7 @@ def _start(services: Services) -> Result:
     champion = services.registry.by_alias("champion")
     if champion is None:
         raise NotFound("no champion to retrain", fix=f"run {handoff.BUILD} first")
-    return {"version": champion.version}
+    return {"version": champion.version, "sha256": champion.tags.get(BUNDLE_TAG)}
 
 
 def evaluate_model(services: Services, run_id: str) -> Result:

@@ -41,6 +41,8 @@ MANIFEST, MODEL, STATISTICS, WEIGHTS = "bundle.json", "model.onnx", "statistics.
 GATE, GATE_MODEL = "gate.json", "gate.onnx"
 CARD, CARD_DATA, CANARY = "card.md", "card.json", "canary.npz"
 FORMAT = 4
+BUNDLE_TAG = "bundle_sha256"
+"""Tag of a registered version: the sha256 of its manifest."""
 _REQUIRED, _OPTIONAL = {MODEL, GATE, GATE_MODEL, STATISTICS}, {WEIGHTS, CARD, CARD_DATA, CANARY}
 _BATCH = 64  # images a forward pass; bounds the memory of a large set
 
@@ -178,14 +180,18 @@ class Bundle:
             self.canary.verify(self.predict(self.canary.images).probabilities)
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int = 1) -> "Bundle":
+    def load(cls, folder: Path, *, threads: int = 1, sha256: str | None = None) -> "Bundle":
         """Read and verify the bundle in `folder`; `threads` is the number of cores one prediction may use.
 
-        Raises `OutdatedBundle` on another format or a canonical form of another version, `InvalidBundle` on a missing
-        or altered file, a file that no bundle has, labels other than this program's, or a network or gate that does
-        not fit.
+        `sha256` is what its registration says of the manifest, which vouches for the other files. Raises
+        `OutdatedBundle` on another format or a canonical form of another version, `InvalidBundle` on a missing or
+        altered file, a file that no bundle has, labels other than this program's, or a network or gate that does not
+        fit.
         """
         raw = _read(folder / MANIFEST)
+        if sha256 and _sha256(raw) != sha256:
+            why = "its hash is not the one it was registered with"
+            raise InvalidBundle(f"{MANIFEST} is damaged", why=why, fix="restore the bundle, or build the model again")
         fix = "build the model again with this version of NeuroLoop"
         if (found := _format(raw)) != FORMAT:
             raise OutdatedBundle(f"the bundle has format {found}", why=f"this program reads format {FORMAT}", fix=fix)

@@ -2,8 +2,9 @@
 
 A prediction has at most one corrected copy, under the class of the latest standing correction: several readers may have
 corrected it to different classes, all their verdicts are kept, the last word counts. A reader who takes a correction
-back moves the copy to what another reader's correction says, or removes it where there is none. An image whose
-uploader agreed to its record only gets no copy, whatever readers say.
+back moves the copy to what another reader's correction says, or removes it where there is none. A later "not a brain
+MRI" of any reader removes it too: a knee is no glioma. An image whose uploader agreed to its record only gets no copy,
+whatever readers say.
 """
 
 import logging
@@ -30,9 +31,9 @@ def may_train(prediction: Prediction) -> bool:
 
 
 def standing(verdicts: Sequence[Feedback]) -> Label | None:
-    """The class of the latest correction, None where no reader corrects."""
-    corrections = [one for one in verdicts if one.verdict is Verdict.CORRECT]
-    return max(corrections, key=lambda one: (one.created_at, one.reader)).label if corrections else None
+    """The class of the latest correction; None where no reader corrects, or one says later that it is no brain MRI."""
+    said = [one for one in verdicts if one.verdict in (Verdict.CORRECT, Verdict.NOT_BRAIN_MRI)]
+    return max(said, key=lambda one: (one.created_at, one.reader)).label if said else None
 
 
 def settle(log: PredictionLog, store: ObjectStore, prediction: Prediction) -> None:

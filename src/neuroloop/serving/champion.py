@@ -11,7 +11,7 @@ from pathlib import Path
 from neuroloop.bootstrap import Services
 from neuroloop.core.errors import InvalidBundle, Unavailable
 from neuroloop.core.schemas import ModelVersion, now
-from neuroloop.model.bundle import Bundle
+from neuroloop.model.bundle import BUNDLE_TAG, Bundle
 from neuroloop.serving.metrics import Metrics
 
 ALIAS = "champion"
@@ -123,17 +123,19 @@ class Champion:
 
     def _load(self, version: ModelVersion) -> Served:
         with tempfile.TemporaryDirectory(prefix="neuroloop-bundle-") as folder:
-            bundle = Bundle.load(self._services.registry.download_bundle(version.version, Path(folder)))
+            files = self._services.registry.download_bundle(version.version, Path(folder))
+            bundle = Bundle.load(files, sha256=version.tags.get(BUNDLE_TAG))
         self._compare(bundle)
         return Served(version, bundle, now())
 
     def _compare(self, bundle: Bundle) -> None:
-        """Ask a bundle that brings no reference images those of the served one. Raises `InvalidBundle`.
+        """Ask a bundle the reference images of the served one. Raises `InvalidBundle`.
 
-        A bundle with its own has answered them at its load. Models for other images are not comparable.
+        Its own, where it has any, it has answered at its load; but those came with it. Models for other images are not
+        comparable.
         """
         served = self._served.bundle if self._served else None
-        if bundle.canary is not None or served is None or served.canary is None:
+        if served is None or served.canary is None:
             return
         manifest, other = bundle.manifest, served.manifest
         if (manifest.simulated, manifest.image_size) != (other.simulated, other.image_size):

@@ -7,7 +7,7 @@ from pathlib import Path
 from neuroloop.bootstrap import Services
 from neuroloop.core.errors import InvalidBundle, NeuroLoopError, NotFound
 from neuroloop.core.schemas import Check, ModelVersion, Promotion, now
-from neuroloop.model.bundle import Bundle
+from neuroloop.model.bundle import BUNDLE_TAG, Bundle
 
 
 class NotPromotable(NeuroLoopError):
@@ -73,7 +73,8 @@ def _target(services: Services, version: str | None) -> ModelVersion:
 def _verify(services: Services, target: ModelVersion) -> None:
     with tempfile.TemporaryDirectory(prefix="neuroloop-rollback-") as folder:
         try:
-            bundle = Bundle.load(services.registry.download_bundle(target.version, Path(folder)))
+            files = services.registry.download_bundle(target.version, Path(folder))
+            bundle = Bundle.load(files, sha256=target.tags.get(BUNDLE_TAG))
         except InvalidBundle as error:
             raise NotPromotable(
                 f"Version {target.version} cannot be served, so nothing was changed", why=str(error), fix="name another"

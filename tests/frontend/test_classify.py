@@ -101,7 +101,7 @@ def test_an_uncertain_scan_is_referred_to_a_reader_with_the_reason_before_any_cl
 @pytest.mark.parametrize(
     ("classes", "expected"),
     [
-        ((), "no class"),
+        ((), "empty"),
         (("glioma",), "glioma alone"),
         (("pituitary", "glioma"), "pituitary tumour or glioma"),
         (("pituitary", "glioma", "notumor"), "pituitary tumour, glioma or no tumour"),

@@ -48,7 +48,7 @@ class TrainConfig:
     small_start: float = 0.0
     """Share of the training on smaller images: first at half the side, which takes a quarter of the time, in its second
     half at three quarters (progressive resizing: Howard 2018; Tan and Le, ICML 2021). For a network without dense
-    layers over places. Off until it has been compared on validation at equal time."""
+    layers over places. Off, for at equal time it was no better on validation (docs/decisions/0006)."""
     ema: float = 0.998
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the layers' arithmetic; auto takes bfloat16 where the machine multiplies it natively (1.6 times as fast)."""

@@ -71,6 +71,17 @@ def test_another_model_may_err_but_must_know_every_class(canary: Canary):
     assert canary.unknown_to(other[:, [1, 0, 2, 3]]) == ["glioma", "meningioma"]
 
 
+def test_a_model_of_other_data_may_not_know_classes_but_one_that_exchanges_them_is_found(canary: Canary):
+    said = canary.probabilities
+    assert canary.exchanged_by(said) == []
+    assert canary.exchanged_by(said[:, [1, 0, 2, 3]]) == ["glioma", "meningioma"]
+    assert canary.exchanged_by(said[:, [1, 2, 0, 3]]) == ["glioma", "meningioma", "notumor"]
+    blind = said.copy()
+    blind[canary.labels == 0] = np.roll(blind[canary.labels == 0], 2, axis=1)  # all gliomas are called notumor
+    assert canary.unknown_to(blind) == ["glioma"]
+    assert canary.exchanged_by(blind) == []
+
+
 def test_a_real_networks_bundle_carries_them_and_answers_them_at_its_load(tiny_model, tmp_path):
     from neuroloop.model.bundle import write
 

@@ -77,6 +77,16 @@ class Canary(NamedTuple):
             if (self.labels == index).sum() >= 3 and right[self.labels == index].mean() < _LOST
         ]
 
+    def exchanged_by(self, probabilities: NDArray[np.float32]) -> list[str]:
+        """The classes that another model, which says this of the images, names by one another's names.
+
+        A model of quite other images may not know some of these, but it does not exchange them.
+        """
+        named, present = probabilities.argmax(axis=1), np.unique(self.labels)
+        most = {label: np.bincount(named[self.labels == label]).argmax() for label in present}
+        moved = {label: other for label, other in most.items() if label != other}
+        return [LABELS[label] for label in moved] if set(moved) == set(moved.values()) else []
+
 
 def choose(
     images: NDArray[np.uint8],

@@ -131,7 +131,8 @@ class Champion:
     def _compare(self, bundle: Bundle) -> None:
         """Ask a bundle the reference images of the served one. Raises `InvalidBundle`.
 
-        Its own, where it has any, it has answered at its load; but those came with it. Models for other images are not
+        One without its own must know every class. One that has answered its own at its load may be of other data, but
+        must not exchange classes: its own came with it, from the same folders. Models for other images are not
         comparable.
         """
         served = self._served.bundle if self._served else None
@@ -140,7 +141,8 @@ class Champion:
         manifest, other = bundle.manifest, served.manifest
         if (manifest.simulated, manifest.image_size) != (other.simulated, other.image_size):
             return
-        unknown = served.canary.unknown_to(bundle.predict(served.canary.images).probabilities)
+        canary, said = served.canary, bundle.predict(served.canary.images).probabilities
+        unknown = canary.unknown_to(said) if bundle.canary is None else canary.exchanged_by(said)
         if unknown:
             raise InvalidBundle(
                 f"the network does not know {', '.join(unknown)}",

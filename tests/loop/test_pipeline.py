@@ -321,6 +321,7 @@ def test_at_the_threshold_nothing_is_retrained_and_one_more_trains_evaluates_and
     sent = pipeline.send_email(platform, AGAIN, handoff.RETRAINING)
     assert promoted["version"] in sent["subject"]
     assert platform.store.list(keys.run(AGAIN, "shards/x")[:-1]) == []
+    assert not platform.store.exists(keys.run(AGAIN, "train.npz"))  # uploads, which no erasure would find there
 
 
 def test_what_the_steps_return_is_small_json(built):

@@ -327,7 +327,7 @@ def audit(
     for target in (json_file, html_file):
         if target:
             _writable(target)
-    report = audit_folder(FolderStore(str(folder)), str(folder), say=_progress())
+    report = audit_folder(FolderStore(str(folder), follow_links=True), str(folder), say=_progress())
     for file, data in ((json_file, report.json_report), (html_file, report.html_report)):
         if file:
             file.write_bytes(data)

@@ -137,7 +137,9 @@ def test_deeper_folders_links_and_other_spellings_hide_no_leak(tmp_path):
     root = write(tmp_path, files)
     (root / "set" / "test").symlink_to(root / "elsewhere", target_is_directory=True)
     (root / "set" / "test" / "loop").symlink_to(root / "set", target_is_directory=True)
-    report = json.loads(audit_folder(FolderStore(str(root / "set")), "here").json_report)
+    assert len(FolderStore(str(root / "set")).list("")) == 17
+    store = FolderStore(str(root / "set"), follow_links=True)
+    report = json.loads(audit_folder(store, "here").json_report)
     assert report["classes"] == {"cat": 2, "glioma": 8, "meningioma": 8, "notumor": 8, "pituitary": 8}
     assert [(part["name"], part["images"]) for part in report["parts"]] == [
         ("test", 17),

@@ -94,6 +94,18 @@ def test_the_best_champion_of_a_data_version_is_the_bar_for_all_that_follow(serv
         services.log.record_promotion(row)
     assert pipeline.best_before(services, "d2") == GOOD | {"macro_f1": 0.95}
     assert pipeline.best_before(services, "d3") is None
+    services.registry.set_alias("champion", version)
+    make_champion(services, champion, by="ann", reason="the others are no good")
+    assert pipeline.best_before(services, "d2") is None  # what a person has taken back is no bar
+
+
+def test_a_champion_that_cannot_be_fetched_stops_the_run_with_what_to_do(services, champion, tmp_path):
+    damaged = write_bundle(tmp_path / "damaged")
+    (damaged / "gate.json").write_text("{}")
+    run = services.registry.open_run(f"damaged-{uuid.uuid4()}", experiment=handoff.BUILD)
+    services.registry.set_alias("champion", services.registry.register(run, damaged, tags={}).version)
+    with pytest.raises(NeuroLoopError, match=r"cannot be loaded to compare with.*damaged.*roll back"):
+        pipeline.open_champion(services, services.registry.by_alias("champion"))
 
 
 def test_no_alias_moves_where_somebody_moved_the_champion_after_the_decision(services, champion, run_id, tmp_path):

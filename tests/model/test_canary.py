@@ -76,6 +76,8 @@ def test_a_model_of_other_data_may_not_know_classes_but_one_that_exchanges_them_
     assert canary.exchanged_by(said) == []
     assert canary.exchanged_by(said[:, [1, 0, 2, 3]]) == ["glioma", "meningioma"]
     assert canary.exchanged_by(said[:, [1, 2, 0, 3]]) == ["glioma", "meningioma", "notumor"]
+    few = Canary(canary.images[:2], np.array([0, 1]), said[:2])
+    assert few.exchanged_by(sure(np.array([1, 0]), 0.9)) == []  # one of each is chance
     blind = said.copy()
     blind[canary.labels == 0] = np.roll(blind[canary.labels == 0], 2, axis=1)  # all gliomas are called notumor
     assert canary.unknown_to(blind) == ["glioma"]

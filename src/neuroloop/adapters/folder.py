@@ -5,6 +5,7 @@ import errno
 import os
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from neuroloop.core import keys
 from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound, OutOfSpace, Unavailable
 
 _TEMPORARY = ".neuroloop-tmp"  # on the same file system as the objects, so that a rename or link is atomic
+_MOST_LINKS = 8  # ways to one folder that are followed: more are a tangle of links, not parts of a set
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -24,8 +26,9 @@ class FolderStore:
     absent even after a crash.
     """
 
-    def __init__(self, path: str) -> None:
-        self._root = Path(path).absolute()
+    def __init__(self, path: str, *, follow_links: bool = False) -> None:
+        """`follow_links` lists what lies behind linked folders too: to read only, for it would be deleted there."""
+        self._root, self._follow_links = Path(path).absolute(), follow_links
 
     def put(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
         """Store `data` under `key`, replacing what was there. Raises `Unavailable`, on a full disk `OutOfSpace`."""
@@ -72,12 +75,15 @@ class FolderStore:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):
                 self._fail(f"cannot list {error.filename}", error)
 
-        real: dict[Path, str] = {}
-        for folder, folders, names in os.walk(start, onerror=stop, followlinks=True):
-            real[Path(folder)] = here = os.path.realpath(folder)
-            if any(real.get(above) == here for above in Path(folder).parents):  # a link to a folder that it lies in
-                folders.clear()
-                continue
+        seen: Counter[str] = Counter()
+        for folder, folders, names in os.walk(start, onerror=stop, followlinks=self._follow_links):
+            if self._follow_links:
+                real = os.path.realpath(folder)
+                seen[real] += 1
+                within = any(os.path.realpath(above) == real for above in Path(folder).parents)
+                if within or seen[real] > _MOST_LINKS:
+                    folders.clear()
+                    continue
             if Path(folder) == self._root and _TEMPORARY in folders:
                 folders.remove(_TEMPORARY)
             below = Path(folder).relative_to(self._root).as_posix()

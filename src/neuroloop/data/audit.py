@@ -85,7 +85,9 @@ class SourcePart(Record):
     images: int = Field(description="images that can be read")
     identical: int = Field(description="images whose very bytes stand in another part too")
     twins: int = Field(description="images that stand in another part too, identical, re-encoded, mirrored or turned")
-    held_out: bool = Field(default=True, description="not the part one trains on: named train..., or else the largest")
+    held_out: bool = Field(
+        default=True, description="not the part one trains on: train..., else the largest but test..."
+    )
 
     @property
     def leak_rate(self) -> float:

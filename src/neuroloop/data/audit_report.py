@@ -30,8 +30,9 @@ DEFINITIONS: Mapping[str, str] = {
     "blank": "paths of images that show one grey; quarantined",
     "wrong_modality": "paths of images that look like CT among MRI; quarantined",
     "label_conflicts": "pairs of paths: one picture (correlation 0.99 or more) under two classes; quarantined",
-    "parts": "the source's own parts. The one that is named train... (else the largest) is trained on, the others are "
-    "held out. twins: its images that stand in another part too, whatever their class; identical: byte for byte",
+    "parts": "the source's own parts. The one that is named train... (else the largest that is not named test...) is "
+    "trained on, the others are held out. twins: its images that stand in another part too, whatever their class; "
+    "identical: byte for byte",
     "identical_across_parts": "images of held-out parts whose very bytes stand in another part as well",
     "twins_across_parts": "images of held-out parts that stand in another part as well: identical, re-encoded, "
     "mirrored or turned by quarters (correlation of 32x32 thumbnails of the whole image 0.99 or more)",
@@ -126,6 +127,7 @@ def to_html(
         note=note,
         grades=[(grade, [finding for finding in found if finding.grade == grade]) for grade in GRADES],
         group_count=len(set(audit.groups.values())),
+        held_out=", ".join(part.name or "no part" for part in audit.held_out),
         pairs=[album.pair(one, other) for one, other in _spread(leaked, labels, _PAIRS)],
         conflicts=[album.pair(one, other) for one, other in audit.label_conflicts[:_PAIRS]],
         wrong=album.tiles(audit.faults["wrong_modality"][:_TILES]),

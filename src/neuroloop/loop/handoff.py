@@ -113,7 +113,14 @@ def load_arrays(services: Services, run_id: str, part: str) -> Arrays:
             why="each look at it is logged, so that nobody can choose a model by it unseen",
             fix="call open_test(services, run_id, why)",
         )
-    return Arrays.from_bytes(services.store.get(keys.run(run_id, f"{part}.npz")))
+    try:
+        return Arrays.from_bytes(services.store.get(keys.run(run_id, f"{part}.npz")))
+    except NotFound as error:
+        raise NotFound(
+            f"run {run_id} has no {part} part any more",
+            why="a retraining's own is removed when it ends, or when the next one begins",
+            fix="clear the task that trains and all after it; where it has registered a model, trigger a new run",
+        ) from error
 
 
 def open_test(services: Services, run_id: str, why: str, experiment: str = BUILD, *, subject: str = "") -> Arrays:

@@ -18,12 +18,13 @@ import numpy as np
 
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
-from neuroloop.core.errors import InvalidBundle, NeuroLoopError, NotFound
+from neuroloop.core.errors import InvalidBundle, NeuroLoopError, NotFound, OutdatedBundle
 from neuroloop.core.schemas import (
     LABELS,
     PARTS,
     RESEARCH_NOTICE,
     ArchitectureName,
+    ModelVersion,
     Outcome,
     Part,
     PipelineEnd,
@@ -91,6 +92,7 @@ __all__ = [
 ]
 
 _MAP_IMAGES = 48
+_LEDGER = 10_000  # rows looked back at: years of builds and retrainings
 """Training images that measure where the activation map lies; half as many change its offset by a hundredth."""
 
 
@@ -289,10 +291,8 @@ def evaluate_model(
     result["champion"] = result["outdated"] = None
     if champion is not None:
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                files = services.registry.download_bundle(champion.version, Path(folder))
-                bundle = Bundle.load(files, threads=2, sha256=champion.tags.get(BUNDLE_TAG))
-        except (InvalidBundle, NotFound) as error:  # damaged or gone: no build could ever replace it otherwise
+            bundle = open_champion(services, champion)
+        except OutdatedBundle as error:
             log.warning("the champion, version %s, cannot be compared: %s", champion.version, error)
             simulated = champion.tags.get("simulated") == "true"
             result["outdated"] = {"version": champion.version, "reason": str(error), "simulated": simulated}
@@ -304,6 +304,26 @@ def evaluate_model(
         services.registry.log_bytes(run, f"evaluation/{name}", plot)
     services.registry.log_bytes(run, "evaluation/scores.json", json.dumps(result, indent=1).encode())
     return keep(services, run_id, "evaluate_model", result)
+
+
+def open_champion(services: Services, champion: ModelVersion) -> Bundle:
+    """The champion's bundle. Raises `OutdatedBundle` for one of another version of the program.
+
+    And `NeuroLoopError` for one that is damaged or gone: perhaps only for a moment, so nothing takes its place unasked.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            files = services.registry.download_bundle(champion.version, Path(folder))
+            return Bundle.load(files, threads=2, sha256=champion.tags.get(BUNDLE_TAG))
+    except OutdatedBundle:
+        raise
+    except (InvalidBundle, NotFound) as error:
+        raise NeuroLoopError(
+            f"The champion, version {champion.version}, cannot be loaded to compare with",
+            why=str(error),
+            fix="restore its files, or roll back to another version; where there is none, take the alias champion away "
+            "in MLflow; then clear this task",
+        ) from error
 
 
 def score_champion(
@@ -505,10 +525,20 @@ def decision(services: Services, run_id: str, version: str, experiment: str) -> 
 
 
 def best_before(services: Services, data_version: str) -> dict[str, float] | None:
-    """Test scores of the best champion by macro-F1, going by the ledger, that this data version has had."""
+    """Test scores of the best champion by macro-F1, going by the ledger, that this data version has had.
+
+    Since a person last chose one, who may have taken the best back for a reason, or an unreadable one was replaced.
+    """
     own = {each.version for each in services.registry.versions() if each.tags.get("data_version") == data_version}
-    rows = [row for row in services.log.promotions() if row.promoted and row.version in own]
-    scored = [row.metrics["candidate"] for row in rows if (row.metrics or {}).get("candidate")]
+    scored = []
+    for row in services.log.promotions(limit=_LEDGER):
+        checks = {check.name for check in row.checks}
+        if row.promoted and "by_hand" in checks:
+            break
+        if row.promoted and row.version in own and row.metrics.get("candidate"):
+            scored.append(row.metrics["candidate"])
+        if row.promoted and "champion" in checks:
+            break
     return max(scored, key=lambda test: test["macro_f1"], default=None)
 
 

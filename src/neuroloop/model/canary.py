@@ -78,13 +78,15 @@ class Canary(NamedTuple):
         ]
 
     def exchanged_by(self, probabilities: NDArray[np.float32]) -> list[str]:
-        """The classes that another model, which says this of the images, names by one another's names.
+        """The classes of which another model, which says this of the images, names most by one another's names.
 
         A model of quite other images may not know some of these, but it does not exchange them.
         """
-        named, present = probabilities.argmax(axis=1), np.unique(self.labels)
-        most = {label: np.bincount(named[self.labels == label]).argmax() for label in present}
-        moved = {label: other for label, other in most.items() if label != other}
+        moved = {}
+        for label in range(len(LABELS)):
+            counts = np.bincount(probabilities[self.labels == label].argmax(axis=1), minlength=len(LABELS))
+            if counts.sum() >= 3 and 2 * counts.max() > counts.sum() and counts.argmax() != label:
+                moved[label] = int(counts.argmax())
         return [LABELS[label] for label in moved] if set(moved) == set(moved.values()) else []
 
 

@@ -332,7 +332,9 @@ def _data(card: Card) -> str:
         _table(["part", "images", "groups of twins"], rows),
     ]
     if data.leak_rates:
-        leaks = ", ".join(f"{_percent(rate)} of {part or 'the source'}" for part, rate in data.leak_rates.items())
+        leaks = ", ".join(
+            f"{_percent(rate)} of {part or 'the images in no part'}" for part, rate in data.leak_rates.items()
+        )
         end = (
             "These parts were not used."
             if data.split == "grouped"

@@ -147,7 +147,7 @@ class Champion:
             raise InvalidBundle(
                 f"the network does not know {', '.join(unknown)}",
                 why="it names reference images wrong that the served model names right, as swapped classes would",
-                fix="build the model again",
+                fix="build the model again; or, if the served one is the one that is wrong, restart the servers",
             )
 
     def _unreachable(self, error: Exception) -> None:

@@ -38,7 +38,7 @@ from neuroloop.core.schemas import (
     Verdict,
     now,
 )
-from neuroloop.imaging.canonical import Box, canonical_and_box, place
+from neuroloop.imaging.canonical import Box, canonical_and_box, head_box, place
 from neuroloop.imaging.decode import Decoded, encode_png, objection
 from neuroloop.model.bundle import Bundle
 from neuroloop.model.card import Card, as_markdown
@@ -373,7 +373,7 @@ class InferenceService:
             return _rejection(prediction, read)
         if mine:  # what the other request left to draw the heat map from
             claim = log.claimed(claim.prediction_id)
-        drawn = _drawn(claim.explanation, prediction.label) if images else None
+        drawn = _drawn(claim.explanation, prediction.label, read.pixels) if images else None
         return _answer(prediction, read, drawn, images=images)
 
     def _record(self, prediction: Prediction, request: str, explanation: dict[str, object] | None) -> None:
@@ -480,14 +480,19 @@ def _explanation(bundle: Bundle, cam: NDArray[np.float32], box: Box) -> dict[str
     }
 
 
-def _drawn(explanation: dict[str, Any] | None, label: Label) -> tuple[NDArray[np.float32], Box] | None:
-    """The inverse of `_explanation`: the heat map of the class and its place, None where none was shown."""
+def _drawn(
+    explanation: dict[str, Any] | None, label: Label, pixels: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], Box] | None:
+    """The inverse of `_explanation`: the heat map of the class and its place, None where none was shown.
+
+    What was recorded before places were is placed on the head as it is found now.
+    """
     if explanation is None:
         return None
     cam = np.frombuffer(base64.b64decode(explanation["cam"]), "<f4").reshape(explanation["shape"])
     down, right = explanation["offset"]
     heat = heat_map(cam, LABELS.index(label), explanation["size"], (down, right))
-    return heat, Box(*explanation["box"])
+    return heat, Box(*explanation["box"]) if "box" in explanation else head_box(pixels)
 
 
 def _open_classes(found: NDArray[np.bool_], probabilities: list[float]) -> list[str]:

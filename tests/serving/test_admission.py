@@ -19,7 +19,6 @@ from neuroloop.serving.admission import (
     Door,
     Places,
 )
-from neuroloop.serving.api import PREDICTING_THREADS
 from serving.running import BEARER, encoded, head, serving
 
 
@@ -300,7 +299,7 @@ def test_a_crowd_gets_answers_or_503_and_the_probes_answer_all_the_while(service
         given = [answer for answer in answers if answer.status_code == 201]
         refused = [answer for answer in answers if answer.status_code != 201]
         assert {answer.status_code for answer in refused} == {503}
-        assert len(given) > PREDICTING_THREADS
+        assert len(given) > BURST // 2  # on a slow machine some of the burst are given up for their time limit
         for answer in refused:
             assert int(answer.headers["Retry-After"]) > 0
             assert answer.headers["Content-Type"] == "application/problem+json"

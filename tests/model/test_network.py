@@ -39,17 +39,6 @@ def test_the_same_seed_gives_the_same_network_and_another_seed_another(images):
     assert np.abs(first - other).max() > 1e-3
 
 
-def test_a_network_at_another_size_has_the_very_same_weights(untrained):
-    small = network.at_size(untrained, 32)
-    assert small(np.zeros((1, 32, 32, 1), np.float32))["cam"].shape == (1, 2, 2, 4)
-    assert all(ours is theirs for ours, theirs in zip(small.weights, untrained.weights, strict=True))
-
-
-def test_a_network_with_dense_layers_over_places_says_that_it_has_one_size():
-    with pytest.raises(ValueError, match="plain64 takes images of 64 pixels only"):
-        network.at_size(network.build(64, arch="plain64"), 32)
-
-
 def test_an_unknown_architecture_and_an_odd_size_are_refused():
     with pytest.raises(ValueError, match="unknown architecture"):
         network.build(64, arch="huge")

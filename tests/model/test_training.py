@@ -34,7 +34,7 @@ def test_a_model_learns_the_simulated_scans_clearly_beyond_chance(tiny_model):
 def test_every_epoch_reports_its_progress_and_the_rate_falls_to_almost_nothing(tiny_model):
     assert tiny_model.history[0].keys() == {
         "loss", "accuracy", "val_loss", "val_calibrated_loss", "val_accuracy", "val_macro_f1", "learning_rate",
-        "seconds", "images_per_second", "image_size",
+        "seconds", "images_per_second",
     }  # fmt: skip
     assert tiny_model.history[-1]["learning_rate"] < 1e-4 < max(e["learning_rate"] for e in tiny_model.history)
 
@@ -83,23 +83,6 @@ def test_a_time_budget_ends_the_training_in_time_with_an_annealed_rate():
     assert result.epochs == len(seen) == len(result.history) >= 1
     if result.epochs > 2:
         assert seen[-1][1]["learning_rate"] < seen[1][1]["learning_rate"]
-
-
-def test_images_grow_to_their_full_size_and_the_kept_epoch_is_of_that_size():
-    images = GENERATOR.integers(0, 256, (16, 128, 128), dtype=np.uint8)
-    seen = []
-    model = network.build(128, arch="tiny")
-    result = training.train(
-        model,
-        [lambda: (images, np.arange(16) % 4)],
-        (images, np.arange(16) % 4),
-        training.TrainConfig(epochs=10, small_start=0.5),
-        on_epoch=lambda _, metrics: seen.append(metrics["image_size"]),
-    )
-    assert sorted(set(seen)) == [64, 96, 128]
-    assert seen == sorted(seen)
-    assert seen[result.best_epoch] == 128
-    assert model(np.zeros((1, 128, 128, 1), np.float32))["cam"].shape == (1, 8, 8, 4)
 
 
 def test_training_stops_when_validation_no_longer_improves():

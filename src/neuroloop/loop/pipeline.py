@@ -159,8 +159,8 @@ def fit(
 
     run = tracked(services, run_id, experiment)
     config = configure(architecture, hyperparameters, epochs=epochs, minutes=minutes, seed=seed)
-    if warm_start is not None:  # and smaller images would unlearn what they know of this size
-        config = replace(config, learning_rate=config.learning_rate / 3, small_start=0.0)
+    if warm_start is not None:
+        config = replace(config, learning_rate=config.learning_rate / 3)
     device = devices.prepare()
     hosts.call(services, run_id, config, size=size, architecture=architecture)
     strategy = devices.strategy(services.settings.distribution)

@@ -14,7 +14,7 @@ from neuroloop.model.training import TrainConfig
 
 _OWN_PARAMS = ("epochs", "minutes", "seed")  # parameters of a build in their own right
 _FROM_ONE = ("batch", "patience")
-_SHARES = ("label_smoothing", "mixup", "erasing", "shift", "small_start", "ema")
+_SHARES = ("label_smoothing", "mixup", "erasing", "shift", "ema")
 
 
 def names() -> tuple[str, ...]:

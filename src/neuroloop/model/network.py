@@ -65,19 +65,6 @@ def build(
     return keras.Model(image, {"logits": logits, "cam": cam, "features": features}, name=arch)
 
 
-def at_size(model: keras.Model, size: int) -> keras.Model:
-    """The same layers, weights included, for images of another size: what one learns the other knows.
-
-    Raises `ValueError` where the network is bound to its size, as one that ends in dense layers over places is.
-    """
-    try:
-        return keras.models.clone_model(
-            model, input_tensors=keras.Input((size, size, 1), name="image"), clone_function=lambda layer: layer
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{model.name} takes images of {model.inputs[0].shape[1]} pixels only: {error}") from error
-
-
 class FusedBatchNormalization(layers.BatchNormalization):
     """Batch normalisation of (n, h, w, c) that trains with TensorFlow's fused kernel; otherwise Keras's own.
 

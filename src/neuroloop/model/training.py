@@ -1,6 +1,5 @@
 """Training. Imports TensorFlow: for the offline side only."""
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,14 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
-from neuroloop.model import network
 from neuroloop.model.calibration import fit_temperature, negative_log_likelihood, softmax
 
 Images = NDArray[np.uint8]
@@ -25,7 +22,6 @@ Labels = NDArray[np.integer]
 _MIN_STEPS = 8  # an epoch of few images uses smaller batches instead of one or two huge steps
 _WARM_UP = 0.04  # share of the training with a rising learning rate; 2 epochs of 50
 _CLIP = 2.0  # largest global gradient norm
-_SMALLEST = 64  # pixels of the images that a training begins with: on smaller ones, lesions vanish
 
 
 @dataclass(frozen=True)
@@ -45,10 +41,6 @@ class TrainConfig:
     shift: float = 0.04
     """Largest further shift of an image each time it is seen, as a share of the side, in whole pixels; an even chance
     of a left-right flip goes with it. So the shards come round again without showing the same pixels twice."""
-    small_start: float = 0.0
-    """Share of the training on smaller images: first at half the side, which takes a quarter of the time, in its second
-    half at three quarters (progressive resizing: Howard 2018; Tan and Le, ICML 2021). For a network without dense
-    layers over places. Off, for at equal time it was no better on validation (docs/decisions/0006)."""
     ema: float = 0.998
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the layers' arithmetic; auto takes bfloat16 where the machine multiplies it natively (1.6 times as fast)."""
@@ -86,14 +78,14 @@ def train(
 
     Epoch e reads `shards[e % len(shards)]()`: images uint8 (n, s, s), labels (n,). `on_epoch(e, metrics)` is called
     after each epoch with loss, accuracy, val_loss, val_calibrated_loss, val_accuracy, val_macro_f1, learning_rate,
-    image_size, seconds, images_per_second. With `epochs` alone the result is fixed by `seed` (same machine, same number
+    seconds, images_per_second. With `epochs` alone the result is fixed by `seed` (same machine, same number
     of threads).
 
-    AdamW (no decay on biases and norms), warm-up and cosine to zero, on images that grow (see `small_start`). Under a
+    AdamW (no decay on biases and norms), warm-up and cosine to zero. Under a
     time budget both follow the clock, not an estimate of the number of epochs, so a busy neighbour makes the training
-    shorter, never cut off half-annealed. Validation, at the size trained at, and the result use an exponential average
+    shorter, never cut off half-annealed. Validation and the result use an exponential average
     of all weights, norm statistics included. "Best" is the lowest loss, each epoch's at its own best temperature, since
-    calibration will find that, at the largest size: of some hundred images, macro-F1 moves by whole images and picks an
+    calibration will find that: of some hundred images, macro-F1 moves by whole images and picks an
     epoch by luck, often one before the rate has annealed.
 
     Within the scope of a `devices.strategy`, in which `model` was made too, each batch is shared out to its replicas:
@@ -107,7 +99,7 @@ def train(
     budget = None if config.minutes is None else config.minutes * 60
     trainer = _Trainer(model, config)
     generator = np.random.default_rng(config.seed)
-    best: tuple[tuple[int, float], int, list[NDArray[Any]]] | None = None
+    best: tuple[float, int, list[NDArray[Any]]] | None = None
     history: list[dict[str, float]] = []
     reserve = 0.0  # seconds the last validation took, kept free of the budget
     epoch, done = 0, False
@@ -130,28 +122,25 @@ def train(
                 done = True
                 break
             rate = config.learning_rate * _schedule(progress)
-            side = _side(images.shape[1], progress, config.small_start)
-            loss, correct = trainer.step(_resized(images[chosen], side), labels[chosen], rate)
+            loss, correct = trainer.step(images[chosen], labels[chosen], rate)
             losses.append(loss)
             hits, seen = hits + correct, seen + len(chosen)
         if not losses:
             break  # the budget ended between two epochs
         tested = time.monotonic()
         metrics = {"loss": float(np.mean(losses)), "accuracy": hits / seen}
-        metrics |= trainer.validate(_resized(validation[0], side), validation[1])
+        metrics |= trainer.validate(*validation)
         now = time.monotonic()
         reserve = now - tested
         metrics |= {
             "learning_rate": rate,
-            "image_size": side,
             "seconds": now - began,
             "images_per_second": seen / max(tested - began, 1e-9),
         }
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(f"the training loss became {metrics['loss']} in epoch {epoch}")
-        worth = (side, -metrics["val_calibrated_loss"])
-        if best is None or worth > best[0]:
-            best = (worth, epoch, trainer.averaged())
+        if best is None or metrics["val_calibrated_loss"] < best[0]:
+            best = (metrics["val_calibrated_loss"], epoch, trainer.averaged())
         history.append(metrics)
         on_epoch(epoch, metrics)
         epoch += 1
@@ -167,18 +156,6 @@ def _schedule(progress: float) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def _side(size: int, progress: float, small_start: float) -> int:
-    """Side of the images at `progress` in 0..1, a multiple of 16 pixels as every size here."""
-    share = 1.0 if progress >= small_start else 0.75 if progress >= small_start / 2 else 0.5
-    return min(size, max(_SMALLEST, round(share * size / 16) * 16))
-
-
-def _resized(images: Images, side: int) -> Images:
-    if images.shape[1] == side:
-        return images
-    return np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in images])
-
-
 class SummedAdamW(keras.optimizers.AdamW):
     """AdamW for gradients that are summed over the replicas already, so that it clips the norm of the sum."""
 
@@ -187,7 +164,7 @@ class SummedAdamW(keras.optimizers.AdamW):
 
 
 class _Trainer:
-    """A model with its optimiser and the average of its weights; takes images of any size that the network does."""
+    """A model with its optimiser and the average of its weights."""
 
     def __init__(self, model: keras.Model, config: TrainConfig) -> None:
         self.model, self.config = model, config
@@ -206,49 +183,38 @@ class _Trainer:
         self.optimizer.build(model.trainable_variables)
         self.average = [tf.Variable(weight, trainable=False) for weight in model.get_weights()]
         self.steps = 0
-        self._sized: dict[int, tuple[Any, Any]] = {}
-
-    def _at(self, side: int) -> tuple[Any, Any]:
-        """The compiled step and forward pass for images of this side."""
-        if side not in self._sized:
-            model = self.model if side == self.model.inputs[0].shape[1] else network.at_size(self.model, side)
-            image_spec = tf.TensorSpec((None, side, side), tf.uint8)
-            body = functools.partial(self._step_body, model)
-            step = tf.function(
-                body if self.replicas == 1 else functools.partial(self._on_replicas, body),
-                input_signature=[image_spec, tf.TensorSpec((None,), tf.int64), *[tf.TensorSpec((), tf.float32)] * 2,
-                                 tf.TensorSpec((2,), tf.int32)],
-            )  # fmt: skip
-            logits = tf.function(functools.partial(self._logits_body, model), input_signature=[image_spec])
-            self._sized[side] = (step, logits)
-        return self._sized[side]
+        size = model.inputs[0].shape[1]
+        image_spec = tf.TensorSpec((None, size, size), tf.uint8)
+        self._step = tf.function(
+            self._step_body if self.replicas == 1 else self._on_replicas,
+            input_signature=[image_spec, tf.TensorSpec((None,), tf.int64), *[tf.TensorSpec((), tf.float32)] * 2,
+                             tf.TensorSpec((2,), tf.int32)],
+        )  # fmt: skip
+        self._logits = tf.function(self._logits_body, input_signature=[image_spec])
 
     def step(self, images: Images, labels: Labels, rate: float) -> tuple[float, int]:
         """One update; the loss and the number of images whose (possibly mixed) main class was hit."""
         # The average forgets the random start quickly and reaches its full length as training goes on.
         decay = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
-        step, _ = self._at(images.shape[1])
-        loss, correct = step(
+        loss, correct = self._step(
             tf.constant(images), tf.constant(labels.astype(np.int64)), tf.constant(rate, tf.float32),
             tf.constant(decay, tf.float32), tf.constant([self.config.seed, self.steps], tf.int32),
         )  # fmt: skip
         self.steps += 1
         return float(loss), int(correct)
 
-    def _step_body(
-        self, model: keras.Model, images: Any, labels: Any, rate: Any, decay: Any, seed: Any
-    ) -> tuple[Any, Any]:
+    def _step_body(self, images: Any, labels: Any, rate: Any, decay: Any, seed: Any) -> tuple[Any, Any]:
         """One update, on one replica of perhaps several; loss and hits are those of the whole batch."""
         config, share = self.config, 1.0
         if self.replicas > 1:
             images, labels, seed, share = self._own_part(images, labels, seed)
-        classes = model.output["logits"].shape[-1]
+        classes = self.model.output["logits"].shape[-1]
         target = tf.one_hot(labels, classes) * (1 - config.label_smoothing) + config.label_smoothing / classes
         x = _move(tf.cast(images, tf.float32)[..., None], seed, config.shift)
         x = _disturb(x, seed, config.erasing)
         x, target = _mix(x, target, seed, config.mixup)
-        with tf.GradientTape() as tape, _half_precision(model, self.half):
-            logits = tf.cast(model(x, training=True)["logits"], tf.float32)
+        with tf.GradientTape() as tape, _half_precision(self.model, self.half):
+            logits = tf.cast(self.model(x, training=True)["logits"], tf.float32)
             loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, logits)) * share
         hit = tf.argmax(logits, axis=1) == tf.argmax(target, axis=1)
         hits = tf.reduce_sum(tf.cast(hit, tf.int32))
@@ -265,9 +231,9 @@ class _Trainer:
                 average.assign(weight.value)  # the state of the dropout generator
         return loss, hits
 
-    def _on_replicas(self, body: Callable[..., tuple[Any, Any]], *batch: Any) -> tuple[Any, Any]:
-        """`body` on every replica, each with the whole batch; what the first of this host returns."""
-        loss, hits = self.strategy.run(body, args=batch)
+    def _on_replicas(self, *batch: Any) -> tuple[Any, Any]:
+        """The update on every replica, each with the whole batch; what the first of this host returns."""
+        loss, hits = self.strategy.run(self._step_body, args=batch)
         return tuple(self.strategy.experimental_local_results(each)[0] for each in (loss, hits))
 
     def _own_part(self, images: Any, labels: Any, seed: Any) -> tuple[Any, Any, Any, Any]:
@@ -309,8 +275,8 @@ class _Trainer:
 
         return [self.strategy.experimental_local_results(each)[0] for each in self.strategy.run(own)]
 
-    def _logits_body(self, model: keras.Model, images: Any) -> Any:
-        return model(tf.cast(images, tf.float32)[..., None], training=False)["logits"]
+    def _logits_body(self, images: Any) -> Any:
+        return self.model(tf.cast(images, tf.float32)[..., None], training=False)["logits"]
 
     def averaged(self) -> list[NDArray[Any]]:
         """A copy of the averaged weights, in the order of `model.get_weights()`."""
@@ -320,8 +286,7 @@ class _Trainer:
         """Loss, accuracy and macro-F1 of the averaged weights; the model keeps its own."""
         own = self.model.get_weights()
         self.model.set_weights(self.averaged())
-        _, logits_of = self._at(images.shape[1])
-        parts = [logits_of(tf.constant(images[i : i + 256])).numpy() for i in range(0, len(images), 256)]
+        parts = [self._logits(tf.constant(images[i : i + 256])).numpy() for i in range(0, len(images), 256)]
         self.model.set_weights(own)
         logits = np.concatenate(parts)
         predicted = logits.argmax(axis=1)

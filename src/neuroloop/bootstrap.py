@@ -139,7 +139,7 @@ def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataS
             return source.ObjectSource(url, FolderStore(download(parts.netloc + parts.path)), licence)
         case "" | "file":
             folder = Path(url.removeprefix("file://")).expanduser().absolute()
-            return source.ObjectSource(url, FolderStore(str(folder)), licence)
+            return source.ObjectSource(url, FolderStore(str(folder), follow_links=True), licence)
         case other:
             from neuroloop.core.errors import InvalidSource
 

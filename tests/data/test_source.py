@@ -3,6 +3,7 @@ import os
 import pytest
 
 from neuroloop.adapters.folder import FolderStore
+from neuroloop.bootstrap import open_source
 from neuroloop.core.errors import InvalidSource
 from neuroloop.core.schemas import LABELS, SourceFile
 from neuroloop.data.source import MINIMUM_PER_CLASS, ObjectSource, PhantomSource, check, label_of, snapshot_path
@@ -27,6 +28,15 @@ def test_class_folders_are_found_with_and_without_parts(tmp_path):
         ("notumor", "Testing", "Testing/notumor/a.png"),
         ("pituitary", "Training", "Training/pituitary/b.JPEG"),
     ]
+
+
+def test_a_linked_folder_belongs_to_a_source_as_it_does_to_an_audit(tmp_path):
+    folder_source(tmp_path / "set", "glioma/a.jpg")
+    folder_source(tmp_path / "elsewhere", "b.jpg")
+    (tmp_path / "set" / "Meningioma").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    found = open_source(str(tmp_path / "set"), images=0, seed=0)
+    assert [file.path for file in found.files()] == ["Meningioma/b.jpg", "glioma/a.jpg"]
+    assert found.read(found.files()[0]) == b"x"
 
 
 @pytest.mark.parametrize(

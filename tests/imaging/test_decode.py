@@ -52,6 +52,54 @@ def test_a_colour_png_can_be_encoded():
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(colour)))), colour)
 
 
+def deep_png(colour_type: int, values: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A 16-bit PNG of `values` (H, W) in every channel, with further chunks before its pixels."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour_type]
+    rows = np.repeat(values[..., None], channels, axis=2).astype(">u2")
+    if colour_type in (4, 6):
+        rows[..., -1] = 65535
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour_type, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = ((b"IHDR", head), *chunks, (b"IDAT", body), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )
+
+
+@pytest.mark.parametrize("colour_type", [2, 4, 6])
+def test_sixteen_bit_colours_are_read_where_eight_of_them_suffice_and_refused_where_not(colour_type):
+    ramp = np.tile(np.arange(256, dtype=np.uint16), (40, 1))
+    assert np.array_equal(decode(deep_png(colour_type, ramp * 257)), ramp)
+    with pytest.raises(UnsupportedImage, match=r"too dark.*4 grey levels.*16-bit grey"):
+        decode(deep_png(colour_type, ramp * 4))
+
+
+def test_sixteen_bit_greys_keep_their_levels_turned_or_transparent():
+    ramp = np.tile(np.arange(300, dtype=np.uint16), (40, 1))
+    reference = decode(deep_png(0, ramp))
+    assert len(np.unique(reference)) > 250
+    white_is_zero = encoded(Image.fromarray(65535 - ramp), "TIFF", tiffinfo={262: 0})
+    assert np.abs(decode(white_is_zero).astype(int) - reference).max() <= 1
+    ramp[:2] = 65535
+    see_through = decode(deep_png(0, ramp, (b"tRNS", struct.pack(">H", 65535))))
+    assert see_through[:2].max() == 0
+    assert np.abs(see_through[2:].astype(int) - reference[2:]).max() <= 1
+
+
+def test_a_picture_with_much_or_packed_metadata_is_not_plain():
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 60_000
+    assert is_plain(encoded(Image.fromarray(picture()), "PNG", exif=exif))
+    assert is_plain(encoded(Image.fromarray(picture()), "JPEG", exif=exif))
+    segment = b"\xff\xe1" + struct.pack(">H", 60_002) + b"Exif\0\0".ljust(60_000, b"x")
+    jpeg = encoded(Image.fromarray(picture()), "JPEG")
+    assert not is_plain(jpeg[:2] + 2 * segment + jpeg[2:])
+    grey = picture().astype(np.uint16)
+    assert is_plain(deep_png(0, grey, (b"tEXt", b"Software\0x")))
+    assert not is_plain(deep_png(0, grey, (b"eXIf", b"II*\0" + bytes(70_000))))
+    assert not is_plain(deep_png(0, grey, (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"x"))))
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "BMP", "WEBP", "TIFF"])
 def test_other_formats_are_read_as_grey(kind):
     flat = Image.new("RGB", (50, 40), (120, 120, 120))

@@ -61,6 +61,38 @@ def test_monochrome1_is_shown_with_its_bright_parts_bright():
     assert np.array_equal(decode(dicom(255 - GREY, PhotometricInterpretation="MONOCHROME1")), GREY)
 
 
+@pytest.mark.parametrize("brightest", [300, 4000])
+def test_neither_an_inversion_nor_an_offset_costs_grey_levels(brightest: int):
+    deep = (DEEP.astype(int) * brightest // 4000).astype(np.uint16)
+    reference = decode(picture(deep, "PNG"))
+    assert len(np.unique(reference)) > 150
+    turned = {"PhotometricInterpretation": "MONOCHROME1"}
+    assert apart(decode(dicom(65535 - deep, **turned)), reference) <= 1
+    assert apart(decode(dicom(4095 - deep, BitsStored=12, HighBit=11, **turned)), reference) <= 1
+    assert apart(decode(dicom(deep + 30000)), reference) <= 1
+
+
+def test_a_falling_slope_turns_the_window_s_values_but_not_the_window():
+    rescaled = dicom(4095 - DEEP, RescaleSlope=-1, RescaleIntercept=4095, WindowCenter=2000, WindowWidth=1000)
+    assert apart(decode(rescaled), decode(dicom(DEEP, WindowCenter=2000, WindowWidth=1000))) <= 1
+    flat = dicom(DEEP, RescaleSlope=0, RescaleIntercept=0, WindowCenter=2000, WindowWidth=1000)
+    assert apart(decode(flat), decode(dicom(DEEP, WindowCenter=2000, WindowWidth=1000))) <= 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "photometric"), [(None, "MONOCHROME2"), (-31000, "MONOCHROME2"), (None, "MONOCHROME1")]
+)
+def test_padding_is_dark_and_takes_no_grey_levels(limit: int | None, photometric: str):
+    image = DEEP.astype(np.int16) if photometric == "MONOCHROME2" else 4000 - DEEP.astype(np.int16)
+    padded = image.copy()
+    padded[:20] = -32768
+    padded[0] = -32768 if limit is None else limit
+    tags = {"PixelPaddingValue": -32768} | ({} if limit is None else {"PixelPaddingRangeLimit": limit})
+    pixels = decode(dicom(padded, PhotometricInterpretation=photometric, **tags))
+    assert pixels[:20].max() == 0
+    assert apart(pixels[20:], decode(dicom(image[20:], PhotometricInterpretation=photometric))) <= 1
+
+
 def test_colour_becomes_luma_and_palettes_show_their_colours():
     red = np.zeros((40, 40, 3), np.uint8)
     red[..., 0] = 255

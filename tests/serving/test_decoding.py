@@ -141,6 +141,22 @@ def test_a_worker_that_was_killed_is_replaced():
     one.close()
 
 
+def test_a_worker_that_did_not_start_is_no_reason_that_the_next_one_should_not(monkeypatch: pytest.MonkeyPatch):
+    one = decoder()
+    with monkeypatch.context() as patch:
+        patch.setattr("neuroloop.serving.decoding.START_SECONDS", 0.001)
+        with pytest.raises(Unavailable, match="not there"):
+            one.read(dicom(HEAD))
+    assert one.read(dicom(HEAD)).kind == "DICOM"
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.executable", "/nowhere/python")
+        one._forget(one._worker)
+        with pytest.raises(Unavailable, match="not there"):
+            one.read(dicom(HEAD))
+    assert one.read(dicom(HEAD)).kind == "DICOM"
+    one.close()
+
+
 def test_without_a_free_place_the_image_is_turned_away_for_now():
     one = decoder(seconds=30, at_once=1)
     worker(one)

@@ -155,9 +155,7 @@ class Decoder:
                 return worker.hand_over(job)
             except OSError:
                 _LOG.warning("the decoding worker ended (exit status %s) and is started anew", worker.status())
-                with self._lock:
-                    if self._worker is worker:
-                        self._worker = None
+                self._forget(worker)
                 if last:
                     raise _no_worker() from None
 
@@ -171,10 +169,23 @@ class Decoder:
             if self._closed:
                 raise _no_worker()
             if self._worker is None:
-                self._worker = _Worker(self._limits, self._seconds, self._memory)
+                try:
+                    self._worker = _Worker(self._limits, self._seconds, self._memory)
+                except OSError as error:  # no process or memory is left
+                    _LOG.warning("the decoding worker cannot be started: %s", error)
+                    raise _no_worker() from None
             worker = self._worker
-        worker.wait()
+        try:
+            worker.wait()
+        except Unavailable:
+            self._forget(worker)  # the next image may find a worker that starts
+            raise
         return worker
+
+    def _forget(self, worker: "_Worker") -> None:
+        with self._lock:
+            if self._worker is worker:
+                self._worker = None
 
 
 class _Worker:

@@ -22,6 +22,7 @@ READ = (
     *("Modality", "BodyPartExamined", "BurnedInAnnotation"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelSpacing", "PixelAspectRatio"),
+    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence"),
     *("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
     *(
@@ -34,6 +35,8 @@ READ = (
 )
 """The tags that are read, and no others: none names a person, a place or a time. None but the pixels is kept."""
 
+_WINDOW = ("PhotometricInterpretation", "BitsStored", "PixelRepresentation", "WindowCenter", "WindowWidth",
+           "VOILUTFunction")  # fmt: skip
 _PREAMBLE, _MAGIC = 128, b"DICM"
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _EXPLICIT = b"1.2.840.10008.1.2.1\0"
@@ -113,9 +116,7 @@ def _frame(header: "Dataset", frame: int | None, limits: Limits) -> Frame:
     settings = _settings(header, chosen - 1)
     if photometric == "PALETTE COLOR":
         values = apply_color_lut(values, header)
-    pixels = luma(values) if values.ndim == 3 else _window(_rescale(values, settings), settings)
-    if photometric == "MONOCHROME1":
-        pixels = 255 - pixels
+    pixels = luma(values) if values.ndim == 3 else _window(_rescale(_unpadded(values, settings), settings), settings)
     return Frame(
         square(pixels, *_spacing(settings), limits),
         frames,
@@ -144,6 +145,21 @@ def _settings(header: "Dataset", index: int) -> "Dataset":
     return settings
 
 
+def _unpadded(values: NDArray[Any], settings: "Dataset") -> NDArray[Any]:
+    """The values with what only fills the frame up as dark as the darkest of the others."""
+    first = settings.get("PixelPaddingValue")
+    if not isinstance(first, int) or str(settings.PhotometricInterpretation) == "PALETTE COLOR":
+        return values
+    last = settings.get("PixelPaddingRangeLimit")
+    low, high = sorted((first, last if isinstance(last, int) else first))
+    padding = (values >= low) & (values <= high)
+    if padding.all() or not padding.any():
+        return values
+    image = values[~padding]
+    turned = (settings.PhotometricInterpretation == "MONOCHROME1") != (_number(settings.get("RescaleSlope"), 1) < 0)
+    return np.where(padding, image.max() if turned else image.min(), values)
+
+
 def _rescale(values: NDArray[Any], settings: "Dataset") -> NDArray[Any]:
     """The values in their own unit; as they are where that changes nothing."""
     from pydicom.pixels import apply_modality_lut
@@ -157,18 +173,23 @@ def _rescale(values: NDArray[Any], settings: "Dataset") -> NDArray[Any]:
 
 
 def _window(values: NDArray[Any], settings: "Dataset") -> NDArray[np.uint8]:
-    """The values as greys, in the window or through the table that the header names first."""
+    """The rescaled values as greys as they are meant, in the window or through the table that the header names first."""
+    from pydicom import Dataset
     from pydicom.pixels import apply_voi, apply_windowing
 
+    turned = settings.PhotometricInterpretation == "MONOCHROME1"
     try:
         if settings.get("VOILUTSequence"):
-            return eight_bits(apply_voi(values, settings))
+            return eight_bits(apply_voi(values, settings), turned=turned)
         if settings.get("WindowWidth") is not None and settings.get("WindowCenter") is not None:
-            ends = apply_windowing(np.array([-1e30, 1e30]), settings)  # what black and white become
-            return scaled(apply_windowing(values, settings), float(ends[0]), float(ends[1]))
+            window = Dataset()  # without the rescaling, which is done: pydicom would take the result's range of it
+            window.update({settings[name].tag: settings[name] for name in _WINDOW if name in settings})
+            ends = apply_windowing(np.array([-1e30, 1e30]), window)  # what black and white become
+            pixels = scaled(apply_windowing(values, window), float(ends[0]), float(ends[1]))
+            return 255 - pixels if turned else pixels
     except (ValueError, TypeError, IndexError, AttributeError, KeyError):
         pass  # a window that makes no sense is no reason to refuse sound pixels
-    return eight_bits(values)
+    return eight_bits(values, turned=turned)
 
 
 def _spacing(settings: "Dataset") -> tuple[float, float]:

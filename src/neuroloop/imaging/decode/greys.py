@@ -10,29 +10,34 @@ from PIL import Image
 
 from neuroloop.imaging.decode.bounds import Limits, check_size
 
-_CLIPPED = 0.1  # per cent of deep values that may end at white: a hot pixel or a vessel must not darken all the rest
+_CLIPPED = 0.1  # per cent of deep values that may end at either end: a hot pixel or a vessel must not darken the rest
 _SAMPLE = 1_000_000  # values that percentiles are taken of
 _MOST_STRETCHED = 8.0  # pixels longer than this have a broken spacing, not a shape
 
 
-def eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Whole or real numbers as uint8 of the same shape.
+def eight_bits(values: NDArray[Any], *, turned: bool = False) -> NDArray[np.uint8]:
+    """Whole or real numbers as uint8 of the same shape; where they are `turned`, the lowest becomes white.
 
-    Whole numbers of 0..255 stay as they are. Others are spread linearly: from 0, or the lowest value below it, to the
-    99.9th percentile; real numbers from the 0.1st. What is not finite becomes the lowest.
+    Whole numbers of 0..255 keep their steps. Others are spread linearly up to the 99.9th percentile: from 0, or from
+    the 0.1st percentile where that is below 0 or beyond half of the upper end, as it is behind an offset; real numbers
+    always from the 0.1st. What is no number becomes black.
     """
     real = values.dtype.kind == "f"
     if not real and values.min(initial=0) >= 0 and values.max(initial=0) <= 255:
-        return values.astype(np.uint8)
+        return 255 - values.astype(np.uint8) if turned else values.astype(np.uint8)
+    if turned and real:
+        values = values.max(where=np.isfinite(values), initial=-np.inf) - values
+    elif turned:
+        values = np.subtract(int(values.max()), values, dtype=np.int64)
     finite = values[np.isfinite(values)] if real else values.ravel()
     sample = finite[:: max(1, finite.size // _SAMPLE)].astype(np.float64)
     if sample.size == 0:
         return np.zeros(values.shape, np.uint8)
-    lowest = float(finite.min())
-    low = float(np.percentile(sample, _CLIPPED)) if real else min(0.0, lowest)
-    high = float(np.percentile(sample, 100 - _CLIPPED))
+    low, high = (float(end) for end in np.percentile(sample, (_CLIPPED, 100 - _CLIPPED)))
+    if not real and 0 <= low <= high / 2:
+        low = 0.0
     if high <= low:  # nearly all of it has one value
-        low, high = lowest, float(finite.max())
+        low, high = float(finite.min()), float(finite.max())
     return scaled(values, low, high)
 
 

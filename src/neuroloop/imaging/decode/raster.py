@@ -28,9 +28,10 @@ _SIGNATURES = (  # kind, where its signature stands, the signature
 FORMATS = tuple(dict.fromkeys(kind for kind, _, _ in _SIGNATURES))
 """Formats that Pillow may try. Others (PostScript, fonts, vector formats, ...) only widen the attack surface."""
 
-PLAIN_BYTES, PLAIN_PIXELS = 2_000_000, 2_000_000
+PLAIN_BYTES, PLAIN_PIXELS, PLAIN_METADATA = 2_000_000, 2_000_000, 65_536
 """Up to these, a plain picture (see `is_plain`) costs at most some 0.1 s and 50 MB, whatever its bytes are."""
 
+_FEWEST_LEVELS = 64  # that 16-bit colours must keep in 8 bits
 _ORIENTATION_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 0x0112, 0x0106, 0
 _UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
     2: np.fliplr,
@@ -53,23 +54,29 @@ def is_plain(data: bytes) -> bool:
 
     The work of both grows with bytes and pixels only, which are bounded here, if a JPEG codes all its colours in one
     pass: each pass goes over all pixels anew, and a few bytes are enough to make one. Size and passes are taken from
-    the header, which the decoder follows as well.
+    the header, which the decoder follows as well. Metadata are read tag by tag, which is slow, so there may be little
+    of them, and none packed.
     """
     if len(data) > PLAIN_BYTES:
         return False
     kind = kind_of(data)
     if kind == "PNG":
         # A decoder may follow the last header of several. (What looks like another may be chance; then it is no harm.)
-        return data[12:16] == b"IHDR" and data.count(b"IHDR") == 1 and _area(data[16:24], 4) <= PLAIN_PIXELS
+        small = data[12:16] == b"IHDR" and data.count(b"IHDR") == 1 and _area(data[16:24], 4) <= PLAIN_PIXELS
+        return small and _png_metadata(data) <= PLAIN_METADATA
     if kind != "JPEG":
         return False
-    place, colours = 2, 0
+    place, colours, metadata = 2, 0, 0
     while place + 10 <= len(data) and data[place] == 0xFF:
         code = data[place + 1]
         if code in (0xC0, 0xC1):  # sequential; every other kind of frame is not plain
             if colours or _area(data[place + 5 : place + 9], 2) > PLAIN_PIXELS:
                 return False
             colours = data[place + 9]
+        elif code == 0xE1:
+            metadata += int.from_bytes(data[place + 2 : place + 4], "big")
+            if metadata > PLAIN_METADATA:
+                return False
         elif code == 0xDA:
             return colours > 0 and data[place + 4] == colours
         elif not (code in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= code <= 0xEF):
@@ -111,6 +118,18 @@ def read(data: bytes, kind: str, frame: int | None, limits: Limits) -> tuple[NDA
         raise damaged(f"it begins as {kind}, but {why}") from None
 
 
+def _png_metadata(data: bytes) -> float:
+    """Bytes of the metadata in a PNG; infinite where they are packed."""
+    place, found = 8, 0
+    while place + 8 <= len(data):
+        size, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        if name in (b"zTXt", b"iTXt"):
+            return float("inf")
+        found += size if name in (b"eXIf", b"tEXt") else 0
+        place += 12 + size
+    return found
+
+
 def _area(sides: bytes, size: int) -> int:
     """Pixels of an image whose two sides stand here, `size` bytes each."""
     return int.from_bytes(sides[:size], "big") * int.from_bytes(sides[size:], "big")
@@ -129,15 +148,26 @@ def _pages(image: Image.Image, limits: Limits) -> int:
 
 def _grey(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode[0] in "IF":
-        pixels = eight_bits(np.asarray(image))
-        return 255 - pixels if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO else pixels
+        values = np.asarray(image)
+        if isinstance(nothing := image.info.get("transparency"), int):
+            values = np.where(values == nothing, 0, values)
+        return eight_bits(values, turned=getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO)
+    deep = any(";16" in str(tile.args) for tile in image.tile[:1])
     if image.mode == "LAB":
         return np.array(image.getchannel(0), dtype=np.uint8)
     if not image.has_transparency_data:
-        return np.array(image.convert("L"), dtype=np.uint8)
-    if not image.mode.endswith("A"):
-        image = image.convert("RGBA")
-    return np.array(ImageChops.multiply(image.convert("L"), image.getchannel("A")), dtype=np.uint8)
+        pixels = np.array(image.convert("L"), dtype=np.uint8)
+    else:
+        if not image.mode.endswith("A"):
+            image = image.convert("RGBA")
+        pixels = np.array(ImageChops.multiply(image.convert("L"), image.getchannel("A")), dtype=np.uint8)
+    if deep and pixels.max() < _FEWEST_LEVELS:  # of 16 bits Pillow keeps the upper eight
+        raise UnsupportedImage(
+            "The image has 16-bit colours that are too dark to be told apart",
+            why=f"of colours only the upper 8 bits are read, and {pixels.max() + 1} grey levels would be left",
+            fix="export the slice as 16-bit grey (PNG or TIFF), or as DICOM",
+        )
+    return pixels
 
 
 def _orientation(image: Image.Image) -> int:

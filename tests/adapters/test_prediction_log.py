@@ -96,6 +96,25 @@ def test_a_prediction_comes_back_as_it_was_recorded(log: PostgresLog):
     assert [log.prediction(row.id) for row in rows] == list(rows)
 
 
+def test_a_database_that_takes_no_writes_is_away_until_it_does(log: PostgresLog, postgres_url: str):
+    log.check()
+    name = postgres_url.rsplit("/", 1)[1].partition("?")[0]
+    with log._transaction() as cursor:
+        cursor.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    try:
+        later = PostgresLog(postgres_url)
+        with pytest.raises(Unavailable, match="takes no writes"):
+            later.check()
+        with pytest.raises(Unavailable, match="read-only transaction"):
+            later.record_prediction(prediction())
+        later.close()
+    finally:
+        with log._transaction() as cursor:
+            cursor.execute(f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
+    log.close()
+    PostgresLog(postgres_url).check()
+
+
 def test_a_repeated_prediction_id_is_refused_and_the_first_row_stays(log: PostgresLog):
     first = prediction()
     log.record_prediction(first)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -17,10 +18,12 @@ import pytest
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.schemas import LABELS
+from neuroloop.serving.access import FRESH_SECONDS
 from servers.relay import Relay
 from serving.running import BEARER, KEY, Api, encoded, head, noise, serving, wait
 
 IN_TIME = 15.0
+PNG, PROXIED = {"Content-Type": "image/png"}, {"X-Forwarded-For": "192.0.2.1"}
 
 
 def through(services: Services, relay: Relay, port: int) -> Services:
@@ -81,6 +84,7 @@ def test_a_database_that_falls_silent_is_503_in_time_and_recovers_without_a_rest
 ):
     with serving(through(services, relay, postgres_server.port)) as api:
         assert api.predict(head("glioma")).status_code == 201
+        time.sleep(FRESH_SECONDS + 0.1)  # so that the key has to be asked for anew
         relay.stall()
         refused_in_time(api, "database")
         relay.flow()
@@ -97,6 +101,33 @@ def test_a_database_that_is_down_at_the_start_is_waited_for(services, champion, 
         relay.open()
         recovers(api)
     assert whole(services) == 1
+
+
+def test_what_is_away_is_named_to_this_machine_only(services, champion, relay, postgres_server):
+    with serving(through(services, relay, postgres_server.port)) as api:
+        relay.close()
+        here = api.client.post("/v1/predictions", content=encoded(head("glioma")), headers=PNG)
+        there = api.client.post("/v1/predictions", content=encoded(head("glioma")), headers=PNG | PROXIED)
+        relay.open()
+    assert here.status_code == there.status_code == 503
+    assert f"127.0.0.1:{relay.port}" in here.json()["detail"]
+    assert there.json()["detail"] == "A part that the service needs does not answer"
+    assert str(relay.port) not in there.text
+    assert "PostgreSQL" not in there.text
+
+
+def test_a_registry_that_hangs_keeps_no_verdict_waiting(services, champion, mlflow_uri, free_port):
+    with Relay(int(mlflow_uri.rsplit(":", 1)[1]), free_port()) as relay:
+        moved = services.settings.model_copy(update={"mlflow_tracking_uri": relay.url})
+        with serving(Services(moved)) as api, ThreadPoolExecutor(10) as pool:
+            given = api.predict(head("glioma")).json()["id"]
+            relay.stall()
+            hanging = [pool.submit(api.client.get, "/v1/models") for _ in range(10)]
+            time.sleep(0.5)
+            assert api.feedback(given, "agree").status_code == 200
+            assert not any(each.done() for each in hanging)
+            assert {each.result().status_code for each in hanging} == {503}
+            relay.flow()
 
 
 def test_a_database_that_hangs_at_the_start_is_waited_for(services, champion, relay, postgres_server):

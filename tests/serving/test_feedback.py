@@ -4,10 +4,11 @@ import itertools
 import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 
 import pytest
 
-from neuroloop.core import keys
+from neuroloop.core import keys, schemas
 from neuroloop.core.schemas import LABELS
 from serving.running import Api, encoded, head, noise, serving
 
@@ -33,6 +34,22 @@ def said(api: Api, prediction_id: str) -> list[tuple[str, str, str | None]]:
 
 def waiting(api: Api) -> int:
     return api.client.get("/v1/monitoring").json()["corrections_waiting"]
+
+
+def test_the_last_verdict_counts_though_it_was_given_to_a_server_whose_clock_is_behind(
+    api: Api, glioma: str, monkeypatch: pytest.MonkeyPatch
+):
+    assert api.feedback(glioma, "correct", "pituitary").status_code == 200
+
+    class Behind(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) - timedelta(hours=1)
+
+    monkeypatch.setattr(schemas, "datetime", Behind)
+    assert api.feedback(glioma, "correct", "meningioma").json()["label"] == "meningioma"
+    assert said(api, glioma) == [("ann", "correct", "meningioma")]
+    assert corrections(api, glioma) == ["meningioma"]
 
 
 def test_a_correction_puts_a_copy_of_the_image_under_its_new_class(api: Api, glioma: str):

@@ -8,7 +8,9 @@ import threading
 import pytest
 
 from neuroloop.adapters.mlflow_registry import MODEL
+from neuroloop.core.errors import Unavailable
 from neuroloop.model.bundle import BUNDLE_TAG
+from neuroloop.serving import rollback
 from serving.running import Api, head, serving, wait, write_bundle
 
 
@@ -114,6 +116,29 @@ def test_without_a_previous_champion_the_command_says_so(services, champion, no_
     assert done.returncode == 1
     assert "no previous champion" in done.stderr
     assert "--to" in done.stderr
+
+
+@pytest.mark.parametrize("lost", ["request", "answer"])
+def test_a_registry_that_breaks_off_leaves_no_half_a_move(services, champion, promote, tmp_path, monkeypatch, lost):
+    services.registry.set_alias("previous", champion)
+    newer = promote(write_bundle(tmp_path / "b", data_version="d2"))
+    whole = services.registry.set_alias
+
+    def breaks_off(alias: str, version: str) -> None:
+        if alias != "champion" or lost == "answer":
+            whole(alias, version)
+        if alias == "champion":
+            raise Unavailable("the registry does not answer")
+
+    monkeypatch.setattr(services.registry, "set_alias", breaks_off)
+    if lost == "request":
+        with pytest.raises(Unavailable):
+            rollback.make_champion(services, champion, by="ann", reason="x")
+        expected = {"champion": newer, "previous": champion}
+    else:
+        assert rollback.make_champion(services, champion, by="ann", reason="x").version == champion
+        expected = {"champion": champion, "previous": newer}
+    assert {alias: services.registry.by_alias(alias).version for alias in expected} == expected
 
 
 def test_without_the_database_the_champion_stays(services, champion, promote, postgres_server, tmp_path):

@@ -242,6 +242,12 @@ class PostgresLog:
             cursor.execute(f"{_KNOWN} AND created_at < %s ORDER BY created_at LIMIT %s", (before, limit))
             return [row["id"] for row in cursor.fetchall()]
 
+    def clock(self) -> datetime:
+        """The database's time, one for all servers."""
+        with self._transaction() as cursor:
+            cursor.execute("SELECT clock_timestamp() AS now")
+            return cursor.fetchone()["now"]
+
     def record_feedback(self, feedback: Feedback) -> bool:
         """Insert or replace this reader's verdict; whether it was news. An older one never replaces a newer one.
 
@@ -413,9 +419,15 @@ class PostgresLog:
         return ApiKey(**row)
 
     def check(self) -> None:
-        """Raise `Unavailable` unless the database answers."""
+        """Raise `Unavailable` unless the database answers and can be written to."""
         with self._transaction() as cursor:
-            cursor.execute("SELECT 1")
+            cursor.execute("SHOW transaction_read_only")
+            if cursor.fetchone()["transaction_read_only"] == "on":
+                raise Unavailable(
+                    f"the database {self._name} takes no writes",
+                    why="it is read-only, as a standby is, or one whose disk is full",
+                    fix="check which server NEUROLOOP_DATABASE_URL leads to, and its disk",
+                )
 
     def close(self) -> None:
         """Close the idle connections; a later call opens new ones."""
@@ -441,7 +453,7 @@ class PostgresLog:
                     connection.commit()
                 except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
                     self._fail(error, Uncertain)  # the server may have committed before its answer was lost
-        except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+        except (psycopg2.OperationalError, psycopg2.InterfaceError, errors.ReadOnlySqlTransaction) as error:
             self._fail(error)
         finally:
             if connection is not None:

@@ -52,6 +52,10 @@ class Unavailable(NeuroLoopError):
     """A store, database, registry or mail server is out of reach for now."""
 
 
+class Busy(Unavailable):
+    """The service itself cannot answer for now. Its words are for clients: they name nothing of the inside."""
+
+
 class Forbidden(Unavailable):
     """The store refuses this process's identity: it lacks the right that the error names."""
 

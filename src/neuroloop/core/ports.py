@@ -125,8 +125,11 @@ class PredictionLog(Protocol):
     def loop_figures(self) -> LoopFigures:
         """How the loop stands, at a cost that does not grow with the number of predictions."""
 
+    def clock(self) -> datetime:
+        """The database's time, UTC: one for all servers."""
+
     def check(self) -> None:
-        """Raise `Unavailable` unless the database answers."""
+        """Raise `Unavailable` unless the database answers and can be written to."""
 
 
 class Database(Protocol):

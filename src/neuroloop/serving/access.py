@@ -9,7 +9,6 @@ import asyncio
 import hmac
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,13 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from neuroloop.core.credentials import ApiKey, Role, parted, recorded, valid_name
-from neuroloop.core.errors import AlreadyExists, NeuroLoopError, Unavailable
+from neuroloop.core.errors import AlreadyExists, Busy, NeuroLoopError, Unavailable
 from neuroloop.core.ports import ApiKeys
 from neuroloop.core.rates import Rate, network
 from neuroloop.core.schemas import Record
 from neuroloop.serving import problems
 from neuroloop.serving.feedback import InvalidFeedback
+from neuroloop.serving.origin import is_local
 
 OPEN = None
 RULES: dict[str, Role | None] = {
@@ -73,9 +73,9 @@ FRESH_SECONDS = 2.0
 """For so long a key is believed without asking the database: a revocation is heard of within it."""
 STALE_SECONDS = 60.0
 """For so long a known key still counts while the database is away, where nobody can revoke it either."""
-LOOK_UP_SECONDS = 5.0
-_LOOPBACK = ("127.0.0.1", "::1", "[::1]", "localhost")
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+LOOK_UP_SECONDS, LOOK_UP_AGAIN_SECONDS = 5.0, 2.0
+"""Longest wait for the database to tell a key that is not known, and one that is; the request then goes on for up to
+`api.ANSWER_SECONDS`."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -192,14 +192,13 @@ class Access:
             self._asking[key_id] = asking
             asking.add_done_callback(lambda _: self._asking.pop(key_id, None))
         at = self._clock()
+        counts = known if known and at - known.asked_at < STALE_SECONDS else None
         try:
-            key = await asyncio.wait_for(asyncio.shield(asking), LOOK_UP_SECONDS)
+            key = await asyncio.wait_for(asyncio.shield(asking), LOOK_UP_AGAIN_SECONDS if counts else LOOK_UP_SECONDS)
         except (Unavailable, TimeoutError) as error:
-            if known and at - known.asked_at < STALE_SECONDS:
-                return known.key
-            raise Unavailable(
-                "Keys cannot be checked", why="the database does not answer", fix="try again shortly"
-            ) from error
+            if counts:
+                return counts.key
+            raise Busy("Keys cannot be checked", why="the database does not answer", fix="try again shortly") from error
         if key is None:
             self._known.pop(key_id, None)
         else:
@@ -266,7 +265,7 @@ class Guard:
                     answer = (
                         problems.from_status(error.status_code, error.detail, dict(error.headers or {}))
                         if isinstance(error, HTTPException)
-                        else problems.from_error(error)
+                        else problems.from_error(error, inside=is_local(request))
                     )
                     if "transfer-encoding" in request.headers:  # it may have no end, and nobody will read it
                         answer.headers["Connection"] = "close"
@@ -278,17 +277,6 @@ def caller_of(request: Request) -> Caller:
     """Who makes this request; only on routes that are not open."""
     caller: Caller = request.state.caller
     return caller
-
-
-def is_local(request: Request) -> bool:
-    """Whether the request comes from this machine, by a name of it, and through no proxy that says so.
-
-    The name counts because a web page elsewhere can let its own name point here.
-    """
-    client = request.client.host if request.client else ""
-    named = re.sub(r":\d+$", "", request.headers.get("host", ""))
-    proxied = any(header in request.headers for header in _FORWARDED)
-    return client in _LOOPBACK and named in _LOOPBACK and not proxied
 
 
 def document(app: FastAPI) -> None:

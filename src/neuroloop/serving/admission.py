@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from neuroloop.core.errors import Unavailable
+from neuroloop.core.errors import Busy
 from neuroloop.serving import problems
 
 BURST = 64
@@ -80,7 +80,7 @@ class Places:
             self._coming.pop(me, None)
             _COMING.reset(token)
 
-    def turned_away(self) -> Unavailable:
+    def turned_away(self) -> Busy:
         """Note that one was turned away, which makes it a crowd; the error to tell them."""
         now = self._clock()
         if now >= self._crowded_until:
@@ -184,9 +184,9 @@ class Door:
             await self._app(scope, receive, send)
 
 
-def too_slow(seconds: float) -> Unavailable:
+def too_slow(seconds: float) -> Busy:
     """The error of work that was not done in time."""
-    return Unavailable(
+    return Busy(
         "The answer took too long",
         why=f"the store, the database or a free thread could not be had within {seconds:.0f} s",
         fix="try again shortly",
@@ -202,7 +202,7 @@ def _on(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
         loop.call_soon_threadsafe(call)
 
 
-def _busy() -> Unavailable:
-    return Unavailable(
+def _busy() -> Busy:
+    return Busy(
         "The service is busy", why="more images are waiting than it can answer in time", fix="try again shortly"
     )

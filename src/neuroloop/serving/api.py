@@ -47,6 +47,7 @@ from neuroloop.serving import (
 from neuroloop.serving.access import caller_of
 from neuroloop.serving.champion import Champion
 from neuroloop.serving.metrics import Metrics
+from neuroloop.serving.origin import is_local
 from neuroloop.serving.readiness import CHECK_SECONDS, Readiness
 from neuroloop.serving.request_log import RequestLog
 
@@ -199,6 +200,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     cores = len(os.sched_getaffinity(0))
     predicting = admission.Places(PREDICTING_THREADS, "predict", in_a_crowd=1 + cores)
     asking = _Threads(8, "ask")
+    registry = _Threads(3, "registry")  # a registry that hangs must not keep verdicts and erasures waiting
     probing = _Threads(4, "probe")
     parts = {"database": service.check_database, "store": service.check_store, "model": service.check_model}
     readiness = Readiness(probing.run, parts)
@@ -211,7 +213,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         await asyncio.to_thread(champion.stop)
         await asyncio.to_thread(service.decoder.close)
         predicting.close()
-        for threads in (asking, probing):
+        for threads in (asking, registry, probing):
             threads.close()
 
     app = FastAPI(
@@ -374,7 +376,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     @app.get("/v1/models", tags=["models"], responses=problems.responses(503))
     async def models() -> inference.Models:
         """All registered versions, and the ledger of promotions with their reasons."""
-        return await asking.run(service.models)
+        return await registry.run(service.models)
 
     @app.post("/v1/models/{version}/champion", tags=["models"], responses=problems.responses(404, 409, 413, 422, 503))
     async def make_champion(version: str, said: ChampionRequest, request: Request) -> Promotion:
@@ -384,7 +386,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         """
         who = caller_of(request).speaks_as(said.by)
         move = partial(rollback.make_champion, services, version, by=who, reason=said.reason)
-        return await asking.run(move, seconds=CHAMPION_SECONDS)
+        return await registry.run(move, seconds=CHAMPION_SECONDS)
 
     @app.get("/v1/monitoring", tags=["monitoring"], responses=problems.responses(503))
     async def monitoring() -> Monitoring:
@@ -437,7 +439,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         What is wrong with one is told in words only on the machine itself: the words name hosts and folders.
         """
         faults = await readiness.faults()
-        hidden = "" if access.is_local(request) else "not usable, see the server's log"
+        hidden = "" if is_local(request) else "not usable, see the server's log"
         checks = dict.fromkeys(parts, "ok") | {part: hidden or fault for part, fault in faults.items()}
         if not faults:
             return Ready(status="ready", checks=checks)

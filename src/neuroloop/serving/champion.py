@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from neuroloop.bootstrap import Services
-from neuroloop.core.errors import InvalidBundle, Unavailable
+from neuroloop.core.errors import Busy, InvalidBundle, Unavailable
 from neuroloop.core.schemas import ModelVersion, now
 from neuroloop.model.bundle import BUNDLE_TAG, Bundle
 from neuroloop.serving.metrics import Metrics
@@ -64,7 +64,7 @@ class Champion:
         """The model being served. Raises `Unavailable` before the first one."""
         served = self._served
         if served is None:
-            raise Unavailable(
+            raise Busy(
                 "No model is being served yet",
                 why="the registry has no champion, or it has not been loaded yet",
                 fix="wait until the first build has promoted one, then try again",

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from neuroloop.core import errors
-from neuroloop.core.errors import InvalidImage, Unavailable
+from neuroloop.core.errors import Busy, InvalidImage
 from neuroloop.core.settings import Settings
 from neuroloop.imaging import decode
 from neuroloop.imaging.decode import Decoded, Limits
@@ -83,7 +83,7 @@ class Decoder:
         if decode.is_plain(data):
             return decode.read(data, frame=frame, limits=self._limits)
         if not self._places.acquire(timeout=QUEUE_SECONDS):
-            raise Unavailable(
+            raise Busy(
                 "Too many images are being read",
                 why=f"no place became free within {QUEUE_SECONDS:.0f} s",
                 fix="try again shortly",
@@ -160,7 +160,7 @@ class Decoder:
                     raise _no_worker() from None
 
     def _try_to_start(self) -> None:
-        with contextlib.suppress(Unavailable):  # closed meanwhile, or said to the first who needs it
+        with contextlib.suppress(Busy):  # closed meanwhile, or said to the first who needs it
             self._current()
 
     def _current(self) -> "_Worker":
@@ -177,7 +177,7 @@ class Decoder:
             worker = self._worker
         try:
             worker.wait()
-        except Unavailable:
+        except Busy:
             self._forget(worker)  # the next image may find a worker that starts
             raise
         return worker
@@ -240,8 +240,8 @@ class _Worker:
             self._process.wait()
 
 
-def _no_worker() -> Unavailable:
-    return Unavailable(
+def _no_worker() -> Busy:
+    return Busy(
         "The image cannot be read for now",
         why="the process that reads such files is not there",
         fix="try again shortly",

@@ -236,9 +236,10 @@ class InferenceService:
     def give_feedback(self, prediction_id: str, verdict: Verdict, label: Label | None, reader: str) -> FeedbackReceipt:
         """Record a reader's verdict (see `serving.feedback`). Raises `NotFound`, `InvalidFeedback`, `Unavailable`."""
         log, store = self._services.log, self._services.store
+        at = log.clock()  # of a reader's verdicts the last one given counts, whichever server it is given to
         prediction = self._prediction(prediction_id)
         verdict, label = verdicts.normalise(prediction, verdict, label)
-        given = Feedback(prediction_id=prediction.id, reader=reader, verdict=verdict, label=label)
+        given = Feedback(prediction_id=prediction.id, reader=reader, verdict=verdict, label=label, created_at=at)
         if verdicts.record(log, store, prediction, given):
             self._metrics.feedback.labels(verdict.value).inc()
         return FeedbackReceipt(

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from neuroloop.core.errors import (
+    Busy,
     Erased,
     ImageTooLarge,
     InvalidImage,
@@ -25,6 +26,7 @@ from neuroloop.core.errors import (
 from neuroloop.serving.feedback import InvalidFeedback
 from neuroloop.serving.inference import Rejection
 from neuroloop.serving.keyring import InvalidKey
+from neuroloop.serving.origin import is_local
 from neuroloop.serving.rollback import LedgerBehind, NotPromotable
 
 MEDIA_TYPE = "application/problem+json"
@@ -61,7 +63,7 @@ _KINDS: tuple[tuple[type[NeuroLoopError], int, str, str], ...] = (  # the first 
 
 _STATUS_FIXES = {
     401: "send a valid key as `Authorization: Bearer nl_...`; an operator makes one with `neuroloop keys create`",
-    403: "ask an operator for a key of that role",
+    403: "use a key of that role, in the name of its holder; an operator makes one",
     429: "wait as long as Retry-After says, then go on more slowly",
     400: "send multipart/form-data with a field named file, under a short name, or the image itself",
     404: "see /docs for the paths there are",
@@ -69,7 +71,18 @@ _STATUS_FIXES = {
     408: "send the file again, over a faster connection",
     413: "upload a single slice, such as a JPEG or PNG",
     415: "send multipart/form-data with a field named file, or the image itself as image/png or image/jpeg",
+    422: "see /docs for what this path expects",
+    503: "try again as Retry-After says",
 }
+
+_AWAY = {
+    OutOfSpace: ("The store or the database has no room left", "try again later; an operator has to make room"),
+    Unavailable: (
+        "A part that the service needs does not answer",
+        "try again as Retry-After says; the log tells an operator more, by the X-Request-Id of this answer",
+    ),
+}
+"""What strangers are told of faults whose own words name hosts, folders and buckets."""
 
 
 def problem(
@@ -90,11 +103,18 @@ def problem(
     return JSONResponse(document.model_dump(mode="json"), status, headers=headers, media_type=MEDIA_TYPE)
 
 
-def from_error(error: NeuroLoopError) -> JSONResponse:
-    """The problem document of one of our own errors; a kind that is no client's business becomes a bare 500."""
+def from_error(error: NeuroLoopError, *, inside: bool = False) -> JSONResponse:
+    """The problem document of one of our own errors; a kind that is no client's business becomes a bare 500.
+
+    What a store or a database says of itself is for the log and for whoever is `inside`, on this machine.
+    """
     for kind, status, name, title in _KINDS:
         if isinstance(error, kind):
-            return problem(status, name, title, ": ".join(part for part in (error.what, error.why) if part), error.fix)
+            detail, fix = ": ".join(part for part in (error.what, error.why) if part), error.fix
+            if isinstance(error, Unavailable) and not isinstance(error, Busy) and not inside:
+                _LOG.warning("%s", error)
+                detail, fix = _AWAY[OutOfSpace if isinstance(error, OutOfSpace) else Unavailable]
+            return problem(status, name, title, detail, fix)
     _LOG.error("unexpected fault", exc_info=error)
     return internal_error()
 
@@ -144,7 +164,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(NeuroLoopError)
     async def ours(request: Request, error: NeuroLoopError) -> JSONResponse:
-        return from_error(error)
+        return from_error(error, inside=is_local(request))
 
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from neuroloop.bootstrap import Services
 from neuroloop.core.errors import InvalidBundle, NeuroLoopError, NotFound
+from neuroloop.core.ports import Registry
 from neuroloop.core.schemas import Check, ModelVersion, Promotion, now
 from neuroloop.model.bundle import BUNDLE_TAG, Bundle
 
@@ -22,8 +23,8 @@ def make_champion(services: Services, version: str | None, *, by: str, reason: s
     """Point `champion` at `version` (None: at what `previous` names) and `previous` at the champion there was.
 
     The version is fetched and verified first, so that no server is sent after a broken one, and the ledger gets a row
-    that says who did it and why. Raises `NotFound`, `NotPromotable`, `InvalidBundle` and `Unavailable`; then nothing
-    has moved. Raises `LedgerBehind` where the database goes away once it has.
+    that says who did it and why. Raises `NotFound`, `NotPromotable`, `InvalidBundle` and `Unavailable`; then the
+    champion has not moved. Raises `LedgerBehind` where the database goes away once it has.
     """
     registry = services.registry
     champion, target = registry.by_alias("champion"), _target(services, version)
@@ -40,9 +41,7 @@ def make_champion(services: Services, version: str | None, *, by: str, reason: s
         promoted=True,
         checks=(Check(name="by_hand", passed=True, reason=f"{by} went {step}: {reason.rstrip('.')}."),),
     )
-    registry.set_alias("champion", target.version)
-    if before:
-        registry.set_alias("previous", before)
+    _move(registry, target.version, before)
     try:
         services.log.record_promotion(row)
     except NeuroLoopError as error:
@@ -52,6 +51,21 @@ def make_champion(services: Services, version: str | None, *, by: str, reason: s
             fix="repeat it the other way round and back once the database answers",
         ) from error
     return row
+
+
+def _move(registry: Registry, version: str, before: str | None) -> None:
+    """`previous` first, so that the way back is known whenever the champion is another."""
+    was = registry.by_alias("previous")
+    if before:
+        registry.set_alias("previous", before)
+    try:
+        registry.set_alias("champion", version)
+    except NeuroLoopError:
+        if (champion := registry.by_alias("champion")) and champion.version == version:
+            return  # only the answer was lost
+        if before and was:
+            registry.set_alias("previous", was.version)
+        raise
 
 
 def _target(services: Services, version: str | None) -> ModelVersion:

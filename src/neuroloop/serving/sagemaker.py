@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse
 
-from neuroloop.core.errors import Unavailable
+from neuroloop.core.errors import Busy
 from neuroloop.core.schemas import Consent
 from neuroloop.core.settings import Settings
 from neuroloop.serving import inference, intake, problems
@@ -48,9 +48,9 @@ def install(
         try:
             faults = await asyncio.wait_for(ready.faults(), PING_SECONDS)
         except TimeoutError:
-            raise Unavailable("not ready", why=f"this could not be told within {PING_SECONDS} s") from None
+            raise Busy("not ready", why=f"this could not be told within {PING_SECONDS} s") from None
         if faults:
-            raise Unavailable("not ready", why=f"not usable: {', '.join(faults)}")
+            raise Busy("not ready", why=f"not usable: {', '.join(faults)}")
         return Response(status_code=200)
 
     @app.post(

@@ -173,7 +173,7 @@ def _rescale(values: NDArray[Any], settings: "Dataset") -> NDArray[Any]:
 
 
 def _window(values: NDArray[Any], settings: "Dataset") -> NDArray[np.uint8]:
-    """The rescaled values as greys as they are meant, in the window or through the table that the header names first."""
+    """The rescaled values as they are meant to look, in the window or through the table that the header names first."""
     from pydicom import Dataset
     from pydicom.pixels import apply_voi, apply_windowing
 

@@ -152,7 +152,7 @@ def _grey(image: Image.Image) -> NDArray[np.uint8]:
         if isinstance(nothing := image.info.get("transparency"), int):
             values = np.where(values == nothing, 0, values)
         return eight_bits(values, turned=getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO)
-    deep = any(";16" in str(tile.args) for tile in image.tile[:1])
+    deep = any(";16" in str(tile.args) for tile in getattr(image, "tile", [])[:1])
     if image.mode == "LAB":
         return np.array(image.getchannel(0), dtype=np.uint8)
     if not image.has_transparency_data:

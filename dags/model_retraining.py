@@ -41,7 +41,7 @@ DEFAULT = Settings.load()
             type=["null", "integer"],
             minimum=1,
             title="Epochs",
-            description="Optional: an exact number of epochs.",
+            description="At most so many; the budget may end it sooner.",
         ),
         "seed": Param(
             DEFAULT.seed, type="integer", minimum=0, title="Seed", description="Of augmentation and training."

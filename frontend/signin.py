@@ -6,6 +6,7 @@ lives in this process' memory, so a restart signs everybody out; the browser kee
 reloading a page does not. Passwords and keys never reach the browser's side again.
 """
 
+import functools
 import hashlib
 import hmac
 import json
@@ -85,9 +86,9 @@ class Sessions:
             return self._wrong.wait(address)
 
 
-@st.cache_resource(show_spinner=False)
+@functools.cache
 def sessions() -> Sessions:
-    """The sessions of this server."""
+    """The sessions of this server. Not among Streamlit's cached resources, which any browser may have cleared."""
     return Sessions()
 
 

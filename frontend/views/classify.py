@@ -126,14 +126,13 @@ def classify(upload: Upload) -> Outcome:
         with st.spinner("Reading the scan"):
             try:
                 # The consent is the ticked notice's; but no model of real scans shall learn from a simulated sample.
-                foreign = upload.simulated and not layout.api().champion().simulated
                 # The key makes "try again" a repeat, never a second record.
                 answer = layout.api().predict(
                     upload.data,
                     upload.media_type,
                     frame=upload.frame,
                     key=upload.key,
-                    consent="record" if foreign else "training",
+                    consent="simulated" if upload.simulated else "training",
                 )
                 outcome = Outcome(upload.key, answer=answer)
             except ApiProblem as fault:
@@ -218,6 +217,7 @@ def show_answer(upload: Upload, answer: Answer) -> None:
         st.markdown(
             f'<p class="nl-verdict {tone}">{html.escape(verdict_line(answer))}</p>'
             + facts(
+                ("Prediction", answer.id),
                 ("Model", f"version {answer.model_version}"),
                 ("Data", layout.short(answer.data_version)),
                 ("Gate score", f"{answer.gate.score:.2f}"),
@@ -354,7 +354,11 @@ def show_problem(upload: Upload, fault: ApiProblem) -> None:
         st.markdown(
             f'<p class="nl-eyebrow">No result for {html.escape(upload.name)}</p>'
             '<p class="nl-verdict nl-refused">This does not look like a brain MRI</p>'
-            + facts(("Gate score", f"{fault.gate.score:.2f}"), ("Needed", f"{fault.gate.threshold:.2f} or more")),
+            + facts(
+                ("Prediction", fault.prediction_id),
+                ("Gate score", f"{fault.gate.score:.2f}"),
+                ("Needed", f"{fault.gate.threshold:.2f} or more"),
+            ),
             unsafe_allow_html=True,
         )
         picture, words = st.columns([2, 3], gap="medium")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import altair as alt
 import layout
 import pandas as pd
+import signin
 import streamlit as st
 from layout import CLASS_NAMES, VERDICT_NAMES
 
@@ -140,7 +141,11 @@ def feedback_chart(figures: Monitoring) -> alt.LayerChart:
 
 
 def charts(figures: Monitoring) -> None:
-    """The panels below the headline figures."""
+    """The panels below the headline figures; those of the classes where a scan has been taken for a brain MRI."""
+    if not figures.per_class:
+        with st.container(border=True, key="card-gate"):
+            gate_panel(figures)
+        return
     first, second = st.columns(2, gap="small")
     third, fourth = st.columns(2, gap="small")
     with first.container(border=True, key="card-classes", height="stretch"):
@@ -156,14 +161,21 @@ def charts(figures: Monitoring) -> None:
         st.altair_chart(latency_chart(figures), width="stretch")
         st.caption("Bar: mean. Tick: 95th percentile.")
     with fourth.container(border=True, key="card-gate", height="stretch"):
-        st.subheader("Gate score over time", anchor=False)
-        st.altair_chart(gate_chart(figures), width="stretch")
-        st.caption("How much each upload looks like a brain MRI; the latest 500.")
+        gate_panel(figures)
+
+
+def gate_panel(figures: Monitoring) -> None:
+    """What the gate made of the latest uploads."""
+    st.subheader("Gate score over time", anchor=False)
+    st.altair_chart(gate_chart(figures), width="stretch")
+    st.caption("How much each upload looks like a brain MRI; the latest 500.")
 
 
 @st.fragment(run_every="10s")
 def live() -> None:
-    """All figures, read anew every ten seconds."""
+    """All figures, read anew every ten seconds, for as long as somebody is signed in."""
+    if signin.current(layout.settings()) is None:
+        st.rerun()
     figures = layout.load(layout.api().monitoring)
     if figures is None:
         return

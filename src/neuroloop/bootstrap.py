@@ -49,10 +49,8 @@ class Services:
         """The MLflow server of `MLFLOW_TRACKING_URI`."""
         from neuroloop.adapters.mlflow_registry import MlflowRegistry
 
-        settings = self.settings
-        return MlflowRegistry(
-            settings.mlflow_tracking_uri, user=settings.mlflow_user, password=settings.mlflow_password
-        )
+        user, password = self.settings.mlflow_login
+        return MlflowRegistry(self.settings.mlflow_tracking_uri, user=user, password=password)
 
     @cached_property
     def notifier(self) -> Notifier:

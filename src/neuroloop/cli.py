@@ -4,6 +4,7 @@ import getpass
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -129,7 +130,9 @@ def mail_sink() -> None:
 def build(
     data_url: Annotated[str, typer.Option(help="phantom://, a folder, gs://, s3://, az:// or kaggle://...")] = "",
     minutes: Annotated[float | None, typer.Option(help="Training budget.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="An exact number of epochs.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="At most so many; the minutes or early stopping may end it sooner.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the canonical image, pixels.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of simulation, augmentation and training.")] = None,
     architecture: Annotated[str, typer.Option(help="compact, plain64, xception, ...: see .env.example.")] = "",
@@ -169,9 +172,9 @@ def train_worker(
 @app.command()
 def search(
     data_url: Annotated[str, typer.Option(help="phantom://, a folder, gs://, s3://, az:// or kaggle://...")] = "",
-    trials: Annotated[int, typer.Option(help="At most this many settings are tried.")] = 20,
+    trials: Annotated[int, typer.Option(min=1, help="At most this many settings are tried.")] = 20,
     minutes: Annotated[float, typer.Option(help="And none after this time.")] = 60.0,
-    epochs: Annotated[int | None, typer.Option(help="Of a trial.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of a trial.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the canonical image, pixels.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of simulation, augmentation, training and the search.")] = None,
     architecture: Annotated[str, typer.Option(help="compact, plain64, xception, ...: see .env.example.")] = "",
@@ -199,8 +202,10 @@ def search(
     finally:
         pipeline.drop_shards(outside, run_id)
     _show({name: value for name, value in found.items() if name != "trials"})
-    chosen = json.dumps(found["hyperparameters"])
-    print(f"Build with them: neuroloop build --architecture {params.architecture} --hyperparameters '{chosen}'")
+    built = {name.replace("_", "-"): str(value) for name, value in given.items() if value not in (None, "")}
+    built |= {"architecture": params.architecture, "hyperparameters": json.dumps(found["hyperparameters"])}
+    words = " ".join(f"--{name} {shlex.quote(value)}" for name, value in built.items())
+    print(f"Build with them: neuroloop build {words}")
 
 
 @app.command()
@@ -352,7 +357,7 @@ def _writable(file: Path) -> None:
 def create_key(
     name: Annotated[str, typer.Argument(help="The person or program it is for; verdicts carry this name.")],
     role: Annotated[Role, typer.Option(help="What it may do; docs/access.md has the table.")],
-    days: Annotated[float | None, typer.Option(help="It expires after this; by default never.", min=0)] = None,
+    days: Annotated[float | None, typer.Option(help="It expires after this; by default never.")] = None,
 ) -> None:
     """Make a key and print it, this once."""
     from neuroloop.bootstrap import services

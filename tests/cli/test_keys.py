@@ -39,7 +39,12 @@ def test_a_key_is_made_listed_and_revoked(neuroloop, postgres_url: str):
 
 
 def test_what_cannot_be_done_is_one_line(neuroloop):
-    for args, why in ((("revoke", "nobody"), "there is no key"), (("create", " ", "--role", "reader"), "characters")):
+    for args, why in (
+        (("revoke", "nobody"), "there is no key"),
+        (("create", " ", "--role", "reader"), "characters"),
+        (("create", "ann", "--role", "reader", "--days", "99999999"), "at most 3650"),
+        (("create", "ann", "--role", "reader", "--days", "0"), "more than 0"),
+    ):
         done = neuroloop(*args)
         assert done.returncode == 1
         assert why in done.stderr

@@ -223,6 +223,9 @@ def test_a_simulated_sample_is_sent_and_marked_as_simulated(page, live_api):
     assert not page.exception
     assert predictions(live_api) == before + 1
     assert "Sample 1" in words(page)
+    answer = page.session_state["outcome"].answer
+    assert answer.id in words(page)
+    assert live_api.services.log.prediction(answer.id).consent == "simulated"
     assert page.file_uploader[0].value is None
 
 

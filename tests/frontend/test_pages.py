@@ -4,11 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import signin
 
 from frontend.reading import labels, words
+from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.schemas import RESEARCH_NOTICE, Check, Promotion
-from serving.running import head, noise, wait, write_bundle
+from serving.running import head, noise, serving, wait, write_bundle
 
 PAGES = ("classify", "data", "monitoring", "models", "mail", "about")
 
@@ -57,6 +59,27 @@ def test_monitoring_without_predictions_has_an_empty_state_and_no_charts(open_pa
     assert "No predictions yet" in words(app)
     assert "Predictions 0" in words(app)
     assert not app.get("arrow_vega_lite_chart")
+
+
+def test_monitoring_of_refused_uploads_only_shows_what_the_gate_made_of_them(open_page, live_api, postgres_server):
+    empty = live_api.services.settings.model_copy(update={"database_url": postgres_server.new_database()})
+    with serving(Services(empty)) as api:
+        api.predict(noise())
+        figures = api.client.get("/v1/monitoring").json()
+        assert (figures["predictions"], figures["per_class"]) == (1, {})
+        app = open_page("monitoring", api)
+    shown = {heading.value for heading in app.subheader}
+    assert "Gate score over time" in shown
+    assert "Latency per class" not in shown
+
+
+def test_monitoring_left_open_ends_with_the_session(open_page, live_api):
+    app = open_page("monitoring", live_api)
+    assert app.metric
+    signin.sessions().close(app.session_state["session"])
+    app.run()
+    assert not app.metric
+    assert "Sign in" in words(app)
 
 
 def test_monitoring_counts_what_was_asked_refused_and_corrected(open_page, live_api):

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import signin
+import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from frontend.conftest import FRONTEND, PASSWORD, sign_in
@@ -126,6 +127,15 @@ def test_signing_out_closes_the_app_and_forgets_the_scan(open_page, live_api):
     assert signin.sessions().person(token) is None
     sign_in(app, "Berta", PASSWORD)
     assert "the model sees" not in words(app)
+
+
+def test_sessions_and_guesses_outlast_a_browser_that_has_the_caches_cleared(open_page, live_api):
+    app = open_page("classify", live_api)
+    signin.sessions().guessed("192.0.2.7")
+    before = signin.sessions()
+    st.cache_resource.clear()  # as Streamlit does for any browser that asks
+    assert signin.sessions() is before
+    assert not shut(app.run())
 
 
 def test_whoever_comes_next_in_a_tab_left_open_sees_nothing_of_the_one_before(open_page, live_api):

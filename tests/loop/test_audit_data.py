@@ -1,6 +1,7 @@
 """The task `audit_data` on a source with faults: its reports, its figures, and when it stops the run."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +45,21 @@ def looked_at(services: Services, run_id: str) -> str:
     for shard in shards.list_shards(services, run_id):
         shards.audit_shard(services, run_id, shard)
     return version
+
+
+def test_files_that_were_passed_over_stand_in_the_report_and_may_stop_a_build(platform, request):
+    services = platform()
+    source = Path(services.settings.data_url)
+    for name in ("Training/glioma/a.dcm", "Training/glioma/b.jfif", "Testing/c.JFIF"):
+        (source / name).write_bytes(b"x")
+    version = looked_at(services, request.node.name)
+    preparation.audit_data(services, request.node.name)
+    report = json.loads(services.store.get(keys.audit(version)))
+    assert report["ignored"] == {".dcm files": 1, ".jfif files": 2}
+    (finding,) = (each for each in report["findings"] if each["name"] == "ignored")
+    assert (finding["images"], finding["grade"]) == (3, "warning")
+    with pytest.raises(InvalidSource, match="3 files were not looked at"):
+        preparation.audit_data(platform(audit_stop_on="ignored"), request.node.name)
 
 
 def test_both_reports_stand_in_the_store_and_in_mlflow_and_the_figures_are_metrics(platform, mlflow_uri, request):

@@ -74,6 +74,19 @@ def test_about_a_fifth_is_held_out_and_always_the_same_ones(store):
     assert first <= second
 
 
+def test_one_picture_counts_once_and_not_at_all_where_readers_contradict_one_another():
+    def of(name: str, label: str, sha256: str) -> feedback.Correction:
+        return feedback.Correction(key=keys.correction(label, name), label=label, sha256=sha256, held_out=False)
+
+    found = [of("a", "glioma", "1"), of("b", "glioma", "1"), of("c", "glioma", "2"), of("d", "pituitary", "2")]
+    found.append(of("e", "glioma", "3"))
+    assert feedback.repeated(found) == {
+        found[1].key: f"the same picture as {found[0].key}",
+        found[2].key: "corrected to several classes",
+        found[3].key: "corrected to several classes",
+    }
+
+
 def test_few_corrections_are_repeated_and_many_are_not():
     assert feedback.repeats(0, 1000) == 0
     assert feedback.repeats(41, 720) == 4

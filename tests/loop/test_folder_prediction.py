@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 
 from imaging.files import dicom
+from neuroloop.bootstrap import Services
 from neuroloop.core.errors import NeuroLoopError
 from neuroloop.core.schemas import LABELS, RESEARCH_NOTICE
 from neuroloop.loop import folder_prediction
-from serving.running import KEY, Api, encoded, head, noise, wait, write_bundle
+from serving.running import KEY, Api, encoded, head, noise, serving, wait, write_bundle
 
 
 @pytest.fixture
@@ -41,6 +42,16 @@ def predict(folder: Path, out: Path, home: Path, *more: str) -> subprocess.Popen
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_a_service_that_wants_a_consent_is_no_folder_of_unreadable_files(folder, live_api, tmp_path):
+    strict = live_api.services.settings.model_copy(update={"require_consent": True})
+    with serving(Services(strict)) as api:
+        done = predict(folder, tmp_path / "out.csv", tmp_path, "--api", f"http://127.0.0.1:{api.port}")
+        _, error = done.communicate(timeout=120)
+    assert done.returncode == 1
+    assert "X-Consent" in error
+    assert not (tmp_path / "out.csv").exists()
 
 
 def check(table: pd.DataFrame) -> None:

@@ -1,11 +1,13 @@
 """What a try of a task leaves for the next try of the same task."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from neuroloop.bootstrap import Services
-from neuroloop.core.errors import NeuroLoopError
+from neuroloop.core.errors import NeuroLoopError, NotFound
 from neuroloop.core.settings import Settings
 from neuroloop.loop import handoff, retraining
 
@@ -30,6 +32,27 @@ def test_a_retraining_that_does_not_happen_is_mailed_once_a_run_however_often_th
         handoff.keep(services, run_id, "check_source_flag", {"waiting": 50, "reason": "50 corrections wait."})
         retraining.flag_false(services, run_id, by_hand=True)
     assert [mail.body.split()[1] for mail in smtp_sink.mails()] == ["manual__1", "manual__2"]
+
+
+def test_what_a_run_that_never_ended_left_goes_after_a_week_and_no_other(services: Services):
+    kinds = [f"runs/{run}/{kind}" for run in ("old", "new") for kind in ("shards/000-000000.npz", "looks/1.npz")]
+    for key in (*kinds, "runs/old/check_source.json"):
+        services.store.put(key, b"x")
+    week_ago = time.time() - 8 * 86_400
+    for key in (*kinds[:2], "runs/old/check_source.json"):
+        os.utime(tmp_of(services) / key, (week_ago, week_ago))
+    handoff.drop_stale(services)
+    assert services.store.list("runs/") == ["runs/new/looks/1.npz", "runs/new/shards/000-000000.npz",
+                                            "runs/old/check_source.json"]  # fmt: skip
+
+
+def tmp_of(services: Services) -> Path:
+    return Path(services.settings.store.removeprefix("file://"))
+
+
+def test_a_training_whose_images_are_gone_says_what_to_do(services: Services):
+    with pytest.raises(NotFound, match=r"manual__9 has no training images.*trigger a new run"):
+        handoff.training_shards(services, "manual__9")
 
 
 def test_two_dags_cannot_share_a_run_id(services: Services):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from adapters.test_prediction_log import prediction
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import InvalidSource, NotFound
@@ -222,6 +223,35 @@ def test_a_held_out_correction_that_was_learned_from_the_data_tests_nothing(plat
     kept, held_out, left_out = retraining._divided(platform, split.version, found)
     assert (kept, [correction.sha256 for correction in held_out]) == ([], ["new"])
     assert "which is trained on" in left_out[found[0].key]
+
+
+def test_a_simulated_scan_is_learned_from_by_models_of_such_only_and_one_picture_counts_once(platform, built):
+    split = handoff.read_split(platform, built["download_data"]["version"])
+    real = split.model_copy(update={"version": "real-scans", "simulated": False})
+    platform.store.put(keys.split(real.version), real.model_dump_json().encode())
+    found = []
+    for n, consent in enumerate(("simulated", "training", "training")):
+        row = prediction().model_copy(update={"consent": consent})
+        platform.log.record_prediction(row)
+        key = f"{keys.DATA}tests/{row.id}.png"
+        platform.store.put(key, encode_png(scan("glioma", 91 + min(n, 1), seed=5, scanner="B", size=96).pixels))
+        found.append(feedback.Correction(key=key, label="glioma", sha256=str(min(n, 1)), held_out=False))
+    kept, _, left_out = retraining._divided(platform, split.version, found)
+    assert (kept, list(left_out)) == (found[:2], [found[2].key])
+    kept, _, left_out = retraining._divided(platform, real.version, found)
+    assert kept == found[1:2]
+    assert left_out[found[0].key] == "a simulated scan"
+
+
+def test_similar_corrections_are_one_group_when_a_score_s_interval_is_drawn(platform):
+    one, other = (scan("glioma", index, seed=5, scanner="B", size=96).pixels for index in (3, 4))
+    found = []
+    for name, pixels in {"a": one, "mirrored": one[:, ::-1], "b": other}.items():
+        key = f"{keys.DATA}tests/{name}.png"
+        platform.store.put(key, encode_png(np.ascontiguousarray(pixels)))
+        found.append(feedback.Correction(key=key, label="glioma", sha256=name, held_out=True))
+    assert retraining.corrections_arrays(platform, found, 32).groups.tolist() == [0, 0, 2]
+    assert len(retraining.corrections_arrays(platform, [], 32).groups) == 0
 
 
 def test_a_correction_whose_twin_is_frozen_in_another_data_versions_test_part_is_not_trained_on(platform, built):

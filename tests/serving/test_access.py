@@ -269,6 +269,7 @@ def test_an_admin_makes_lists_and_revokes_keys_and_a_key_is_shown_once(api: Api,
     {"name": "", "role": "reader"},
     {"name": "x", "role": "king"},
     {"name": "x", "role": "reader", "days": -1},
+    {"name": "x", "role": "reader", "days": 99_999_999},
     {"name": "x", "role": "reader", "delegates": True},
 ])  # fmt: skip
 def test_a_key_that_is_asked_for_badly_is_not_made(api: Api, holders: dict[str, httpx.Client], asked: dict):

@@ -7,6 +7,7 @@ import pytest
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.schemas import Erasure
+from neuroloop.records.corrections import may_train
 from serving.running import Api, encoded, head, noise, serving
 
 
@@ -98,7 +99,18 @@ def test_an_erasure_whose_server_was_killed_after_the_mark_is_ended_by_its_repea
     assert objects(api, prediction_id) == []
 
 
-@pytest.mark.parametrize("consent", ["training", "record", "unstated", None])
+def test_a_simulated_scan_is_trained_on_after_a_model_of_such_only(api: Api):
+    given = api.client.post(
+        "/v1/predictions", files={"file": ("a", encoded(head("glioma")))}, headers={"X-Consent": "simulated"}
+    ).json()
+    row = api.services.log.prediction(given["id"])
+    assert (row.consent, row.simulated_model) == ("simulated", True)
+    assert may_train(row)
+    assert not may_train(row.model_copy(update={"simulated_model": False}))
+    assert not may_train(row.model_copy(update={"consent": "record"}))
+
+
+@pytest.mark.parametrize("consent", ["training", "record", "unstated", "simulated", None])
 def test_the_consent_that_came_with_an_upload_is_recorded(api: Api, consent: str | None):
     headers = {"X-Consent": consent} if consent else {}
     answer = api.client.post("/v1/predictions", files={"file": ("a", encoded(head("glioma")))}, headers=headers).json()

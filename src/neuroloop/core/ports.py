@@ -239,6 +239,8 @@ class DataSource(Protocol):
     simulated: bool
     licence: str
     """As declared: `CC0-1.0`, or by origin, `CC0-1.0, figshare=CC-BY-4.0`; empty: unknown."""
+    ignored: dict[str, int]
+    """By suffix, how many files the last `files()` passed over because they are no images."""
 
     def files(self) -> list[SourceFile]:
         """All image files with their class, sorted by path. Raises `InvalidSource`."""

@@ -23,8 +23,9 @@ ArchitectureName = Literal["compact", "tiny", "plain64", "conv224", "xception", 
 Distribution = Literal["auto", "one", "mirrored", "multi_worker"]
 """What trains: one device, or several at once; `model.devices` describes them."""
 
-Consent = Literal["training", "record", "unstated"]
-"""To what an uploader agreed: the image may be kept and, once corrected, trained on; kept only; or nothing was said."""
+Consent = Literal["training", "record", "unstated", "simulated"]
+"""To what an uploader agreed: the image may be kept and, once corrected, trained on; kept only; nothing was said; or it
+is of nobody, a simulated scan, which only models of simulated scans learn from."""
 
 ErasureReason = Literal["consent_withdrawn", "requested", "mistake", "retention"]
 """Why something was erased: consent was withdrawn, the person asked for it, it should not be here, its time was up."""
@@ -166,7 +167,7 @@ class Prediction(Record):
     )
     refer: bool = Field(default=False, description="Too uncertain to answer: a reader should look")
     refer_reason: str = Field(default="", description="In words; empty when not referred")
-    consent: Consent = Field(default="unstated", description="To what the uploader agreed: training, record, unstated")
+    consent: Consent = Field(default="unstated", description="To what the uploader agreed, see `Consent`")
     owner: str = Field(default="", description="Who uploaded it: the name of the key or of the person signed in")
 
 

@@ -22,9 +22,11 @@ from neuroloop.core.logs import LogFormat
 from neuroloop.core.schemas import ArchitectureName, Distribution
 
 PREFIX = "NEUROLOOP_"
+MLFLOW_API_USER = "neuroloop-api"
+"""As whom the API comes to MLflow, see `embedded.mlflow_users`."""
 AUDIT_FINDINGS = (
     *("source_leak", "label_conflicts", "wrong_modality", "unreadable", "tiny", "blank"),
-    *("mixed_groups", "duplicates", "shortcuts"),
+    *("mixed_groups", "duplicates", "shortcuts", "ignored"),
 )
 """Names of what the audit may find and a build may stop on; `data.findings` describes them."""
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -302,6 +304,13 @@ class Settings(BaseSettings):
     def airflow_internal(self) -> str:
         """Airflow's API server, as a process of the platform reaches it."""
         return self.airflow_internal_url or self.airflow_url
+
+    @property
+    def mlflow_login(self) -> tuple[str, str]:
+        """User and password for MLflow: those of the API where this process is given no others."""
+        if self.mlflow_api_password and not self.mlflow_password:
+            return MLFLOW_API_USER, self.mlflow_api_password
+        return self.mlflow_user, self.mlflow_password
 
     @property
     def mlflow_page(self) -> str:

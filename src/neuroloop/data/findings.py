@@ -1,6 +1,6 @@
 """What a person should know of the data, graded: what it is, why it matters, and what to do."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -9,6 +9,7 @@ from neuroloop.core.errors import InvalidSource
 from neuroloop.core.schemas import Record
 from neuroloop.data.audit import MOST_UNUSABLE, Audit, FaultKind
 from neuroloop.data.shortcuts import Shortcuts
+from neuroloop.data.source import IMAGE_SUFFIXES
 from neuroloop.imaging.decode import SMALLEST_SIDE
 
 GRAVE_LEAK = 0.01
@@ -33,9 +34,14 @@ class Finding(Record):
     images: int = Field(description="how many images it is about")
 
 
-def findings(audit: Audit, measured: Shortcuts | None = None) -> tuple[Finding, ...]:
-    """What a person should know, the gravest first; `measured` adds the shortcuts."""
-    found = [*_broken(audit), *_leaks(audit), *_quarantined(audit), *_likeness(audit)]
+def findings(
+    audit: Audit, measured: Shortcuts | None = None, ignored: Mapping[str, int] | None = None
+) -> tuple[Finding, ...]:
+    """What a person should know, the gravest first; `measured` adds the shortcuts.
+
+    `ignored` is what was not looked at, in words -> number of files.
+    """
+    found = [*_ignored(ignored or {}), *_broken(audit), *_leaks(audit), *_quarantined(audit), *_likeness(audit)]
     if measured:
         found += _tempting(measured)
     return tuple(sorted(found, key=lambda finding: GRADES.index(finding.grade)))
@@ -52,6 +58,20 @@ def refuse(found: Sequence[Finding], stop_on: Collection[str] = ()) -> None:
             if broken
             else f"NEUROLOOP_AUDIT_STOP_ON names {', '.join(finding.name for finding in stopping)}",
             fix=f"{stopping[0].fix.rstrip('.')}; the audit report shows the images",
+        )
+
+
+def _ignored(ignored: Mapping[str, int]) -> Iterator[Finding]:
+    if ignored:
+        count = sum(ignored.values())
+        named = ", ".join(f"{number:,} {what}" for what, number in ignored.items())
+        yield Finding(
+            grade="warning",
+            name="ignored",
+            what=f"{count:,} files were not looked at: {named}",
+            why=f"images are told by their names, which end in {', '.join(IMAGE_SUFFIXES)}, in folders of their class",
+            fix="where they are images, convert them or move them into class folders",
+            images=count,
         )
 
 

@@ -90,6 +90,7 @@ class PhantomSource:
                 f"There is no simulated scanner {scanner!r}", fix=f"choose one of {', '.join(sorted(SCANNERS))}"
             )
         self.images, self.seed, self.scanner = images, seed, scanner
+        self.ignored: dict[str, int] = {}
         self.url = f"phantom://?images={images}&seed={seed}&scanner={scanner}"
 
     def files(self) -> list[SourceFile]:

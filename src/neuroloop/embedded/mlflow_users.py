@@ -12,8 +12,8 @@ from mlflow.server.auth.permissions import EDIT
 from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
 from neuroloop.adapters.mlflow_registry import MODEL
-from neuroloop.core.settings import Settings
-from neuroloop.embedded.roles import MLFLOW_API_USER, driver
+from neuroloop.core.settings import MLFLOW_API_USER, Settings
+from neuroloop.embedded.roles import driver
 
 
 def main() -> None:

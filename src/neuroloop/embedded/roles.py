@@ -18,14 +18,12 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from neuroloop.core.errors import InvalidSetting, Unavailable
-from neuroloop.core.settings import Settings
+from neuroloop.core.settings import MLFLOW_API_USER, Settings
 
 ROOT = Path(__file__).resolve().parents[3]
 """The repository: `dags/` and `frontend/` stand there."""
 
 WAIT_SECONDS = 300.0
-MLFLOW_API_USER = "neuroloop-api"
-"""As whom the API comes to MLflow, see `mlflow_users`."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,12 @@ class Stack:
         """Each role and its state in words: `running, healthy`, `starting`, `stopped`..."""
         if not self.running():
             return dict.fromkeys(EMBEDDED, "stopped")
-        infos: Any = self._supervisor().supervisor.getAllProcessInfo()
+        try:
+            infos: Any = self._supervisor().supervisor.getAllProcessInfo()
+        except (OSError, xmlrpc.client.Error) as error:
+            raise Unavailable(
+                "The platform's supervisor does not answer", why=str(error), fix="it may be ending; try again shortly"
+            ) from error
         states = {info["name"]: str(info["statename"]).lower() for info in infos}
         return {
             name: f"{states.get(name, 'unknown')}, {'healthy' if self._healthy(name) else 'not ready'}"
@@ -107,7 +112,7 @@ class Stack:
 
     def airflow(self) -> AirflowClient:
         """Airflow's REST API, logged in."""
-        return AirflowClient(self.settings.airflow_url, self.settings.airflow_user, self.settings.airflow_password)
+        return AirflowClient(self.settings.airflow_internal, self.settings.airflow_user, self.settings.airflow_password)
 
     def summary(self) -> str:
         """URLs and logins."""

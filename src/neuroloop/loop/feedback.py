@@ -1,6 +1,7 @@
 """From piled-up corrections to one batch that is used once."""
 
 import hashlib
+from collections import defaultdict
 
 import numpy as np
 
@@ -37,6 +38,11 @@ class Correction(Record):
     def name(self) -> str:
         """What stays of its key when a reader changes the class."""
         return self.key.rsplit("/", 1)[-1]
+
+    @property
+    def prediction(self) -> str:
+        """The id of the prediction that it corrects."""
+        return self.name.removesuffix(".png")
 
 
 def batches(store: ObjectStore) -> list[Batch]:
@@ -85,9 +91,35 @@ def used(store: ObjectStore) -> list[Correction]:
 
 def allowed(log: PredictionLog, found: list[Correction]) -> list[Correction]:
     """Those of the corrections that are not erased: where an object still lingers, the mark is what counts."""
-    names = {correction.key: correction.name.removesuffix(".png") for correction in found}
-    erased = log.erased(list(names.values()))
-    return [correction for correction in found if names[correction.key] not in erased]
+    erased = log.erased([correction.prediction for correction in found])
+    return [correction for correction in found if correction.prediction not in erased]
+
+
+def repeated(found: list[Correction]) -> dict[str, str]:
+    """The keys of corrections that repeat a picture, or contradict another correction of it, and why they do not count.
+
+    One picture may have been uploaded many times, each time as a prediction of its own.
+    """
+    same: dict[str, list[Correction]] = defaultdict(list)
+    for correction in found:
+        same[correction.sha256].append(correction)
+    reasons: dict[str, str] = {}
+    for first, *others in same.values():
+        if any(other.label != first.label for other in others):
+            reasons |= dict.fromkeys((each.key for each in (first, *others)), "corrected to several classes")
+        else:
+            reasons |= {other.key: f"the same picture as {first.key}" for other in others}
+    return reasons
+
+
+def simulated(log: PredictionLog, found: list[Correction]) -> set[str]:
+    """The keys of those corrections whose uploader said that they are simulated scans."""
+    rows = log.known([correction.prediction for correction in found])
+    return {
+        correction.key
+        for correction in found
+        if correction.prediction in rows and rows[correction.prediction].consent == "simulated"
+    }
 
 
 def is_held_out(sha256: str) -> bool:

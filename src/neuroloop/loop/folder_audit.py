@@ -79,7 +79,7 @@ def audit_folder(store: ObjectStore, name: str, *, say: Callable[[str], None] = 
         generator=np.random.default_rng(0),
     )
     say("shortcuts measured")
-    found = (*_ignored(folder), *findings(audit, measured))
+    found = findings(audit, measured, folder.ignored)
     return FolderAudit(
         audit=audit,
         findings=found,
@@ -156,24 +156,6 @@ def _get(store: ObjectStore, key: str) -> bytes:
         return store.get(key)
     except NotFound:
         return b""
-
-
-def _ignored(folder: Folder) -> list[Finding]:
-    """A finding on what was not looked at, where there is such."""
-    if not folder.ignored:
-        return []
-    count = sum(folder.ignored.values())
-    named = ", ".join(f"{number:,} {what}" for what, number in folder.ignored.items())
-    return [
-        Finding(
-            grade="warning",
-            name="ignored",
-            what=f"{count:,} files were not looked at: {named}",
-            why=f"images are told by their names, which end in {', '.join(IMAGE_SUFFIXES)}; expected {_LAYOUT}",
-            fix="where they are images, convert them or move them into class folders",
-            images=count,
-        )
-    ]
 
 
 def _splits(looks: Looks[FolderImage], audit: Audit) -> dict[str, tuple[np.ndarray, np.ndarray]]:

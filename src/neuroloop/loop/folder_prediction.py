@@ -181,7 +181,7 @@ def _row(answer: httpx.Response) -> Row:
         return row | {"outcome": "refused", "problem": body["gate"]["reason"]}
     if answer.status_code == 410:
         return {"outcome": "erased", "problem": problem}
-    if answer.status_code in (400, 413, 415, 422):
+    if answer.status_code in (400, 413, 415):
         return {"outcome": "unreadable", "problem": problem}
     raise NeuroLoopError(f"{answer.request.url.host} refuses to answer ({answer.status_code})", why=problem)
 

@@ -10,7 +10,9 @@ import json
 import logging
 import tempfile
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import numpy as np
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound
-from neuroloop.core.schemas import ImageEntry, Opening, Split, SplitEntry, SplitName
+from neuroloop.core.schemas import ImageEntry, Opening, Split, SplitEntry, SplitName, now
 from neuroloop.data.dataset import Arrays
 from neuroloop.data.packed import unpack
 from neuroloop.model.bundle import Bundle
@@ -210,6 +212,12 @@ def training_shards(services: Services, run_id: str) -> list[Callable[[], tuple[
     An epoch of more than `MOST_BLOCKS` blocks comes in several of these, so that memory is bounded however large it is.
     """
     found = services.store.list(keys.run(run_id, "shards") + "/")
+    if not found:
+        raise NotFound(
+            f"The run {run_id} has no training images any more",
+            why="they go when a run has ended, or when the next one begins",
+            fix="clear the task that prepares them and all after it, or trigger a new run",
+        )
 
     def load(some: list[str]) -> tuple[Any, Any]:
         blocks = [unpack(services.store.get(key)) for key in some]
@@ -219,9 +227,29 @@ def training_shards(services: Services, run_id: str) -> list[Callable[[], tuple[
     return [partial(load, own[at : at + MOST_BLOCKS]) for own in epochs for at in range(0, len(own), MOST_BLOCKS)]
 
 
+_BULKY = ("shards", "train", "looks", "measures")
+_STALE = timedelta(days=7)
+
+
+def drop_stale(services: Services) -> None:
+    """Remove that of runs which never came to their end: what nobody has added to for a week."""
+    bulky: dict[str, list[str]] = defaultdict(list)
+    for key in services.store.list(keys.RUNS):
+        folder, _, rest = key.removeprefix(keys.RUNS).partition("/")
+        if rest.partition("/")[0] in _BULKY:
+            bulky[folder].append(key)
+    for folder, found in bulky.items():
+        with contextlib.suppress(NotFound):  # removed by another at this moment
+            if services.store.modified(found[-1]) > now() - _STALE:
+                continue
+            log.info("%d files of the run %s, which did not end, are removed", len(found), folder)
+            for key in found:
+                services.store.delete(key)
+
+
 def drop_shards(services: Services, run_id: str) -> None:
     """Remove what only this run's tasks read, of which there is much."""
-    for kind in ("shards", "train", "looks", "measures"):
+    for kind in _BULKY:
         for key in services.store.list(keys.run(run_id, kind) + "/"):
             services.store.delete(key)
 

@@ -27,6 +27,7 @@ from neuroloop.loop.handoff import (
     SHARDS,
     Result,
     begin,
+    drop_stale,
     image_reader,
     keep,
     kept,
@@ -55,6 +56,7 @@ def check_source(services: Services, run_id: str, params: Params) -> Result:
         )
     services.pretrained(params.architecture)  # where its weights cannot be had, better now than after the audit
     about = {"source": found.url, "simulated": found.simulated, "split": params.split}
+    about["ignored"] = {f"{suffix} files": count for suffix, count in found.ignored.items()}
     return keep(services, run_id, "check_source", {**about, **summary})
 
 
@@ -63,6 +65,7 @@ def download_data(services: Services, run_id: str, params: Params) -> Result:
 
     Resumable: an image that this run has already fetched, by its recorded hash, is not fetched again.
     """
+    drop_stale(services)
     origin = services.source(params.data_url, seed=params.seed)
     files = origin.files()
     workspace = services.settings.home / "dvc" / hashlib.sha256(origin.url.encode()).hexdigest()[:12]
@@ -202,8 +205,9 @@ def _write_audit(
     services: Services, run_id: str, snapshot: Snapshot, report: Audit, measured: Shortcuts | None = None
 ) -> tuple[Finding, ...]:
     """The audit's report in the store and in MLflow, for people and programs, and its figures as metrics."""
-    found = findings(report, measured)
-    document = audit_report.document(report, found, measured, source=snapshot.source)
+    ignored = kept(services, run_id, "check_source").get("ignored", {})
+    found = findings(report, measured, ignored)
+    document = audit_report.document(report, found, measured, source=snapshot.source, ignored=ignored)
     data = audit_report.to_json(document)
     page = audit_report.to_html(
         report,

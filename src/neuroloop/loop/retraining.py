@@ -13,7 +13,7 @@ from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import Forbidden, NotFound
 from neuroloop.core.schemas import LABELS, Part, PipelineEnd
-from neuroloop.data import dataset
+from neuroloop.data import dataset, similarity
 from neuroloop.data.audit import twins
 from neuroloop.data.dataset import Arrays
 from neuroloop.imaging.canonical import canonicalize
@@ -148,12 +148,14 @@ def evaluate_model(services: Services, run_id: str) -> Result:
 
 
 def corrections_arrays(services: Services, found: list[Correction], size: int) -> Arrays:
-    """Canonical arrays of corrected images; each is its own group."""
-    images = [canonicalize(decode(services.store.get(correction.key)), size) for correction in found]
+    """Canonical arrays of corrected images; what is similar shares a group."""
+    pixels = [decode(services.store.get(correction.key)) for correction in found]
+    thumbnails = np.array([similarity.thumbnail(image) for image in pixels], np.float32)
+    groups, _, _ = similarity.connect(thumbnails, [correction.label for correction in found])
     return Arrays(
-        images=np.array(images, np.uint8).reshape(len(found), size, size),
+        images=np.array([canonicalize(image, size) for image in pixels], np.uint8).reshape(len(found), size, size),
         labels=np.array([LABELS.index(correction.label) for correction in found], np.int64),
-        groups=np.arange(len(found), dtype=np.int64),
+        groups=groups,
         paths=tuple(correction.key for correction in found),
     )
 
@@ -163,10 +165,15 @@ def _divided(
 ) -> tuple[list[Correction], list[Correction], dict[str, str]]:
     """The corrections to train on, those to test on, and why others serve for neither: path -> reason.
 
-    What is trained on has no twin in what is held out, and a held-out correction none in the training part, which
-    champion and candidate have both learned: otherwise remembering would look like learning.
+    One picture counts once, and not at all where it has been corrected to several classes or, in a model of real
+    scans, is a simulated one. What is trained on has no twin in what is held out, and a held-out correction none in the
+    training part, which champion and candidate have both learned: otherwise remembering would look like learning.
     """
     split = handoff.read_split(services, version)
+    unfit = feedback.repeated(found)
+    if not split.simulated:
+        unfit |= dict.fromkeys(feedback.simulated(services.log, found), "a simulated scan")
+    found = [correction for correction in found if correction.key not in unfit]
     held_out = [correction for correction in found if correction.held_out]
     candidates = [correction for correction in found if not correction.held_out]
 
@@ -175,7 +182,7 @@ def _divided(
 
     closed = splitting.closed(splitting.decisions(services.store), simulated=split.simulated)
     closed |= of("validation", "calibration", "test") | {correction.key: correction.key for correction in held_out}
-    left_out = {
+    left_out = unfit | {
         correction.key: f"twin of {name}, which is {role}"
         for some, others, role in ((held_out, of("train"), "trained on"), (candidates, closed, "held out"))
         for correction, name in _known(services, some, others)

@@ -4,7 +4,7 @@ A prediction has at most one corrected copy, under the class of the latest stand
 corrected it to different classes, all their verdicts are kept, the last word counts. A reader who takes a correction
 back moves the copy to what another reader's correction says, or removes it where there is none. A later "not a brain
 MRI" of any reader removes it too: a knee is no glioma. An image whose uploader agreed to its record only gets no copy,
-whatever readers say.
+whatever readers say, nor does a simulated scan that a model of real ones has answered.
 """
 
 import logging
@@ -26,8 +26,8 @@ def waiting(store: ObjectStore) -> list[str]:
 
 
 def may_train(prediction: Prediction) -> bool:
-    """Whether the uploader's consent lets a corrected copy be trained on."""
-    return prediction.consent != "record"
+    """Whether the uploader's consent lets a corrected copy be trained on; of a simulated scan, by a model of such."""
+    return prediction.consent != "record" and (prediction.consent != "simulated" or prediction.simulated_model)
 
 
 def standing(verdicts: Sequence[Feedback]) -> Label | None:

@@ -80,7 +80,8 @@ StatedConsent = Annotated[
     Header(
         alias="X-Consent",
         description="To what the person the image is of, or who answers for it, agreed: `training`: it may be kept "
-        "and, once corrected, trained on; `record`: it may be kept, never trained on; `unstated`: nothing is said",
+        "and, once corrected, trained on; `record`: it may be kept, never trained on; `unstated`: nothing is said; "
+        "`simulated`: it is of nobody, and only models of simulated scans may learn from it",
     ),
 ]
 ShownImages = Annotated[bool, Query(description="Whether the answer holds the image and the heat map")]
@@ -145,7 +146,9 @@ class KeyRequest(BaseModel):
 
     name: Reader = Field(description="The person or program; verdicts and uploads made with it carry this name")
     role: Role
-    days: float | None = Field(default=None, gt=0, le=3650, description="It expires after this; null: never")
+    days: float | None = Field(
+        default=None, gt=0, le=keyring.MOST_DAYS, description="It expires after this; null: never"
+    )
 
 
 class ChampionRequest(BaseModel):

@@ -31,6 +31,10 @@ class KeyShown(Record):
         return cls(**key.model_dump(exclude={"digest"}), standing=key.standing())
 
 
+MOST_DAYS = 3650
+"""Longest life of a key that is to end."""
+
+
 class KeyMade(KeyShown):
     """A key that was just made."""
 
@@ -43,6 +47,8 @@ class InvalidKey(NeuroLoopError):
 
 def create(keys: ApiKeys, name: str, role: Role, *, days: float | None = None, by: str) -> KeyMade:
     """Make and record a key. Raises `InvalidKey`, `Unavailable`."""
+    if days is not None and not 0 < days <= MOST_DAYS:
+        raise InvalidKey(f"A key cannot last {days:g} days", fix=f"give it more than 0 and at most {MOST_DAYS}")
     plain = new_key()
     expires_at = None if days is None else now() + timedelta(days=days)
     try:

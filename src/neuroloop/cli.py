@@ -306,12 +306,17 @@ def pull(
     model: Annotated[str, typer.Option(help="Registered model version; empty: the champion.")] = "",
     to: Annotated[Path, typer.Option(help="Folder that gets data/ and data.dvc.")] = Path(),
 ) -> None:
-    """Bring back exactly the images of a data version (dvc pull), every one verified."""
+    """Bring back exactly the images of a data version (dvc pull), every one verified.
+
+    With a retrained model come its corrections; those that were erased or taken back since are counted.
+    """
     from neuroloop.bootstrap import services
     from neuroloop.loop import versions
 
     found = versions.restore(services(), to, version=version, model=model)
-    print(f"data version {found} is in {(to / 'data').absolute()}")
+    print(f"data version {found.version} is in {(to / 'data').absolute()}")
+    if found.corrections or found.missing:
+        print(f"{found.corrections} corrections are in {(to / 'corrections').absolute()}, {found.missing} are gone")
 
 
 @app.command()

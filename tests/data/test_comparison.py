@@ -105,6 +105,36 @@ def test_only_the_class_whose_greys_changed_is_reported_as_shifted(versions):
     assert Comparison.model_validate_json(result.model_dump_json()) == result
 
 
+@pytest.mark.parametrize("left", [100, 18])
+def test_a_class_that_nearly_vanishes_is_a_large_shift_though_the_rest_is_as_before(versions, left):
+    (before, earlier), _ = versions
+
+    def with_glioma(images: int):
+        classes = {
+            label: statistics.model_copy(
+                update={"images": {"train": images if label == "glioma" else 1000}, "groups": {"train": 30}}
+            )
+            for label, statistics in earlier.classes.items()
+        }
+        return earlier.model_copy(update={"classes": classes})
+
+    result = compare(before, before, with_glioma(1000), with_glioma(left))
+    assert (result.grade, result.mix.grade) == ("large", "large")
+    assert result.psi_max == result.mix.psi > LARGE
+    assert result.summary()["shifted"] == {"class mix": result.mix.psi}
+    assert compare(before, before, with_glioma(1000), with_glioma(960)).grade == "stable"
+
+
+def test_a_class_from_elsewhere_is_a_shift_of_its_origin(versions):
+    (before, earlier), _ = versions
+    glioma = earlier.classes["glioma"]
+    (drawn,) = glioma.origins.values()
+    moved = glioma.model_copy(update={"origins": {"another": drawn}})
+    later = earlier.model_copy(update={"classes": earlier.classes | {"glioma": moved}})
+    result = compare(before, before, earlier, later)
+    assert set(result.summary()["shifted"]) == {"glioma origin"}
+
+
 def test_a_version_compared_with_itself_has_not_changed(versions):
     (before, earlier), _ = versions
     result = compare(before, before, earlier, earlier)

@@ -15,7 +15,6 @@ from neuroloop.data.dataset import (
     augmented_epochs,
     canonical_arrays,
     make_split,
-    registry,
     source_split,
 )
 from neuroloop.data.packed import pack, unpack
@@ -25,6 +24,11 @@ from neuroloop.imaging.canonical import canonicalize
 from neuroloop.imaging.decode import decode, encode_png
 
 from .drawn import four_classes, picture, snapshot_of
+
+
+def registry(split, frozen=None):
+    """What the next split must keep, sha256 -> part."""
+    return {**{entry.sha256: entry.part for entry in split.entries}, **(frozen or {})}
 
 
 def split_of(files, **options):

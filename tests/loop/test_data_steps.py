@@ -220,7 +220,7 @@ def test_the_images_a_registered_model_was_trained_on_come_back_exactly(request,
     versions_by_run = {run_id: model.tags["data_version"] for run_id, model in models.items()}
     assert len(set(versions_by_run.values())) == 2
     back = tmp_path / "back"
-    version = versions.restore(services, back, model=models[f"{remote}-1"].version)
+    version = versions.restore(services, back, model=models[f"{remote}-1"].version).version
     assert version == versions_by_run[f"{remote}-1"]
     named = {path.replace("No Tumor", "notumor"): sha256 for path, sha256 in expected[f"{remote}-1"].items()}
     assert contents(back / "data") == named

@@ -13,7 +13,7 @@ from neuroloop.core.schemas import LABELS, PARTS, Split, SplitEntry
 from neuroloop.core.settings import Settings
 from neuroloop.imaging.decode import decode, encode_png
 from neuroloop.imaging.phantom import scan
-from neuroloop.loop import feedback, handoff, pipeline, preparation, retraining, splitting
+from neuroloop.loop import feedback, handoff, pipeline, preparation, retraining, splitting, versions
 from neuroloop.loop.params import Params
 from neuroloop.model.bundle import Bundle
 
@@ -310,7 +310,9 @@ def correct(platform, number):
         platform.store.put(keys.correction(label, f"00000000-{index:04d}"), encode_png(pixels))
 
 
-def test_at_the_threshold_nothing_is_retrained_and_one_more_trains_evaluates_and_decides_once(platform, built):
+def test_at_the_threshold_nothing_is_retrained_and_one_more_trains_evaluates_and_decides_once(
+    platform, built, tmp_path
+):
     platform.registry.set_alias("champion", built["register_model"]["version"])
     correct(platform, CORRECTIONS - 1)
     assert retraining.check_source_flag(platform, "too-early")["go"] is False
@@ -348,6 +350,14 @@ def test_at_the_threshold_nothing_is_retrained_and_one_more_trains_evaluates_and
         assert bundle.card.feedback == pytest.approx(evaluated["feedback"])
         assert bundle.sha256 == registered["bundle_sha256"]
     assert promoted["previous"] == built["register_model"]["version"]
+    taken_back = corrected[0]
+    platform.store.delete(taken_back)
+    brought = versions.restore(platform, tmp_path, model=registered["version"])
+    assert (brought.corrections, brought.missing) == (result["trained_on"] - 1, 1)
+    files = {file.relative_to(tmp_path / "corrections") for file in (tmp_path / "corrections").rglob("*.png")}
+    assert {file.as_posix() for file in files} == {
+        path.removeprefix(keys.CORRECTIONS) for path in set(corrected) - {taken_back}
+    }
     sent = pipeline.send_email(platform, AGAIN, handoff.RETRAINING)
     assert promoted["version"] in sent["subject"]
     assert platform.store.list(keys.run(AGAIN, "shards/x")[:-1]) == []

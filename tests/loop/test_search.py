@@ -95,12 +95,12 @@ def test_each_trial_is_a_run_below_the_search_with_its_parameters_and_metrics(pr
         assert {name: float(child.data.params[name]) for name in SEARCHED} == pytest.approx(trial["hyperparameters"])
         assert child.info.status == "FINISHED"
         assert child.data.tags["trial"].startswith("complete" if trial["state"] == "complete" else "given up")
-        history = client.get_metric_history(child.info.run_id, "val_macro_f1")
+        history = client.get_metric_history(child.info.run_id, "grouped_validation_macro_f1")
         assert len(history) == trial["epochs"]
         if trial["state"] == "complete":
             assert max(point.value for point in history) == pytest.approx(trial["val_macro_f1"])
     assert client.get_run(parent).info.status == "FINISHED"
-    assert client.get_run(parent).data.metrics["best_val_macro_f1"] == pytest.approx(found["val_macro_f1"])
+    assert client.get_run(parent).data.metrics["grouped_validation_macro_f1"] == pytest.approx(found["val_macro_f1"])
 
 
 def test_a_trial_below_the_median_of_those_before_it_is_given_up_and_its_run_says_so(prepared, mlflow_uri):

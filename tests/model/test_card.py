@@ -77,6 +77,7 @@ def test_a_model_that_reaches_every_target_has_only_the_limits_that_all_have(car
         ({"test": FACTS["evaluated"]["test"] | {"macro_f1": 0.8}}, "never looks at a lesion scores as high"),
         ({"coverage": {"0.95": {"glioma": 0.90}}}, "sets at 95 % covered less in the test part: glioma 90.0 %"),
         ({"risk_coverage": {"answered_accuracy": 0.97}}, "Of the images it answers itself, 3.0 % are wrong"),
+        ({"risk_coverage": {"answered": 0.4}}, "It answers 40.0 % of the images itself"),
         ({"stress": {"blur": {"drop": 0.2}}}, "Under strong blur it loses 20.0 points"),
         ({"explanation": {**EXPLAINED, "pointing": {**EXPLAINED["pointing"], "hits": 0.4}}}, "in only 40.0 %"),
     ],
@@ -85,6 +86,20 @@ def test_what_misses_its_target_is_named_among_the_limits(changes, words):
     card = compose(**facts(**changes))
     assert any(words in limit for limit in card.limits), card.limits
     assert words in as_markdown(card)
+
+
+def test_a_calibration_error_that_chance_explains_is_no_shortcoming():
+    chance = {"ece": 0.06, "ece_floor": 0.04, "ece_chance": 0.07}
+    card = compose(**facts(test=FACTS["evaluated"]["test"] | chance))
+    assert all("off by" not in limit for limit in card.limits)
+    assert "| the same by chance alone, mean | 0.040 |  |" in as_markdown(card)
+
+
+def test_sets_that_say_nothing_for_want_of_calibration_images_say_so():
+    few = FACTS["calibration"].model_copy(update={"groups": {"glioma": 8, "meningioma": 40}})
+    card = compose(**(facts() | {"calibration": few}))
+    (limit,) = (limit for limit in card.limits if "whatever the scan shows" in limit)
+    assert "there are of glioma 8." in limit
 
 
 def test_simulated_and_legacy_models_say_so_before_anything_else():

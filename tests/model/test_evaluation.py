@@ -60,6 +60,32 @@ def test_the_interval_of_a_recall_is_that_of_a_share_of_its_images():
     assert (scores["recall_notumor_low"], scores["recall_notumor_high"]) == (1, 1)
 
 
+@pytest.mark.parametrize(("groups", "recall"), [(4, 0.9), (8, 0.95), (20, 0.9)])
+def test_the_interval_of_a_small_class_holds_the_truth_as_often_as_it_says(groups, recall):
+    generator, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        labels = np.concatenate([np.zeros(groups, int), np.ones(40, int)])
+        right = generator.random(len(labels)) < recall
+        probabilities = np.full((len(labels), 4), 0.01)
+        probabilities[np.arange(len(labels)), np.where(right, labels, 1 - labels)] = 0.97
+        found = evaluate(probabilities, labels, np.arange(len(labels)), bootstrap=200, generator=generator)
+        held += found["recall_glioma_low"] <= recall <= found["recall_glioma_high"]
+    assert held / 300 >= 0.93
+    assert found["recall_glioma_low"] < 1
+
+
+@pytest.mark.parametrize("size", [48, 80, 112, 304])
+def test_the_nearest_baseline_sees_the_whole_image_at_any_size(size):
+    generator = np.random.default_rng(0)
+    images = np.repeat(generator.integers(0, 256, (1, size, size), dtype=np.uint8), 40, axis=0)
+    labels = np.arange(40) % 4
+    for image, label in zip(images, labels, strict=True):  # they differ in the last rows only
+        image[-size // 8 :, label * size // 4 : (label + 1) * size // 4] = 255
+        image[-size // 8 :] //= 1 + generator.integers(0, 2, (size // 8, size), dtype=np.uint8)
+    found = baselines(images[:20], labels[:20], images[20:], labels[20:])
+    assert found["nearest_accuracy"] == 1
+
+
 def test_twins_in_groups_widen_the_interval():
     probabilities, labels = case(100)
     many, classes = np.repeat(probabilities, 8, axis=0), np.repeat(labels, 8)

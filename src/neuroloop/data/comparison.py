@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 from scipy.stats import chi2
 
@@ -41,7 +42,9 @@ class ClassChange(Record):
     added: dict[str, int] = Field(description="recovered source -> images that the earlier version had not")
     removed: dict[str, int] = Field(description="recovered source -> images that are not there any more")
     relabelled: dict[str, int] = Field(description="class they had before -> images")
-    shifts: dict[str, Shift] = Field(description="grey_level and contrast (mean and deviation of an image), size")
+    shifts: dict[str, Shift] = Field(
+        description="grey_level and contrast (mean and deviation of an image), size, origin (recovered source)"
+    )
 
 
 class Comparison(Record):
@@ -51,6 +54,7 @@ class Comparison(Record):
     version: str
     unchanged: int = Field(description="images that both have, under the same class")
     classes: dict[str, ClassChange]
+    mix: Shift = Field(description="how far the shares of the classes moved")
     relabelled: tuple[tuple[str, str, str], ...] = Field(
         description="path, class before and class now of the first hundred relabelled images"
     )
@@ -80,7 +84,7 @@ class Comparison(Record):
         }
 
     def _shifts(self) -> list[tuple[str, Shift]]:
-        return [
+        return [("class mix", self.mix)] + [
             (f"{label} {name}", shift)
             for label, change in self.classes.items()
             for name, shift in change.shifts.items()
@@ -110,6 +114,7 @@ def compare(before: Snapshot, after: Snapshot, earlier: Statistics, later: Stati
             )
             for label in LABELS
         },
+        mix=_mix(earlier, later),
         relabelled=tuple(relabelled[:_LISTED]),
     )
 
@@ -134,10 +139,15 @@ def psi(reference: Sequence[int], current: Sequence[int], *, samples: tuple[int,
         if filled >= share - 1e-9:
             cuts.append(index + 1)
             filled = 0.0
-    p, q = (np.add.reduceat(counts, cuts) + 0.5 for counts in (old, new))
+    return _graded(np.add.reduceat(old, cuts), np.add.reduceat(new, cuts), n, m)
+
+
+def _graded(old: NDArray[np.float64], new: NDArray[np.float64], n: int, m: int) -> Shift:
+    """The index of two histograms over the same bins, of `n` and `m` independent images."""
+    p, q = old + 0.5, new + 0.5
     p, q = p / p.sum(), q / q.sum()
     value = float(((q - p) * np.log(q / p)).sum())
-    chance = float(chi2.ppf(CHANCE, max(1, len(cuts) - 1))) * (1 / n + 1 / m)
+    chance = float(chi2.ppf(CHANCE, max(1, len(p) - 1))) * (1 / n + 1 / m)
     grade: Grade = "stable"
     if value > chance and value >= MODERATE:
         grade = "large" if value >= LARGE else "moderate"
@@ -153,7 +163,19 @@ def _class_shifts(earlier: ClassStatistics, later: ClassStatistics) -> dict[str,
         "grey_level": psi(earlier.mean_counts, later.mean_counts, samples=samples),
         "contrast": psi(earlier.deviation_counts, later.deviation_counts, samples=samples),
         "size": psi(*sizes, samples=samples),
+        "origin": psi(*_by_frequency(_origins(earlier), _origins(later)), samples=samples),
     }
+
+
+def _origins(of: ClassStatistics) -> dict[str, int]:
+    return {name: origin.images.get("train", 0) for name, origin in of.origins.items()}
+
+
+def _mix(earlier: Statistics, later: Statistics) -> Shift:
+    """The shares of the classes among the training images; each class is a bin, however small it has become."""
+    old, new = (np.array([each.classes[label].images["train"] for label in LABELS], float) for each in (earlier, later))
+    n, m = (sum(each.classes[label].groups["train"] for label in LABELS) for each in (earlier, later))
+    return _graded(old, new, n, m) if min(n, m) >= _FEWEST else Shift(psi=0.0, chance=0.0, grade="too few")
 
 
 def _by_frequency(earlier: Mapping[str, int], later: Mapping[str, int]) -> tuple[list[int], list[int]]:

@@ -178,11 +178,6 @@ def is_test(part: str) -> bool:
     return part.casefold().startswith("test")
 
 
-def registry(split: Split, frozen: Mapping[str, Part] | None = None) -> dict[str, Part]:
-    """What the next split must keep: `frozen` and the parts of this split, sha256 -> part."""
-    return {**{entry.sha256: entry.part for entry in split.entries}, **(frozen or {})}
-
-
 def canonical_arrays(entries: Sequence[SplitEntry], read: Callable[[SplitEntry], bytes], size: int) -> Arrays:
     """Decode the entries into canonical form, in their order. `read` is called from several threads."""
 

@@ -11,7 +11,7 @@ import logging
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,14 @@ def begin(services: Services, run_id: str, dag: str) -> None:
             why=f"what it left would be taken for that of this run of {dag}",
             fix="trigger it with another run id",
         )
+
+
+def epoch_metrics(split: SplitName, metrics: Mapping[str, float]) -> dict[str, float]:
+    """An epoch's metrics, as `training.train` names them, under names that say the split and the part."""
+    return {
+        f"{split}_validation_{name.removeprefix('val_')}" if name.startswith("val_") else f"{split}_train_{name}": value
+        for name, value in metrics.items()
+    }
 
 
 def kept(services: Services, run_id: str, step: str) -> Result:

@@ -42,6 +42,7 @@ from neuroloop.loop.handoff import (
     Result,
     drop_shards,
     drop_training_part,
+    epoch_metrics,
     image_reader,
     keep,
     kept,
@@ -68,7 +69,7 @@ from neuroloop.loop.preparation import (
 )
 from neuroloop.loop.shards import audit_shard, list_shards, prepare_shard
 from neuroloop.model import card
-from neuroloop.model.bundle import BUNDLE_TAG, CARD, CARD_DATA, Bundle, Manifest, with_card
+from neuroloop.model.bundle import BUNDLE_TAG, CARD, CARD_DATA, MODEL, Bundle, Manifest, with_card
 from neuroloop.model.card import Card, compose
 
 __all__ = [
@@ -92,8 +93,8 @@ __all__ = [
 ]
 
 _MAP_IMAGES = 48
-_LEDGER = 10_000  # rows looked back at: years of builds and retrainings
 """Training images that measure where the activation map lies; half as many change its offset by a hundredth."""
+_LEDGER = 10_000  # rows looked back at: years of builds and retrainings
 
 
 def play(services: Services, run_id: str, params: Params) -> Iterator[tuple[str, Result]]:
@@ -181,15 +182,11 @@ def fit(
     services.registry.set_tags(run, {"architecture": architecture, "device": device, "replicas": replicas})
     held_out = {part: load_arrays(services, run_id, part) for part in ("train", "validation", "calibration")}
     split = read_split(services, version, kept(services, run_id, "held_out")["split"])
-    first_step = services.registry.next_step(run, "train_loss")  # behind the epochs of a try that was killed
+    # Behind the epochs of a try that was killed.
+    first_step = services.registry.next_step(run, f"{split.name}_train_loss")
 
     def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
-        prefix = f"{split.name}_validation_"
-        named = {
-            prefix + name.removeprefix("val_") if name.startswith("val_") else f"train_{name}": value
-            for name, value in metrics.items()
-        }
-        services.registry.log_metrics(run, named, step=first_step + epoch)
+        services.registry.log_metrics(run, epoch_metrics(split.name, metrics), step=first_step + epoch)
         log.info("epoch %d: %s", epoch, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     validation = held_out["validation"]
@@ -243,8 +240,11 @@ def fit(
         services.store.put(keys.run(run_id, "bundle.zip"), zipped(Path(folder)))
     services.registry.log_metrics(
         run,
-        {"temperature": calibrated.temperature, "refer_below": calibrated.refer_below}
-        | {"train_seconds_total": outcome.seconds},
+        {
+            f"{split.name}_calibration_temperature": calibrated.temperature,
+            f"{split.name}_calibration_refer_below": calibrated.refer_below,
+            f"{split.name}_train_seconds_total": outcome.seconds,
+        },
     )
     return {
         "epochs": outcome.epochs,
@@ -276,7 +276,7 @@ def evaluate_model(
     run = tracked(services, run_id, experiment)
     with open_bundle(services, run_id) as candidate:
         why = "score the candidate, the baselines and the champion"
-        test = open_test(services, run_id, why, experiment, subject=candidate.sha256)
+        test = open_test(services, run_id, why, experiment, subject=candidate.manifest.files[MODEL])
         train, validation, calibration = (load_arrays(services, run_id, part) for part in PARTS if part != "test")
         for part, arrays in zip(PARTS, (train, validation, calibration, test), strict=True):
             log_dataset(services, run, split, part, arrays)
@@ -345,7 +345,7 @@ def score_champion(
 
 
 def log_dataset(services: Services, run: str, split: Split, part: Part, arrays: Arrays) -> None:
-    """Tell MLflow that a run read a part, identified by the pixels and labels the model saw."""
+    """Tell MLflow that a run read a part, identified by the pixels and labels it saw: of many to train on, a sample."""
     digest = hashlib.sha256(arrays.images.tobytes() + arrays.labels.tobytes()).hexdigest()[:32]
     contexts = {"train": "training", "validation": "validation", "calibration": "calibration", "test": "testing"}
     counts = np.bincount(arrays.labels, minlength=len(LABELS)).tolist()
@@ -355,6 +355,7 @@ def log_dataset(services: Services, run: str, split: Split, part: Part, arrays: 
         "image_size": arrays.images.shape[1],
         "data_version": split.version,
         "simulated": split.simulated,
+        "sample": part == "train" and len(arrays.labels) < len(split.of("train")),
         **dict(zip(LABELS, counts, strict=True)),
     }
     services.registry.log_dataset(
@@ -377,6 +378,7 @@ def register_model(services: Services, run_id: str, experiment: str = BUILD) -> 
             "split": bundle.manifest.split,
             "architecture": bundle.manifest.architecture,
             "pipeline": experiment,
+            "pipeline_run": run_id,
             "test_macro_f1": f"{evaluated['test']['macro_f1']:.4f}",
             "test_accuracy": f"{evaluated['test']['accuracy']:.4f}",
             "notice": RESEARCH_NOTICE,
@@ -398,10 +400,10 @@ def model_card(services: Services, run_id: str, manifest: Manifest, experiment: 
     split = read_split(services, version, manifest.split)
     audited = json.loads(services.store.get(keys.audit(version)))
     snapshot = Snapshot.model_validate_json(services.store.get(keys.snapshot(version)))
-    augmentation: Result = {}
+    augmentation: Result = asdict(AugmentParams())
     if experiment != RETRAINING:
         shards = kept(services, run_id, "augment_input_data")
-        augmentation = {name: shards[name] for name in asdict(AugmentParams()) if name in shards}
+        augmentation = {name: shards[name] for name in augmentation if name in shards}
     return compose(
         model=card.Model(
             architecture=manifest.architecture,

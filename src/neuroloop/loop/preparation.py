@@ -188,7 +188,10 @@ def refuse_few(split: Split) -> None:
 
 
 def _shortcuts(looks: Looks[ImageEntry], report: Audit, split: Split) -> Shortcuts:
-    """What can be told without a lesion, on the source's split and on ours; our test part stays closed."""
+    """What can be told without a lesion, on the source's split and on ours; of ours, the test part stays closed.
+
+    The source's own parts are taken whole: what is scored there are rules, to describe the source, and no model.
+    """
     own = own_split(report, looks)
     train = looks.indices({entry.path for entry in split.of("train")})
     held_out = looks.indices({entry.path for entry in split.of("validation", "calibration")})

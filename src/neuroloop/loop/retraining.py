@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,7 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         bundle = Bundle.load(services.registry.download_bundle(start, Path(folder)), sha256=sha256)
         version, size = bundle.manifest.data_version, bundle.image_size
         statistics_json, weights = bundle.statistics, bundle.weights
-        architecture, chosen = bundle.manifest.architecture, bundle.manifest.hyperparameters
+        architecture, chosen = bundle.manifest.architecture, _known_settings(bundle.manifest.hyperparameters)
         gate_network = bundle.fitted_gate.onnx  # what a brain looks like has not changed
     found = feedback.allowed(services.log, feedback.used(services.store))
     kept, held_out, left_out = _divided(services, version, found)
@@ -122,10 +123,21 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         experiment=RETRAINING,
     )
     # Apart, for what the step returns gets into the model card, where ids of predictions have no place.
+    handoff.keep(services, run_id, "corrections", {"trained_on": [each.model_dump() for each in kept]})
     handoff.keep(
         services, run_id, "held_out_corrections", {"names": sorted(correction.name for correction in held_out)}
     )
     return handoff.keep(services, run_id, "retrain_model", {**result, "from_version": start, **counts})
+
+
+def _known_settings(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The champion's hyper-parameters that this version of the program still has."""
+    from neuroloop.model import hyperparameters  # TensorFlow: only where a model is trained
+
+    gone = sorted(chosen.keys() - set(hyperparameters.names()))
+    if gone:
+        log.warning("the champion's settings %s are no longer there and count no more", ", ".join(gone))
+    return {name: value for name, value in chosen.items() if name not in gone}
 
 
 def _start(services: Services) -> Result:

@@ -17,7 +17,7 @@ from neuroloop.data import dataset
 from neuroloop.data.dataset import Arrays
 from neuroloop.imaging.augment import AugmentParams
 from neuroloop.loop import handoff
-from neuroloop.loop.handoff import Result, log
+from neuroloop.loop.handoff import Result, epoch_metrics, log
 from neuroloop.loop.params import Params
 
 SEARCH = "hyperparameter_search"
@@ -99,7 +99,7 @@ def search(
         study.optimize(objective, trials, timeout=minutes * 60, catch=(FloatingPointError,), gc_after_trial=True)
         result = {**_best(study), **about}
         data = json.dumps(result, indent=1).encode()
-        services.registry.log_metrics(parent, {"best_val_macro_f1": result["val_macro_f1"]})
+        services.registry.log_metrics(parent, {"grouped_validation_macro_f1": result["val_macro_f1"]})
         services.registry.log_bytes(parent, "search/best.json", data)
         done = True
     finally:
@@ -165,7 +165,7 @@ class Objective:
         scores: list[float] = []
 
         def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
-            self.services.registry.log_metrics(run, metrics, step=epoch)
+            self.services.registry.log_metrics(run, epoch_metrics("grouped", metrics), step=epoch)
             scores.append(metrics["val_macro_f1"])
             trial.report(scores[-1], epoch)
             if epoch + 1 == self.epochs:

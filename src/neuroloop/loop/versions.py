@@ -10,9 +10,11 @@ from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import AlreadyExists, InvalidSource, NotFound
 from neuroloop.core.ports import ObjectStore
-from neuroloop.core.schemas import Record, Snapshot, now
+from neuroloop.core.schemas import ModelVersion, Record, Snapshot, now
 from neuroloop.data.comparison import Comparison, compare
 from neuroloop.data.statistics import Statistics
+from neuroloop.loop.feedback import Correction
+from neuroloop.loop.handoff import RETRAINING, kept
 
 
 class Accepted(Record):
@@ -70,13 +72,23 @@ def compare_with_previous(store: ObjectStore, snapshot: Snapshot, statistics: St
     return compare(before, snapshot, earlier, statistics)
 
 
-def restore(services: Services, folder: Path, *, version: str = "", model: str = "") -> str:
-    """Bring exactly the images of a data version to `folder/data`, verify every one, and return the version.
+class Restored(Record):
+    """What `restore` brought back."""
+
+    version: str = Field(description="data version")
+    corrections: int = Field(default=0, description="corrected uploads that the model was trained on besides")
+    missing: int = Field(default=0, description="of those, how many are no longer there: erased, or taken back")
+
+
+def restore(services: Services, folder: Path, *, version: str = "", model: str = "") -> Restored:
+    """Bring exactly the images of a data version to `folder/data`, and verify every one.
 
     Without `version` it is the one that the registered model version `model` was trained on, without both the
-    champion's. Raises `NotFound` for an unknown model or version, `InvalidSource` where a file is not the snapshot's.
+    champion's; of a retrained model the corrections come as well, to `folder/corrections/<class>/`. Raises `NotFound`
+    for an unknown model or version, `InvalidSource` where a file is not the snapshot's.
     """
-    version = version or _trained_on(services, model)
+    trained = None if version else _model(services, model)
+    version = trained.tags["data_version"] if trained else version
     try:
         data_dvc = services.store.get(keys.data_dvc(version))
         snapshot = Snapshot.model_validate_json(services.store.get(keys.snapshot(version)))
@@ -94,10 +106,28 @@ def restore(services: Services, folder: Path, *, version: str = "", model: str =
             why=f"{len(wrong)} files are missing, too many or different, first {wrong[0]}",
             fix="restore into an empty folder",
         )
-    return version
+    return _with_corrections(services, folder, Restored(version=version), trained)
 
 
-def _trained_on(services: Services, model: str) -> str:
+def _with_corrections(services: Services, folder: Path, done: Restored, trained: ModelVersion | None) -> Restored:
+    """The corrections of a retrained model too, under the classes that it learned them by."""
+    if trained is None or trained.tags.get("pipeline") != RETRAINING:
+        return done
+    found = kept(services, trained.tags.get("pipeline_run", "unknown"), "corrections")["trained_on"]
+    there = {key.rsplit("/", 1)[-1]: key for key in services.store.list(keys.CORRECTIONS)}
+    missing = 0
+    for correction in map(Correction.model_validate, found):
+        data = services.store.get(there[correction.name]) if correction.name in there else b""
+        if hashlib.sha256(data).hexdigest() != correction.sha256:
+            missing += 1
+            continue
+        target = folder / "corrections" / correction.label / correction.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    return done.model_copy(update={"corrections": len(found) - missing, "missing": missing})
+
+
+def _model(services: Services, model: str) -> ModelVersion:
     if model:
         found = next((each for each in services.registry.versions() if each.version == model), None)
         if found is None:
@@ -106,7 +136,7 @@ def _trained_on(services: Services, model: str) -> str:
         found = services.registry.by_alias("champion")
         if found is None:
             raise NotFound("there is no champion", fix="name a data version with --version, or a model with --model")
-    return found.tags["data_version"]
+    return found
 
 
 def _files(folder: Path) -> list[Path]:

@@ -216,8 +216,8 @@ def expected_calibration_error(probabilities: Floats, labels: Integers, bins: in
 
 def calibration_floor(
     probabilities: Floats, groups: Integers, *, repeats: int = 200, generator: np.random.Generator
-) -> float:
-    """The mean `expected_calibration_error` that chance gives these images even if every probability were true.
+) -> tuple[float, float]:
+    """The `expected_calibration_error` that chance gives here were every probability true: mean, 95th percentile.
 
     `probabilities` (n, classes), `groups` (n,): twins are right or wrong together. An error near this floor is no sign
     of bad calibration (Vaicenavicius et al., AISTATS 2019): it was 0.025 for 840 images in 301 groups of the public
@@ -230,4 +230,4 @@ def calibration_floor(
         right = generator.random(int(group.max()) + 1)[group] < confidence
         answers = np.column_stack([confidence, np.zeros(len(confidence))])
         found.append(expected_calibration_error(answers, np.where(right, 0, 1)))
-    return float(np.mean(found))
+    return float(np.mean(found)), float(np.quantile(found, 0.95))

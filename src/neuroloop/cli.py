@@ -216,7 +216,7 @@ def predict(
     bundle: Annotated[
         Path | None, typer.Option(help="Predict here with this bundle instead, without a record.")
     ] = None,
-    consent: Annotated[str, typer.Option(help="What to state: training, record or unstated.")] = "unstated",
+    consent: Annotated[str, typer.Option(help="What to state: training, record, simulated or unstated.")] = "unstated",
     at_once: Annotated[int, typer.Option(min=1, max=32, help="Requests at a time.")] = 4,
 ) -> None:
     """Classify every image of a folder into a table, through the API (with NEUROLOOP_API_KEY) or with a bundle.
@@ -317,6 +317,8 @@ def pull(
     print(f"data version {found.version} is in {(to / 'data').absolute()}")
     if found.corrections or found.missing:
         print(f"{found.corrections} corrections are in {(to / 'corrections').absolute()}, {found.missing} are gone")
+    if found.unknown:
+        print("the model also learned from corrections; which, an earlier version of this program did not keep")
 
 
 @app.command()

@@ -135,6 +135,23 @@ def test_a_class_from_elsewhere_is_a_shift_of_its_origin(versions):
     assert set(result.summary()["shifted"]) == {"glioma origin"}
 
 
+@pytest.mark.parametrize("images", [1_000, 100_000])
+@pytest.mark.parametrize(("share", "grade"), [(0.03, "stable"), (0.08, "moderate"), (0.3, "large")])
+def test_a_new_source_weighs_by_its_share_however_many_images_there_are(versions, images, share, grade):
+    (before, earlier), _ = versions
+    glioma = earlier.classes["glioma"].model_copy(update={"groups": {"train": images}, "measured": images})
+    (drawn,) = glioma.origins.values()
+
+    def of(**origins: int):
+        made = {name: drawn.model_copy(update={"images": {"train": count}}) for name, count in origins.items()}
+        return earlier.model_copy(
+            update={"classes": earlier.classes | {"glioma": glioma.model_copy(update={"origins": made})}}
+        )
+
+    result = compare(before, before, of(drawn=images), of(drawn=images, new=round(images * share / (1 - share))))
+    assert result.classes["glioma"].shifts["origin"].grade == grade
+
+
 def test_a_version_compared_with_itself_has_not_changed(versions):
     (before, earlier), _ = versions
     result = compare(before, before, earlier, earlier)

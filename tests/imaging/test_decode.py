@@ -70,8 +70,12 @@ def deep_png(colour_type: int, values: np.ndarray, *chunks: tuple[bytes, bytes])
 def test_sixteen_bit_colours_are_read_where_eight_of_them_suffice_and_refused_where_not(colour_type):
     ramp = np.tile(np.arange(256, dtype=np.uint16), (40, 1))
     assert np.array_equal(decode(deep_png(colour_type, ramp * 257)), ramp)
-    with pytest.raises(UnsupportedImage, match=r"too dark.*4 grey levels.*16-bit grey"):
+    with pytest.raises(UnsupportedImage, match=r"too much alike.*some 4 levels.*16-bit grey"):
         decode(deep_png(colour_type, ramp * 4))
+    marked = ramp * 4 + 30_000
+    marked[0, 0] = 65535
+    with pytest.raises(UnsupportedImage, match="too much alike"):
+        decode(deep_png(colour_type, marked))
 
 
 def test_sixteen_bit_greys_keep_their_levels_turned_or_transparent():
@@ -81,9 +85,26 @@ def test_sixteen_bit_greys_keep_their_levels_turned_or_transparent():
     white_is_zero = encoded(Image.fromarray(65535 - ramp), "TIFF", tiffinfo={262: 0})
     assert np.abs(decode(white_is_zero).astype(int) - reference).max() <= 1
     ramp[:2] = 65535
-    see_through = decode(deep_png(0, ramp, (b"tRNS", struct.pack(">H", 65535))))
-    assert see_through[:2].max() == 0
-    assert np.abs(see_through[2:].astype(int) - reference[2:]).max() <= 1
+    for offset in (0, 30_000):
+        shifted = np.where(ramp == 65535, 65535, ramp + offset).astype(np.uint16)
+        see_through = decode(deep_png(0, shifted, (b"tRNS", struct.pack(">H", 65535))))
+        assert see_through[:2].max() == 0
+        assert np.abs(see_through[2:].astype(int) - reference[2:]).max() <= 1
+
+
+def test_a_large_offset_costs_no_levels_in_whole_numbers_of_32_bits():
+    ramp = np.tile(np.arange(300, dtype=np.int32), (40, 1))
+    deep = decode(encoded(Image.fromarray(ramp + 2**30, mode="I"), "TIFF"))
+    assert np.abs(deep.astype(int) - decode(encoded(Image.fromarray(ramp + 30_000, mode="I"), "TIFF"))).max() <= 1
+
+
+def test_a_dark_picture_of_16_bits_a_pixel_is_no_16_bit_colour():
+    rows = np.full((40, 40), 0x0841, "<u2").tobytes()
+    head = struct.pack("<IiiHHIIiiII", 40, 40, 40, 1, 16, 3, len(rows), 0, 0, 0, 0) + struct.pack(
+        "<III", 0xF800, 0x7E0, 0x1F
+    )
+    data = b"BM" + struct.pack("<IHHI", 14 + len(head) + len(rows), 0, 0, 14 + len(head)) + head + rows
+    assert decode(data).max() < 64
 
 
 def test_a_picture_with_much_or_packed_metadata_is_not_plain():
@@ -94,8 +115,11 @@ def test_a_picture_with_much_or_packed_metadata_is_not_plain():
     segment = b"\xff\xe1" + struct.pack(">H", 60_002) + b"Exif\0\0".ljust(60_000, b"x")
     jpeg = encoded(Image.fromarray(picture()), "JPEG")
     assert not is_plain(jpeg[:2] + 2 * segment + jpeg[2:])
+    assert not is_plain(jpeg[:2] + 2000 * b"\xff\xfe\0\2" + jpeg[2:])
     grey = picture().astype(np.uint16)
     assert is_plain(deep_png(0, grey, (b"tEXt", b"Software\0x")))
+    assert not is_plain(deep_png(0, grey, *[(b"prVt", b"")] * 2000))
+    assert not is_plain(deep_png(0, grey, (b"iCCP", b"x\0\0" + zlib.compress(b"x"))))
     assert not is_plain(deep_png(0, grey, (b"eXIf", b"II*\0" + bytes(70_000))))
     assert not is_plain(deep_png(0, grey, (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"x"))))
 

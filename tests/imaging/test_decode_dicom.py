@@ -69,6 +69,8 @@ def test_neither_an_inversion_nor_an_offset_costs_grey_levels(brightest: int):
     turned = {"PhotometricInterpretation": "MONOCHROME1"}
     assert apart(decode(dicom(65535 - deep, **turned)), reference) <= 1
     assert apart(decode(dicom(4095 - deep, BitsStored=12, HighBit=11, **turned)), reference) <= 1
+    dark = deep // 20
+    assert apart(decode(dicom(4095 - dark, BitsStored=12, HighBit=11, **turned)), decode(picture(dark, "PNG"))) <= 1
     assert apart(decode(dicom(deep + 30000)), reference) <= 1
 
 
@@ -91,6 +93,23 @@ def test_padding_is_dark_and_takes_no_grey_levels(limit: int | None, photometric
     pixels = decode(dicom(padded, PhotometricInterpretation=photometric, **tags))
     assert pixels[:20].max() == 0
     assert apart(pixels[20:], decode(dicom(image[20:], PhotometricInterpretation=photometric))) <= 1
+
+
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 600, "WindowWidth": 1200}])
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_padding_is_black_though_nothing_else_is_dark(window: dict, photometric: str):
+    head = (DEEP.astype(int) * 700 // 4000 + 300).astype(np.uint16)  # 300 to 1000
+    padding = 0 if photometric == "MONOCHROME2" else 1200
+    if photometric == "MONOCHROME1":
+        head = 1200 - head
+    head[:30] = padding
+    tags = {"PhotometricInterpretation": photometric, "PixelPaddingValue": padding, **window}
+    pixels = decode(dicom(head, **tags))
+    assert pixels[:30].max() == 0
+    assert pixels[30:].max() > 200
+    small = (head // 8).astype(np.uint8)
+    tags = {"PhotometricInterpretation": photometric, "PixelPaddingValue": padding // 8}
+    assert decode(dicom(small, **tags))[:30].max() == 0
 
 
 def test_colour_becomes_luma_and_palettes_show_their_colours():

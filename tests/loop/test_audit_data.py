@@ -47,7 +47,7 @@ def looked_at(services: Services, run_id: str) -> str:
     return version
 
 
-def test_files_that_were_passed_over_stand_in_the_report_and_may_stop_a_build(platform, request):
+def test_files_that_were_passed_over_stand_in_the_report(platform, request):
     services = platform()
     source = Path(services.settings.data_url)
     for name in ("Training/glioma/a.dcm", "Training/glioma/b.jfif", "Testing/c.JFIF"):
@@ -58,8 +58,15 @@ def test_files_that_were_passed_over_stand_in_the_report_and_may_stop_a_build(pl
     assert report["ignored"] == {".dcm files": 1, ".jfif files": 2}
     (finding,) = (each for each in report["findings"] if each["name"] == "ignored")
     assert (finding["images"], finding["grade"]) == (3, "warning")
-    with pytest.raises(InvalidSource, match="3 files were not looked at"):
-        preparation.audit_data(platform(audit_stop_on="ignored"), request.node.name)
+
+
+def test_files_that_were_passed_over_stop_a_build_before_its_parts_are_frozen(platform, request):
+    services = platform(audit_stop_on="ignored")
+    (Path(services.settings.data_url) / "Training/glioma/a.dcm").write_bytes(b"x")
+    looked_at(services, request.node.name)
+    with pytest.raises(InvalidSource, match="1 files were not looked at"):
+        preparation.audit_data(services, request.node.name)
+    assert services.store.list(keys.SPLIT_REGISTRY) == []
 
 
 def test_both_reports_stand_in_the_store_and_in_mlflow_and_the_figures_are_metrics(platform, mlflow_uri, request):

@@ -41,9 +41,14 @@ def test_what_a_run_that_never_ended_left_goes_after_a_week_and_no_other(service
     week_ago = time.time() - 8 * 86_400
     for key in (*kinds[:2], "runs/old/check_source.json"):
         os.utime(tmp_of(services) / key, (week_ago, week_ago))
+    again = "runs/cleared/train/000001.npz"  # of a task that was cleared, and works anew
+    services.store.put(again, b"x")
+    os.utime(tmp_of(services) / again, (week_ago, week_ago))
+    handoff.in_use(services, "cleared")
     handoff.drop_stale(services)
-    assert services.store.list("runs/") == ["runs/new/looks/1.npz", "runs/new/shards/000-000000.npz",
-                                            "runs/old/check_source.json"]  # fmt: skip
+    left = {key for key in services.store.list("runs/") if "cleared" not in key}
+    assert left == {*kinds[2:], "runs/old/check_source.json"}
+    assert services.store.exists(again)
 
 
 def tmp_of(services: Services) -> Path:

@@ -353,15 +353,40 @@ def test_at_the_threshold_nothing_is_retrained_and_one_more_trains_evaluates_and
     taken_back = corrected[0]
     platform.store.delete(taken_back)
     brought = versions.restore(platform, tmp_path, model=registered["version"])
-    assert (brought.corrections, brought.missing) == (result["trained_on"] - 1, 1)
+    assert (brought.corrections, brought.missing, brought.unknown) == (result["trained_on"] - 1, 1, False)
+    assert versions.restore(platform, tmp_path, model=registered["version"]) == brought  # once more, over the first
     files = {file.relative_to(tmp_path / "corrections") for file in (tmp_path / "corrections").rglob("*.png")}
     assert {file.as_posix() for file in files} == {
         path.removeprefix(keys.CORRECTIONS) for path in set(corrected) - {taken_back}
     }
+    surplus = tmp_path / "corrections" / "another.png"
+    surplus.write_bytes(b"x")
+    with pytest.raises(InvalidSource, match=r"1 files, first another\.png"):
+        versions.restore(platform, tmp_path, model=registered["version"])
+    surplus.unlink()
+    lists = keys.run(AGAIN, "corrections.json")
+    which = platform.store.get(lists)
+    platform.store.delete(lists)  # as an earlier version of the program left it
+    assert versions.restore(platform, tmp_path, model=registered["version"]).unknown
+    platform.store.put(lists, which)
     sent = pipeline.send_email(platform, AGAIN, handoff.RETRAINING)
     assert promoted["version"] in sent["subject"]
     assert platform.store.list(keys.run(AGAIN, "shards/x")[:-1]) == []
     assert not platform.store.exists(keys.run(AGAIN, "train.npz"))  # uploads, which no erasure would find there
+
+
+def test_a_batch_that_teaches_nothing_starts_no_training(platform, built):
+    platform.registry.set_alias("champion", built["register_model"]["version"])
+    again = platform.store.list(keys.CORRECTIONS)[0]
+    for index in range(CORRECTIONS):  # one picture, learned from already
+        name = f"00000001-{index:04d}"
+        platform.store.put(keys.correction(again.split("/")[-2], name), platform.store.get(again))
+    run_id = "manual__nothing_new"
+    assert retraining.check_source_flag(platform, run_id)["go"] is True
+    assert retraining.flag_true(platform, run_id) == {}
+    assert retraining.check_source_flag(platform, "after")["waiting"] == 0
+    for index in range(CORRECTIONS):
+        platform.store.delete(keys.correction(again.split("/")[-2], f"00000001-{index:04d}"))
 
 
 def test_what_the_steps_return_is_small_json(built):

@@ -17,7 +17,9 @@ import pytest
 
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
+from neuroloop.core.credentials import Role
 from neuroloop.core.schemas import LABELS
+from neuroloop.serving import keyring
 from neuroloop.serving.access import FRESH_SECONDS
 from servers.relay import Relay
 from serving.running import BEARER, KEY, Api, encoded, head, noise, serving, wait
@@ -103,17 +105,26 @@ def test_a_database_that_is_down_at_the_start_is_waited_for(services, champion, 
     assert whole(services) == 1
 
 
-def test_what_is_away_is_named_to_this_machine_only(services, champion, relay, postgres_server):
+def test_what_is_away_is_named_to_an_admin_on_this_machine_only(services, champion, relay, postgres_server):
+    made = keyring.create(services.keys, "una", Role.UPLOADER, by="a test").key
+    uploader = {"Authorization": f"Bearer {made}"}
     with serving(through(services, relay, postgres_server.port)) as api:
+
+        def ask(**more: str) -> httpx.Response:
+            return api.client.post("/v1/predictions", content=encoded(head("glioma")), headers=PNG | more)
+
+        assert ask(**uploader).status_code == 201  # and the key is known
         relay.close()
-        here = api.client.post("/v1/predictions", content=encoded(head("glioma")), headers=PNG)
-        there = api.client.post("/v1/predictions", content=encoded(head("glioma")), headers=PNG | PROXIED)
+        here, *others = ask(), ask(**PROXIED), ask(**uploader)
+        files = [("file", ("a", encoded(head("glioma"))))] * 2
+        batch = api.client.post("/v1/predictions:batch", files=files)
         relay.open()
-    assert here.status_code == there.status_code == 503
     assert f"127.0.0.1:{relay.port}" in here.json()["detail"]
-    assert there.json()["detail"] == "A part that the service needs does not answer"
-    assert str(relay.port) not in there.text
-    assert "PostgreSQL" not in there.text
+    for other in (*others, batch):
+        assert other.status_code == here.status_code == 503
+        assert other.json()["detail"] == "A part that the service needs does not answer"
+        assert str(relay.port) not in other.text
+        assert "PostgreSQL" not in other.text
 
 
 def test_a_registry_that_hangs_keeps_no_verdict_waiting(services, champion, mlflow_uri, free_port):

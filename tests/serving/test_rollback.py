@@ -141,6 +141,16 @@ def test_a_registry_that_breaks_off_leaves_no_half_a_move(services, champion, pr
     assert {alias: services.registry.by_alias(alias).version for alias in expected} == expected
 
 
+def test_after_a_move_that_broke_off_in_the_midst_the_ledger_knows_the_way_back(services, champion, promote, tmp_path):
+    newer = promote(write_bundle(tmp_path / "b", data_version="d2"))
+    rollback.make_champion(services, champion, by="ann", reason="x")
+    rollback.make_champion(services, newer, by="ann", reason="y")
+    services.registry.set_alias("previous", newer)  # all that was written before the registry went away
+    assert rollback.make_champion(services, None, by="ann", reason="z").version == champion
+    assert services.registry.by_alias("champion").version == champion
+    assert services.registry.by_alias("previous").version == newer
+
+
 def test_without_the_database_the_champion_stays(services, champion, promote, postgres_server, tmp_path):
     newer = promote(write_bundle(tmp_path / "b", data_version="d2"))
     with serving(services) as api:

@@ -25,6 +25,7 @@ graded, whatever the convention says; else every small class would alarm."""
 
 _BINS = 10
 _FEWEST = 20
+_LEAST = 0.01  # share of a size, a source or a class below which it counts as if it had that
 _LISTED = 100
 
 
@@ -119,12 +120,15 @@ def compare(before: Snapshot, after: Snapshot, earlier: Statistics, later: Stati
     )
 
 
-def psi(reference: Sequence[int], current: Sequence[int], *, samples: tuple[int, int] | None = None) -> Shift:
+def psi(
+    reference: Sequence[int], current: Sequence[int], *, samples: tuple[int, int] | None = None, least: float = 0.0
+) -> Shift:
     """The population stability index of two ordered histograms over the same fine bins.
 
     Neighbouring bins are joined until each holds a tenth of the reference (fewer where there are few images), and half
     an image is added to each, so that an empty one does not make the index infinite. `samples` are the independent
     images in each, where they are fewer than the counts say: similar images of one group count once for what is chance.
+    No bin counts for less than the share `least`: else a name that is new would weigh more, the more images there are.
     """
     old, new = np.asarray(reference, float), np.asarray(current, float)
     if len(old) != len(new):
@@ -139,13 +143,13 @@ def psi(reference: Sequence[int], current: Sequence[int], *, samples: tuple[int,
         if filled >= share - 1e-9:
             cuts.append(index + 1)
             filled = 0.0
-    return _graded(np.add.reduceat(old, cuts), np.add.reduceat(new, cuts), n, m)
+    return _graded(np.add.reduceat(old, cuts), np.add.reduceat(new, cuts), n, m, least)
 
 
-def _graded(old: NDArray[np.float64], new: NDArray[np.float64], n: int, m: int) -> Shift:
+def _graded(old: NDArray[np.float64], new: NDArray[np.float64], n: int, m: int, least: float = 0.0) -> Shift:
     """The index of two histograms over the same bins, of `n` and `m` independent images."""
     p, q = old + 0.5, new + 0.5
-    p, q = p / p.sum(), q / q.sum()
+    p, q = (np.maximum(each / each.sum(), least) for each in (p, q))
     value = float(((q - p) * np.log(q / p)).sum())
     chance = float(chi2.ppf(CHANCE, max(1, len(p) - 1))) * (1 / n + 1 / m)
     grade: Grade = "stable"
@@ -162,8 +166,8 @@ def _class_shifts(earlier: ClassStatistics, later: ClassStatistics) -> dict[str,
     return {
         "grey_level": psi(earlier.mean_counts, later.mean_counts, samples=samples),
         "contrast": psi(earlier.deviation_counts, later.deviation_counts, samples=samples),
-        "size": psi(*sizes, samples=samples),
-        "origin": psi(*_by_frequency(_origins(earlier), _origins(later)), samples=samples),
+        "size": psi(*sizes, samples=samples, least=_LEAST),
+        "origin": psi(*_by_frequency(_origins(earlier), _origins(later)), samples=samples, least=_LEAST),
     }
 
 
@@ -175,7 +179,7 @@ def _mix(earlier: Statistics, later: Statistics) -> Shift:
     """The shares of the classes among the training images; each class is a bin, however small it has become."""
     old, new = (np.array([each.classes[label].images["train"] for label in LABELS], float) for each in (earlier, later))
     n, m = (sum(each.classes[label].groups["train"] for label in LABELS) for each in (earlier, later))
-    return _graded(old, new, n, m) if min(n, m) >= _FEWEST else Shift(psi=0.0, chance=0.0, grade="too few")
+    return _graded(old, new, n, m, _LEAST) if min(n, m) >= _FEWEST else Shift(psi=0.0, chance=0.0, grade="too few")
 
 
 def _by_frequency(earlier: Mapping[str, int], later: Mapping[str, int]) -> tuple[list[int], list[int]]:

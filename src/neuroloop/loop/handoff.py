@@ -226,6 +226,7 @@ def training_shards(services: Services, run_id: str) -> list[Callable[[], tuple[
             why="they go when a run has ended, or when the next one begins",
             fix="clear the task that prepares them and all after it, or trigger a new run",
         )
+    in_use(services, run_id)
 
     def load(some: list[str]) -> tuple[Any, Any]:
         blocks = [unpack(services.store.get(key)) for key in some]
@@ -236,11 +237,16 @@ def training_shards(services: Services, run_id: str) -> list[Callable[[], tuple[
 
 
 _BULKY = ("shards", "train", "looks", "measures")
-_STALE = timedelta(days=7)
+_STALE, _IN_USE = timedelta(days=7), "in-use"
+
+
+def in_use(services: Services, run_id: str) -> None:
+    """Note that a task of this run makes or reads bulky things now."""
+    services.store.put(keys.run(run_id, _IN_USE), b"")
 
 
 def drop_stale(services: Services) -> None:
-    """Remove that of runs which never came to their end: what nobody has added to for a week."""
+    """Remove that of runs which never came to their end: where nobody has made or read such things for a week."""
     bulky: dict[str, list[str]] = defaultdict(list)
     for key in services.store.list(keys.RUNS):
         folder, _, rest = key.removeprefix(keys.RUNS).partition("/")
@@ -248,7 +254,9 @@ def drop_stale(services: Services) -> None:
             bulky[folder].append(key)
     for folder, found in bulky.items():
         with contextlib.suppress(NotFound):  # removed by another at this moment
-            if services.store.modified(found[-1]) > now() - _STALE:
+            marker = f"{keys.RUNS}{folder}/{_IN_USE}"
+            used = marker if services.store.exists(marker) else found[-1]
+            if services.store.modified(used) > now() - _STALE:
                 continue
             log.info("%d files of the run %s, which did not end, are removed", len(found), folder)
             for key in found:

@@ -29,6 +29,7 @@ from neuroloop.loop.handoff import (
     begin,
     drop_stale,
     image_reader,
+    in_use,
     keep,
     kept,
     log,
@@ -156,8 +157,8 @@ def audit_data(services: Services, run_id: str) -> Result:
     looks = shards.looks_of(services, run_id, snapshot)
     report = judge(snapshot, looks)
     stops = services.settings.audit_stops
-    _write_audit(services, run_id, snapshot, report)  # before anything may stop the run: people need the pictures
-    refuse(findings(report), stops)
+    # Written before anything may stop the run: people need the pictures.
+    refuse(_write_audit(services, run_id, snapshot, report), stops)
     split = write_splits(services, snapshot, report)
     refuse_few(run_split(services, run_id))
     refuse_leaks(looks, split)
@@ -319,6 +320,7 @@ def augment_input_data(services: Services, run_id: str, params: Params) -> Resul
 def write_shards(services: Services, run_id: str, arrays: Arrays, seed: int, *, simulated: bool) -> None:
     """The training part of a retraining, corrections included, and `SHARDS` augmented epochs of it."""
     generator = np.random.default_rng(seed)
+    in_use(services, run_id)
     for epoch, (images, labels) in enumerate(
         dataset.augmented_epochs(arrays, epochs=SHARDS, generator=generator, params=AugmentParams())
     ):

@@ -64,14 +64,29 @@ def flag_false(services: Services, run_id: str, *, by_hand: bool) -> Result:
 
 
 def flag_true(services: Services, run_id: str) -> Result:
-    """Make this run's batch exactly once; empty when another run took the corrections first."""
+    """Make this run's batch exactly once; empty when another run took the corrections first, or none is of use."""
     batch = feedback.claim(services.store, run_id, services.settings.feedback_threshold)
     if batch is None:
         log.info("another run has taken the corrections: nothing is left to do")
         services.log.record_end(PipelineEnd(dag=RETRAINING, outcome="nothing_to_do", run_id=run_id, task="flag_true"))
         return {}
+    if not _worth(services, batch):
+        log.info("no correction of batch %d teaches anything: repeated, contradictory or simulated", batch.number)
+        services.log.record_end(PipelineEnd(dag=RETRAINING, outcome="nothing_to_do", run_id=run_id, task="flag_true"))
+        return {}
     result = {"batch": batch.number, "corrections": len(batch.corrections)}
     return handoff.keep(services, run_id, "flag_true", result)
+
+
+def _worth(services: Services, batch: feedback.Batch) -> bool:
+    """Whether any correction of this batch is of use: new, not contradicted, no simulated one for a real model."""
+    champion = services.registry.by_alias("champion")
+    found = feedback.allowed(services.log, feedback.used(services.store))
+    out = set(feedback.repeated(found))
+    if champion is not None and champion.tags.get("simulated") == "false":
+        out |= feedback.simulated(services.log, found)
+    own = {key.rsplit("/", 1)[-1] for key in batch.corrections}
+    return any(each.name in own and each.key not in out for each in found)
 
 
 def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: int | None, seed: int) -> Result:
@@ -161,11 +176,14 @@ def evaluate_model(services: Services, run_id: str) -> Result:
 
 def corrections_arrays(services: Services, found: list[Correction], size: int) -> Arrays:
     """Canonical arrays of corrected images; what is similar shares a group."""
-    pixels = [decode(services.store.get(correction.key)) for correction in found]
-    thumbnails = np.array([similarity.thumbnail(image) for image in pixels], np.float32)
+    images = np.empty((len(found), size, size), np.uint8)
+    thumbnails = np.empty((len(found), similarity.SIDE**2), np.float32)
+    for number, correction in enumerate(found):  # one at a time: uploads may be large
+        pixels = decode(services.store.get(correction.key))
+        images[number], thumbnails[number] = canonicalize(pixels, size), similarity.thumbnail(pixels)
     groups, _, _ = similarity.connect(thumbnails, [correction.label for correction in found])
     return Arrays(
-        images=np.array([canonicalize(image, size) for image in pixels], np.uint8).reshape(len(found), size, size),
+        images=images,
         labels=np.array([LABELS.index(correction.label) for correction in found], np.int64),
         groups=groups,
         paths=tuple(correction.key for correction in found),

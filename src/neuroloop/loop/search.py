@@ -97,7 +97,8 @@ def search(
     try:
         # A training that diverges is a failed trial, not the end of the search.
         study.optimize(objective, trials, timeout=minutes * 60, catch=(FloatingPointError,), gc_after_trial=True)
-        result = {**_best(study), **about}
+        best = _best(study)
+        result = best | {"hyperparameters": {**params.hyperparameters, **best["hyperparameters"]}, **about}
         data = json.dumps(result, indent=1).encode()
         services.registry.log_metrics(parent, {"grouped_validation_macro_f1": result["val_macro_f1"]})
         services.registry.log_bytes(parent, "search/best.json", data)

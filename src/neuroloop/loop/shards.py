@@ -25,7 +25,7 @@ from neuroloop.data.statistics import Measure
 from neuroloop.imaging.augment import AugmentParams, augment_batch
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.imaging.decode import decode
-from neuroloop.loop.handoff import SHARDS, Result, image_reader, kept, log, run_split, shard_key
+from neuroloop.loop.handoff import SHARDS, Result, image_reader, in_use, kept, log, run_split, shard_key
 from neuroloop.loop.params import Params
 
 _IMAGES, _MOST = 4000, 64  # of a shard, where nobody says how many; and shards of a build then
@@ -59,6 +59,7 @@ def audit_shard(services: Services, run_id: str, shard: str) -> Result:
             log.info("%d of %d images looked at", done, total)
 
     looks = look(mine, image_reader(services), progress=progress)
+    in_use(services, run_id)
     services.store.put(_looks_key(run_id, number, of), looks.to_bytes())
     return {"images": len(mine), "unusable": len(looks.faults)}
 
@@ -76,6 +77,7 @@ def looks_of(services: Services, run_id: str, snapshot: Snapshot) -> Looks[Image
 def prepare_shard(services: Services, run_id: str, params: Params, shard: str) -> Result:
     """Decode the training images of one shard once: measure them, and make the augmented epochs that training reads."""
     number, of = _parsed(shard)
+    in_use(services, run_id)
     train = run_split(services, run_id).of("train")
     read, settings = image_reader(services), AugmentParams()
     labels = np.array([LABELS.index(entry.label) for entry in train], np.int64)

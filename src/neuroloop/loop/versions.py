@@ -1,5 +1,6 @@
 """Data versions over time: which were accepted in what order, and how to bring one back."""
 
+import contextlib
 import hashlib
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from neuroloop.core.ports import ObjectStore
 from neuroloop.core.schemas import ModelVersion, Record, Snapshot, now
 from neuroloop.data.comparison import Comparison, compare
 from neuroloop.data.statistics import Statistics
+from neuroloop.loop import feedback
 from neuroloop.loop.feedback import Correction
 from neuroloop.loop.handoff import RETRAINING, kept
 
@@ -78,6 +80,7 @@ class Restored(Record):
     version: str = Field(description="data version")
     corrections: int = Field(default=0, description="corrected uploads that the model was trained on besides")
     missing: int = Field(default=0, description="of those, how many are no longer there: erased, or taken back")
+    unknown: bool = Field(default=False, description="it learned from corrections, and which was not kept")
 
 
 def restore(services: Services, folder: Path, *, version: str = "", model: str = "") -> Restored:
@@ -113,18 +116,34 @@ def _with_corrections(services: Services, folder: Path, done: Restored, trained:
     """The corrections of a retrained model too, under the classes that it learned them by."""
     if trained is None or trained.tags.get("pipeline") != RETRAINING:
         return done
-    found = kept(services, trained.tags.get("pipeline_run", "unknown"), "corrections")["trained_on"]
+    try:
+        found = kept(services, trained.tags["pipeline_run"], "corrections")["trained_on"]
+    except (KeyError, NotFound):
+        return done.model_copy(update={"unknown": True})
+    learned = [Correction.model_validate(each) for each in found]
     there = {key.rsplit("/", 1)[-1]: key for key in services.store.list(keys.CORRECTIONS)}
-    missing = 0
-    for correction in map(Correction.model_validate, found):
-        data = services.store.get(there[correction.name]) if correction.name in there else b""
-        if hashlib.sha256(data).hexdigest() != correction.sha256:
-            missing += 1
-            continue
-        target = folder / "corrections" / correction.label / correction.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
-    return done.model_copy(update={"corrections": len(found) - missing, "missing": missing})
+    target = folder / "corrections"
+    wanted = {target / each.label / each.name: each for each in learned}
+    if surplus := sorted(set(_files(target)) - wanted.keys()):
+        raise InvalidSource(
+            f"{target} holds what the model was not trained on",
+            why=f"{len(surplus)} files, first {surplus[0].relative_to(target)}",
+            fix="restore into an empty folder",
+        )
+    allowed = {each.name for each in feedback.allowed(services.log, learned)}
+    count = 0
+    for file, each in wanted.items():
+        data = b""
+        with contextlib.suppress(NotFound):  # taken back at this moment
+            if each.name in allowed and each.name in there:
+                data = services.store.get(there[each.name])
+        if hashlib.sha256(data).hexdigest() == each.sha256:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+            count += 1
+        else:
+            file.unlink(missing_ok=True)
+    return done.model_copy(update={"corrections": count, "missing": len(learned) - count})
 
 
 def _model(services: Services, model: str) -> ModelVersion:

@@ -199,7 +199,7 @@ def _scores(card: Card) -> str:
         if key in scores
     ]
     images = card.data.parts.get("test")
-    note = "Intervals: bootstrapped over groups of twins, 95 %."
+    note = "Intervals: 95 %, bootstrapped over groups of twins, or Wilson's where there are fewer than 30 of them."
     note += f" {images:,} images; this test part has been looked at {_times(card.test_openings)} so far."
     text = f"## {title}\n\n{_table(['score', 'value', '95 % interval'], rows)}\n\n{note if images else ''}".rstrip()
     halves = {"leaked": "with a twin outside of the test part", "unleaked": "without one"}

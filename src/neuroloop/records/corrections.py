@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 
 from neuroloop.core import keys
-from neuroloop.core.errors import Erased
+from neuroloop.core.errors import Erased, NotFound
 from neuroloop.core.ports import ObjectStore, PredictionLog
 from neuroloop.core.schemas import LABELS, Feedback, Label, Prediction, Verdict
 from neuroloop.data.corrections import unused
@@ -67,4 +67,9 @@ def settle(log: PredictionLog, store: ObjectStore, prediction: Prediction) -> No
 
 def put_copy(store: ObjectStore, prediction: Prediction, key: str) -> None:
     """Copy the image of a prediction to `key`. Raises `NotFound` where it has been removed from the store."""
-    store.put(key, store.get(prediction.object_key), content_type="image/png")
+    try:
+        image = store.get(prediction.object_key)
+    except NotFound as error:
+        _LOG.warning("%s", error)
+        raise NotFound(f"The image of {prediction.id} is not there any more") from None
+    store.put(key, image, content_type="image/png")

@@ -265,7 +265,7 @@ class Guard:
                     answer = (
                         problems.from_status(error.status_code, error.detail, dict(error.headers or {}))
                         if isinstance(error, HTTPException)
-                        else problems.from_error(error, inside=is_local(request))
+                        else problems.from_error(error)
                     )
                     if "transfer-encoding" in request.headers:  # it may have no end, and nobody will read it
                         answer.headers["Connection"] = "close"

@@ -86,18 +86,18 @@ async def answer(
     """
     items: list[Item | None] = [None] * len(files)
     waiting = iter(range(len(files)))
-    away: list[Unavailable] = []
+    away: list[JSONResponse] = []
 
     async def work() -> None:
         for index in waiting:
             if away:
-                items[index] = _item(problems.from_error(away[0]))
+                items[index] = _item(away[0])
                 continue
             try:
                 said = await ask(index, files[index])
             except Unavailable as error:
-                away.append(error)
-                items[index] = _item(problems.from_error(error))
+                away.append(problems.from_error(error))
+                items[index] = _item(away[-1])
             except NeuroLoopError as error:
                 items[index] = _item(problems.from_error(error))
             else:
@@ -109,7 +109,7 @@ async def answer(
     await asyncio.gather(*(work() for _ in range(_AT_ONCE)))
     results = tuple(item for item in items if item is not None)
     if away and all(item.status in (503, 507) for item in results):
-        return problems.from_error(away[0])
+        return away[0]
     return BatchAnswer(results=results)
 
 

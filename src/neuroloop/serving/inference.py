@@ -256,7 +256,12 @@ class InferenceService:
 
     def image(self, prediction_id: str, owner: str | None = None) -> bytes:
         """The stored PNG of one prediction; with `owner`, only of theirs. Raises `NotFound`, `Unavailable`."""
-        return self._services.store.get(self._prediction(prediction_id, owner).object_key)
+        row = self._prediction(prediction_id, owner)
+        try:
+            return self._services.store.get(row.object_key)
+        except NotFound as error:
+            _LOG.warning("%s", error)
+            raise NotFound(f"The image of {prediction_id} is not there any more") from None
 
     def model(self) -> ServedModel:
         """The model being served. Raises `Unavailable` before the first one."""

@@ -65,7 +65,7 @@ class BodyLimit:
 def consent(stated: Consent | None, settings: Settings) -> Consent:
     """The consent to record with an upload. Raises `HTTPException` with status 422 where it has to be stated."""
     if stated in (None, "unstated") and settings.require_consent:
-        raise HTTPException(422, "This service takes no upload without the header X-Consent: training, or record")
+        raise HTTPException(422, "This service takes no upload without X-Consent: training, record or simulated")
     return stated or "unstated"
 
 

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from neuroloop.core.credentials import Role
 from neuroloop.core.errors import (
     Busy,
     Erased,
@@ -106,7 +107,7 @@ def problem(
 def from_error(error: NeuroLoopError, *, inside: bool = False) -> JSONResponse:
     """The problem document of one of our own errors; a kind that is no client's business becomes a bare 500.
 
-    What a store or a database says of itself is for the log and for whoever is `inside`, on this machine.
+    What a store or a database says of itself is for the log and for whoever is `inside`: an admin on this machine.
     """
     for kind, status, name, title in _KINDS:
         if isinstance(error, kind):
@@ -164,7 +165,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(NeuroLoopError)
     async def ours(request: Request, error: NeuroLoopError) -> JSONResponse:
-        return from_error(error, inside=is_local(request))
+        caller = getattr(request.state, "caller", None)  # the frontend is on this machine too, its people are not
+        return from_error(error, inside=is_local(request) and caller is not None and caller.role is Role.ADMIN)
 
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> JSONResponse:

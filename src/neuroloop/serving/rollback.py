@@ -24,10 +24,12 @@ def make_champion(services: Services, version: str | None, *, by: str, reason: s
 
     The version is fetched and verified first, so that no server is sent after a broken one, and the ledger gets a row
     that says who did it and why. Raises `NotFound`, `NotPromotable`, `InvalidBundle` and `Unavailable`; then the
-    champion has not moved. Raises `LedgerBehind` where the database goes away once it has.
+    champion has not moved, unless the registry went away in the midst of it. Raises `LedgerBehind` where the database
+    goes away once it has.
     """
     registry = services.registry
-    champion, target = registry.by_alias("champion"), _target(services, version)
+    champion = registry.by_alias("champion")
+    target = _target(services, version, champion)
     if champion is not None and champion.version == target.version:
         raise NotPromotable(f"Version {target.version} is the champion already", fix="name another version")
     _verify(services, target)
@@ -56,9 +58,9 @@ def make_champion(services: Services, version: str | None, *, by: str, reason: s
 def _move(registry: Registry, version: str, before: str | None) -> None:
     """`previous` first, so that the way back is known whenever the champion is another."""
     was = registry.by_alias("previous")
-    if before:
-        registry.set_alias("previous", before)
     try:
+        if before:
+            registry.set_alias("previous", before)
         registry.set_alias("champion", version)
     except NeuroLoopError:
         if (champion := registry.by_alias("champion")) and champion.version == version:
@@ -68,13 +70,15 @@ def _move(registry: Registry, version: str, before: str | None) -> None:
         raise
 
 
-def _target(services: Services, version: str | None) -> ModelVersion:
+def _target(services: Services, version: str | None, champion: ModelVersion | None) -> ModelVersion:
     if version is None:
         found = services.registry.by_alias("previous")
+        if found and champion and found.version == champion.version:  # a move broke off: the ledger knows the way
+            found = _before(services, champion.version)
         if found is None:
             raise NotFound(
                 "There is no previous champion to go back to",
-                why="the registry has no alias previous",
+                why="the registry has no alias previous that is another version",
                 fix="name a version with --to",
             )
         return found
@@ -82,6 +86,13 @@ def _target(services: Services, version: str | None) -> ModelVersion:
         if each.version == version:
             return each
     raise NotFound(f"There is no model version {version}", fix="the Models page lists them")
+
+
+def _before(services: Services, version: str) -> ModelVersion | None:
+    """The champion before `version`, as the latest promotion of that says."""
+    known = (row.previous for row in services.log.promotions() if row.promoted and row.version == version)
+    previous = next(known, None)
+    return next((each for each in services.registry.versions() if each.version == previous), None)
 
 
 def _verify(services: Services, target: ModelVersion) -> None:

@@ -116,7 +116,9 @@ def _frame(header: "Dataset", frame: int | None, limits: Limits) -> Frame:
     settings = _settings(header, chosen - 1)
     if photometric == "PALETTE COLOR":
         values = apply_color_lut(values, header)
-    pixels = luma(values) if values.ndim == 3 else _window(_rescale(_unpadded(values, settings), settings), settings)
+    pixels = (
+        luma(values) if values.ndim == 3 else _window(_rescale(values, settings), settings, _padding(values, settings))
+    )
     return Frame(
         square(pixels, *_spacing(settings), limits),
         frames,
@@ -145,19 +147,15 @@ def _settings(header: "Dataset", index: int) -> "Dataset":
     return settings
 
 
-def _unpadded(values: NDArray[Any], settings: "Dataset") -> NDArray[Any]:
-    """The values with what only fills the frame up as dark as the darkest of the others."""
+def _padding(values: NDArray[Any], settings: "Dataset") -> NDArray[np.bool_] | None:
+    """What only fills the frame up, by its stored value; None where that is nothing or all."""
     first = settings.get("PixelPaddingValue")
-    if not isinstance(first, int) or str(settings.PhotometricInterpretation) == "PALETTE COLOR":
-        return values
+    if not isinstance(first, int):
+        return None
     last = settings.get("PixelPaddingRangeLimit")
     low, high = sorted((first, last if isinstance(last, int) else first))
     padding = (values >= low) & (values <= high)
-    if padding.all() or not padding.any():
-        return values
-    image = values[~padding]
-    turned = (settings.PhotometricInterpretation == "MONOCHROME1") != (_number(settings.get("RescaleSlope"), 1) < 0)
-    return np.where(padding, image.max() if turned else image.min(), values)
+    return padding if padding.any() and not padding.all() else None
 
 
 def _rescale(values: NDArray[Any], settings: "Dataset") -> NDArray[Any]:
@@ -172,7 +170,7 @@ def _rescale(values: NDArray[Any], settings: "Dataset") -> NDArray[Any]:
     return values if (slope, intercept) == (1, 0) or slope == 0 else values * slope + intercept
 
 
-def _window(values: NDArray[Any], settings: "Dataset") -> NDArray[np.uint8]:
+def _window(values: NDArray[Any], settings: "Dataset", padding: NDArray[np.bool_] | None) -> NDArray[np.uint8]:
     """The rescaled values as they are meant to look, in the window or through the table that the header names first."""
     from pydicom import Dataset
     from pydicom.pixels import apply_voi, apply_windowing
@@ -180,16 +178,17 @@ def _window(values: NDArray[Any], settings: "Dataset") -> NDArray[np.uint8]:
     turned = settings.PhotometricInterpretation == "MONOCHROME1"
     try:
         if settings.get("VOILUTSequence"):
-            return eight_bits(apply_voi(values, settings), turned=turned)
+            return eight_bits(apply_voi(values, settings), turned=turned, padding=padding)
         if settings.get("WindowWidth") is not None and settings.get("WindowCenter") is not None:
             window = Dataset()  # without the rescaling, which is done: pydicom would take the result's range of it
             window.update({settings[name].tag: settings[name] for name in _WINDOW if name in settings})
             ends = apply_windowing(np.array([-1e30, 1e30]), window)  # what black and white become
             pixels = scaled(apply_windowing(values, window), float(ends[0]), float(ends[1]))
-            return 255 - pixels if turned else pixels
+            pixels = 255 - pixels if turned else pixels
+            return pixels if padding is None else np.where(padding, np.uint8(0), pixels)
     except (ValueError, TypeError, IndexError, AttributeError, KeyError):
         pass  # a window that makes no sense is no reason to refuse sound pixels
-    return eight_bits(values, turned=turned)
+    return eight_bits(values, turned=turned, padding=padding)
 
 
 def _spacing(settings: "Dataset") -> tuple[float, float]:

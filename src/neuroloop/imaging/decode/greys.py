@@ -15,20 +15,28 @@ _SAMPLE = 1_000_000  # values that percentiles are taken of
 _MOST_STRETCHED = 8.0  # pixels longer than this have a broken spacing, not a shape
 
 
-def eight_bits(values: NDArray[Any], *, turned: bool = False) -> NDArray[np.uint8]:
+def eight_bits(
+    values: NDArray[Any], *, turned: bool = False, padding: NDArray[np.bool_] | None = None
+) -> NDArray[np.uint8]:
     """Whole or real numbers as uint8 of the same shape; where they are `turned`, the lowest becomes white.
+
+    What is `padding` becomes black and has no part in the rest.
 
     Whole numbers of 0..255 keep their steps. Others are spread linearly up to the 99.9th percentile: from 0, or from
     the 0.1st percentile where that is below 0 or beyond half of the upper end, as it is behind an offset; real numbers
     always from the 0.1st. What is no number becomes black.
     """
+    if padding is not None and padding.any() and not padding.all():
+        pixels = np.zeros(values.shape, np.uint8)
+        pixels[~padding] = eight_bits(values[~padding], turned=turned)
+        return pixels
     real = values.dtype.kind == "f"
     if not real and values.min(initial=0) >= 0 and values.max(initial=0) <= 255:
         return 255 - values.astype(np.uint8) if turned else values.astype(np.uint8)
     if turned and real:
         values = values.max(where=np.isfinite(values), initial=-np.inf) - values
     elif turned:
-        values = np.subtract(int(values.max()), values, dtype=np.int64)
+        return eight_bits(np.subtract(int(values.max()), values, dtype=np.int64))
     finite = values[np.isfinite(values)] if real else values.ravel()
     sample = finite[:: max(1, finite.size // _SAMPLE)].astype(np.float64)
     if sample.size == 0:
@@ -45,7 +53,7 @@ def scaled(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
     """`values` with `low` as 0 and `high` as 255, clipped; all 0 where there is nothing between the two."""
     if not high > low:
         return np.zeros(values.shape, np.uint8)
-    spread = np.subtract(values, low, dtype=np.float32 if values.dtype.itemsize <= 4 else np.float64)
+    spread = np.subtract(values, low, dtype=np.float32 if values.dtype.itemsize < 4 else np.float64)
     spread *= 255.0 / (high - low)
     return np.rint(np.clip(np.nan_to_num(spread, copy=False, nan=0.0), 0, 255)).astype(np.uint8)
 

@@ -31,6 +31,7 @@ FORMATS = tuple(dict.fromkeys(kind for kind, _, _ in _SIGNATURES))
 PLAIN_BYTES, PLAIN_PIXELS, PLAIN_METADATA = 2_000_000, 2_000_000, 65_536
 """Up to these, a plain picture (see `is_plain`) costs at most some 0.1 s and 50 MB, whatever its bytes are."""
 
+_PIECE = 64  # bytes of metadata that a piece of a file costs, however small it is
 _FEWEST_LEVELS = 64  # that 16-bit colours must keep in 8 bits
 _ORIENTATION_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 0x0112, 0x0106, 0
 _UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
@@ -55,7 +56,7 @@ def is_plain(data: bytes) -> bool:
     The work of both grows with bytes and pixels only, which are bounded here, if a JPEG codes all its colours in one
     pass: each pass goes over all pixels anew, and a few bytes are enough to make one. Size and passes are taken from
     the header, which the decoder follows as well. Metadata are read tag by tag, which is slow, so there may be little
-    of them, and none packed.
+    of them, none packed, and few pieces.
     """
     if len(data) > PLAIN_BYTES:
         return False
@@ -73,13 +74,13 @@ def is_plain(data: bytes) -> bool:
             if colours or _area(data[place + 5 : place + 9], 2) > PLAIN_PIXELS:
                 return False
             colours = data[place + 9]
-        elif code == 0xE1:
-            metadata += int.from_bytes(data[place + 2 : place + 4], "big")
-            if metadata > PLAIN_METADATA:
-                return False
         elif code == 0xDA:
             return colours > 0 and data[place + 4] == colours
-        elif not (code in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= code <= 0xEF):
+        elif code == 0xFE or 0xE0 <= code <= 0xEF:
+            metadata += _PIECE + int.from_bytes(data[place + 2 : place + 4], "big")
+            if metadata > PLAIN_METADATA:
+                return False
+        elif code not in (0xC4, 0xDB, 0xDD):
             return False
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return False
@@ -119,13 +120,13 @@ def read(data: bytes, kind: str, frame: int | None, limits: Limits) -> tuple[NDA
 
 
 def _png_metadata(data: bytes) -> float:
-    """Bytes of the metadata in a PNG; infinite where they are packed."""
+    """Bytes of what is not pixels in a PNG, and what its pieces cost; infinite where some of it is packed."""
     place, found = 8, 0
     while place + 8 <= len(data):
         size, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
-        if name in (b"zTXt", b"iTXt"):
+        if name in (b"zTXt", b"iTXt", b"iCCP"):
             return float("inf")
-        found += size if name in (b"eXIf", b"tEXt") else 0
+        found += _PIECE + (0 if name == b"IDAT" else size)
         place += 12 + size
     return found
 
@@ -148,11 +149,13 @@ def _pages(image: Image.Image, limits: Limits) -> int:
 
 def _grey(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode[0] in "IF":
-        values = np.asarray(image)
-        if isinstance(nothing := image.info.get("transparency"), int):
-            values = np.where(values == nothing, 0, values)
-        return eight_bits(values, turned=getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO)
-    deep = any(";16" in str(tile.args) for tile in getattr(image, "tile", [])[:1])
+        values, transparent = np.asarray(image), image.info.get("transparency")
+        return eight_bits(
+            values,
+            turned=getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO,
+            padding=values == transparent if isinstance(transparent, int) else None,
+        )
+    deep = image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in getattr(image, "tile", [])[:1])
     if image.mode == "LAB":
         return np.array(image.getchannel(0), dtype=np.uint8)
     if not image.has_transparency_data:
@@ -161,10 +164,14 @@ def _grey(image: Image.Image) -> NDArray[np.uint8]:
         if not image.mode.endswith("A"):
             image = image.convert("RGBA")
         pixels = np.array(ImageChops.multiply(image.convert("L"), image.getchannel("A")), dtype=np.uint8)
-    if deep and pixels.max() < _FEWEST_LEVELS:  # of 16 bits Pillow keeps the upper eight
+    if not deep:
+        return pixels
+    darkest, brightest = np.percentile(pixels, (0.1, 99.9))
+    # Of 16 bits Pillow keeps the upper eight. One even grey may be just that, unless it is black.
+    if brightest == 0 or 0 < brightest - darkest < _FEWEST_LEVELS - 1:
         raise UnsupportedImage(
-            "The image has 16-bit colours that are too dark to be told apart",
-            why=f"of colours only the upper 8 bits are read, and {pixels.max() + 1} grey levels would be left",
+            "The image has 16-bit colours that are too much alike",
+            why=f"of colours only the upper 8 bits are read: some {brightest - darkest + 1:.0f} levels would be left",
             fix="export the slice as 16-bit grey (PNG or TIFF), or as DICOM",
         )
     return pixels

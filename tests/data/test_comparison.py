@@ -137,7 +137,7 @@ def test_a_class_from_elsewhere_is_a_shift_of_its_origin(versions):
 
 @pytest.mark.parametrize("images", [1_000, 100_000])
 @pytest.mark.parametrize(("share", "grade"), [(0.03, "stable"), (0.08, "moderate"), (0.3, "large")])
-def test_a_new_source_weighs_by_its_share_however_many_images_there_are(versions, images, share, grade):
+def test_a_new_source_counts_by_its_share_however_many_images_there_are(versions, images, share, grade):
     (before, earlier), _ = versions
     glioma = earlier.classes["glioma"].model_copy(update={"groups": {"train": images}, "measured": images})
     (drawn,) = glioma.origins.values()

@@ -33,13 +33,14 @@ SHORTCUTS = Shortcuts(
 
 
 def test_every_kind_of_fault_is_a_finding_that_says_what_why_and_how_to_mend_it(faulty):
-    found = findings(faulty, SHORTCUTS)
+    found = findings(faulty, SHORTCUTS, {".dcm files": 3})
     assert {finding.name for finding in found} == set(AUDIT_FINDINGS)
     assert all(finding.what and finding.why and finding.fix for finding in found)
     counts = {finding.name: finding.images for finding in found}
     assert counts["source_leak"] == 2  # the copy, and the picture that stands under another class in the other part
     assert counts["label_conflicts"] == 2
     assert (counts["unreadable"], counts["tiny"], counts["blank"], counts["wrong_modality"]) == (1, 1, 1, 1)
+    assert counts["ignored"] == 3
 
 
 def test_the_gravest_findings_come_first(faulty):

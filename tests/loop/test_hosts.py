@@ -90,7 +90,7 @@ def test_two_hosts_take_the_same_steps_under_a_time_budget_and_end_with_equal_we
 
 def test_only_the_chief_leaves_something(trained):
     services, before, *_ = trained
-    assert left(services) - before == {"training.json", "bundle.zip"}
+    assert left(services) - before == {"training.json", "bundle.zip", "in-use"}
     with handoff.open_bundle(services, RUN) as bundle:
         assert bundle.predict(some(2, 0).images).probabilities.shape == (2, 4)
 

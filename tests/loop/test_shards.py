@@ -117,7 +117,8 @@ def test_an_epoch_shows_one_of_each_group_over_all_blocks_and_reads_a_bounded_nu
     assert len(images) == len(labels) == len(LABELS) * max(a_class.values())
     assert set(np.bincount(labels).tolist()) == {max(a_class.values())}
     handoff.drop_shards(services, "epochs")
-    assert handoff.training_shards(services, "epochs") == []
+    with pytest.raises(NotFound, match="no training images any more"):
+        handoff.training_shards(services, "epochs")
 
 
 def test_the_number_of_shards_follows_the_images_unless_somebody_says_it():

@@ -226,7 +226,6 @@ def training_shards(services: Services, run_id: str) -> list[Callable[[], tuple[
             why="they go when a run has ended, or when the next one begins",
             fix="clear the task that prepares them and all after it, or trigger a new run",
         )
-    in_use(services, run_id)
 
     def load(some: list[str]) -> tuple[Any, Any]:
         blocks = [unpack(services.store.get(key)) for key in some]

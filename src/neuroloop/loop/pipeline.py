@@ -44,6 +44,7 @@ from neuroloop.loop.handoff import (
     drop_training_part,
     epoch_metrics,
     image_reader,
+    in_use,
     keep,
     kept,
     load_arrays,
@@ -163,6 +164,7 @@ def fit(
     if warm_start is not None:
         config = replace(config, learning_rate=config.learning_rate / 3)
     device = devices.prepare()
+    in_use(services, run_id)
     hosts.call(services, run_id, config, size=size, architecture=architecture)
     strategy = devices.strategy(services.settings.distribution)
     weights = services.pretrained(architecture) if warm_start is None else None

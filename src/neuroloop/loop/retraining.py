@@ -80,11 +80,11 @@ def flag_true(services: Services, run_id: str) -> Result:
 
 def _worth(services: Services, batch: feedback.Batch) -> bool:
     """Whether any correction of this batch is of use: new, not contradicted, no simulated one for a real model."""
-    champion = services.registry.by_alias("champion")
     found = feedback.allowed(services.log, feedback.used(services.store))
     out = set(feedback.repeated(found))
-    if champion is not None and champion.tags.get("simulated") == "false":
-        out |= feedback.simulated(services.log, found)
+    if simulated := feedback.simulated(services.log, found):
+        champion = services.registry.by_alias("champion")
+        out |= simulated if champion is not None and champion.tags.get("simulated") == "false" else set()
     own = {key.rsplit("/", 1)[-1] for key in batch.corrections}
     return any(each.name in own and each.key not in out for each in found)
 

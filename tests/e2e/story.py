@@ -219,7 +219,7 @@ class Requests:
                     self.first_answer.setdefault(version, datetime.now(UTC).timestamp())
                 else:
                     self.failed += 1
-                self.stop.wait(0.2)
+                self.stop.wait(0.5)
 
 
 def embedded(home: Path, say: Callable[[str], None]) -> Stack:

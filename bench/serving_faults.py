@@ -21,10 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests"))  # the harness, whose small edition the tests play
-
 from report import save
+
+ROOT = Path(__file__).parents[1]
+# The harness, whose small edition the tests play; in place of this folder, whose serving.py would hide its `serving`.
+sys.path[0] = str(ROOT / "tests")
 
 from conftest import PostgresServer, free, mlflow_server
 from neuroloop.adapters.mlflow_registry import MlflowRegistry

@@ -56,3 +56,18 @@ def test_the_api_can_be_imported_without_what_only_training_needs():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_bench_can_be_started():
+    benches = [file for file in sorted((ROOT / "bench").glob("*.py")) if "argparse.ArgumentParser(" in file.read_text()]
+    assert len(benches) >= 8
+    started = {
+        file.name: subprocess.Popen(
+            [sys.executable, str(file), "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for file in benches
+    }
+    for name, process in started.items():
+        shown, error = process.communicate(timeout=300)
+        assert process.returncode == 0, (name, error.decode()[-2000:])
+        assert shown.startswith(b"usage: "), name

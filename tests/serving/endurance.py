@@ -32,7 +32,7 @@ from neuroloop.model.bundle import Bundle
 from neuroloop.records import orphans
 from serving.running import BEARER, CORNERS, KEY, encoded, head
 
-SIDES = 90  # heights and widths from 130 px on: 8,100 images that differ in their size, so each is known by its row
+SIDES = 160  # heights and widths from 130 px on: 25,600 images that differ in their size, so each is known by its row
 
 
 @dataclass
@@ -132,6 +132,13 @@ class Clients:
 
     def answered(self) -> int:
         return sum(bool(one.answer) for one in list(self.asked))
+
+    def wait_for_more_than(self, answered: int) -> None:
+        """Until there are more answers than so many. Raises `RuntimeError` where nobody asks any more."""
+        while self.answered() <= answered:
+            if not any(thread.is_alive() for thread in self._threads):
+                raise RuntimeError(f"the clients have ended after {len(self.asked)} requests")
+            time.sleep(0.01)
 
     def finish(self) -> list[Asked]:
         """No new requests; those that were begun are ended."""
@@ -245,8 +252,7 @@ def kill_server(server: Server, clients: Clients, times: int, generator: random.
     seconds = []
     for _ in range(times):
         seen = clients.answered()
-        while clients.answered() <= seen:  # not only starts are hit
-            time.sleep(0.01)
+        clients.wait_for_more_than(seen)  # not only starts are hit
         time.sleep(generator.uniform(0, 1.5))
         server.kill()
         time.sleep(0.05)
@@ -259,8 +265,7 @@ def kill_postgres(postgres, server: Server, clients: Clients, times: int, genera
     seconds = []
     for _ in range(times):
         seen = clients.answered()
-        while clients.answered() <= seen:
-            time.sleep(0.01)
+        clients.wait_for_more_than(seen)
         time.sleep(generator.uniform(0, 1.0))
         postgres.kill()
         started = time.monotonic()

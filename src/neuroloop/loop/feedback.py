@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -45,6 +46,11 @@ class Correction(Record):
         return self.name.removesuffix(".png")
 
 
+def by_name(found: Iterable[str]) -> dict[str, str]:
+    """What stays of a correction's key when a reader changes the class -> the key, the last of those that share it."""
+    return {key.rsplit("/", 1)[-1]: key for key in found}
+
+
 def batches(store: ObjectStore) -> list[Batch]:
     """All batches so far, oldest first."""
     return [Batch.model_validate_json(store.get(key)) for key in store.list(keys.BATCHES)]
@@ -75,11 +81,8 @@ def claim(store: ObjectStore, run_id: str, threshold: int) -> Batch | None:
 
 def used(store: ObjectStore) -> list[Correction]:
     """All corrections of all batches, with the class a reader gives them now; erased ones are left out."""
-    now = {key.rsplit("/", 1)[-1]: key for key in store.list(keys.CORRECTIONS)}
-    names: dict[str, None] = {}
-    for batch in batches(store):
-        for correction in batch.corrections:
-            names[correction.rsplit("/", 1)[-1]] = None
+    now = by_name(store.list(keys.CORRECTIONS))
+    names = by_name(correction for batch in batches(store) for correction in batch.corrections)
     found = []
     for name in names:
         if name in now:

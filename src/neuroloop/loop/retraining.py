@@ -66,12 +66,13 @@ def flag_false(services: Services, run_id: str, *, by_hand: bool) -> Result:
 def flag_true(services: Services, run_id: str) -> Result:
     """Make this run's batch exactly once; empty when another run took the corrections first, or none is of use."""
     batch = feedback.claim(services.store, run_id, services.settings.feedback_threshold)
-    if batch is None:
-        log.info("another run has taken the corrections: nothing is left to do")
-        services.log.record_end(PipelineEnd(dag=RETRAINING, outcome="nothing_to_do", run_id=run_id, task="flag_true"))
-        return {}
-    if not _worth(services, batch):
-        log.info("no correction of batch %d teaches anything: repeated, contradictory or simulated", batch.number)
+    if batch is None or not _worth(services, batch):
+        why = (
+            "another run has taken the corrections"
+            if batch is None
+            else f"no correction of batch {batch.number} teaches anything: repeated, contradictory or simulated"
+        )
+        log.info("nothing is left to do: %s", why)
         services.log.record_end(PipelineEnd(dag=RETRAINING, outcome="nothing_to_do", run_id=run_id, task="flag_true"))
         return {}
     result = {"batch": batch.number, "corrections": len(batch.corrections)}
@@ -85,7 +86,7 @@ def _worth(services: Services, batch: feedback.Batch) -> bool:
     if simulated := feedback.simulated(services.log, found):
         champion = services.registry.by_alias("champion")
         out |= simulated if champion is not None and champion.tags.get("simulated") == "false" else set()
-    own = {key.rsplit("/", 1)[-1] for key in batch.corrections}
+    own = feedback.by_name(batch.corrections)
     return any(each.name in own and each.key not in out for each in found)
 
 

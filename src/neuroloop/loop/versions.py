@@ -121,7 +121,7 @@ def _with_corrections(services: Services, folder: Path, done: Restored, trained:
     except (KeyError, NotFound):
         return done.model_copy(update={"unknown": True})
     learned = [Correction.model_validate(each) for each in found]
-    there = {key.rsplit("/", 1)[-1]: key for key in services.store.list(keys.CORRECTIONS)}
+    there = feedback.by_name(services.store.list(keys.CORRECTIONS))
     target = folder / "corrections"
     wanted = {target / each.label / each.name: each for each in learned}
     if surplus := sorted(set(_files(target)) - wanted.keys()):

@@ -134,7 +134,9 @@ def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataS
         case "kaggle":
             from neuroloop.adapters.kaggle import download
 
-            return source.ObjectSource(url, FolderStore(download(parts.netloc + parts.path)), licence)
+            return source.ObjectSource(
+                url, FolderStore(download(parts.netloc + parts.path), follow_links=True), licence
+            )
         case "" | "file":
             folder = Path(url.removeprefix("file://")).expanduser().absolute()
             return source.ObjectSource(url, FolderStore(str(folder), follow_links=True), licence)

@@ -284,6 +284,56 @@ def test_damaged_bytes_give_pixels_or_a_refusal_and_nothing_else():
     assert refused > 100
 
 
+def test_the_upper_half_of_32_bits_is_bright():
+    deep = np.linspace(0, 2**32 - 1, 64 * 64).reshape(64, 64).astype(np.uint32)
+    directory = {256: 64, 257: 64, 258: 32, 259: 1, 262: 1, 273: 200, 277: 1, 278: 64, 279: deep.nbytes, 339: 1}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in directory.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(directory)) + entries + bytes(4)
+    pixels = decode(head.ljust(200, b"\0") + deep.tobytes())
+    assert np.all(np.diff(pixels.ravel().astype(int)) >= 0)
+    assert pixels[-1, -1] == 255
+
+
+def test_16_bit_colours_in_planes_are_refused_in_words():
+    planes = np.stack([picture(64, 64).astype(np.uint16) << 8] * 3)
+    directory = [
+        *((256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 3, 220), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 3, 230)),
+        *((277, 3, 1, 3), (278, 4, 1, 64), (279, 4, 3, 250), (284, 3, 1, 2)),
+    ]
+    head = b"II*\0" + struct.pack("<IH", 8, len(directory))
+    head += b"".join(struct.pack("<HHII", *entry) for entry in directory) + bytes(4)
+    size = 64 * 64 * 2
+    tables = struct.pack("<HHH", 16, 16, 16).ljust(10, b"\0")
+    tables += struct.pack("<IIIxxxxxxxx", *(300 + size * n for n in range(3))) + struct.pack("<III", size, size, size)
+    with pytest.raises(UnsupportedImage, match="planes of their own"):
+        decode((head.ljust(220, b"\0") + tables).ljust(300, b"\0") + planes.tobytes())
+
+
+def test_an_alpha_that_nobody_filled_in_hides_nothing_of_a_bmp():
+    whole = Image.fromarray(np.dstack([picture()] * 3 + [np.full((40, 60), 7, np.uint8)]))
+    data = bytearray(encoded(whole, "BMP"))
+    for place in range(len(data) - 40 * 60 * 4 + 3, len(data), 4):
+        data[place] = 0
+    assert np.array_equal(decode(bytes(data)), picture())
+
+
+@pytest.mark.parametrize("lost", [0.05, 0.5, 0.9])
+def test_a_png_whose_end_is_zeros_is_damaged_not_black(lost):
+    whole = encode_png(picture(200, 200))
+    kept = int(len(whole) * (1 - lost))
+    with pytest.raises(InvalidImage, match="a download broke off"):
+        decode(whole[:kept] + bytes(len(whole) - kept))
+
+
+def test_what_somebody_chose_to_learn_from_may_be_large_and_have_data_behind_its_end():
+    large = encoded(Image.fromarray(picture(4_600, 4_600)), "BMP")
+    photo = encoded(Image.fromarray(picture()), "JPEG") + b"what a phone writes there"
+    for data, fault in ((large, "too large"), (photo, "more than an image")):
+        assert decode(data).std() > 0
+        with pytest.raises(InvalidImage, match=fault):
+            read(data)
+
+
 @pytest.mark.parametrize("size", [(31, 100), (100, 31), (1, 1)])
 def test_an_image_with_a_side_below_32_pixels_is_refused(size):
     with pytest.raises(InvalidImage, match="at least 32"):
@@ -292,18 +342,18 @@ def test_an_image_with_a_side_below_32_pixels_is_refused(size):
 
 def test_too_many_bytes_are_refused_before_decoding():
     with pytest.raises(ImageTooLarge, match="20,000,000"):
-        decode(bytes(20_000_001))
+        read(bytes(20_000_001))
 
 
 def test_too_many_pixels_are_refused_before_decoding():
     with pytest.raises(ImageTooLarge, match="60 x 40 px are more than 2,000"):
-        decode(encode_png(picture()), max_pixels=2_000)
+        read(encode_png(picture()), limits=Limits(pixels=2_000))
 
 
 @pytest.mark.parametrize("size", [(32, 1_200_000), (9_000, 40)])
 def test_a_strip_that_would_be_padded_to_a_huge_square_is_refused_by_its_header(size):
     with pytest.raises(ImageTooLarge, match=r"no side may have more than 8,944"):
-        decode(encoded(Image.new("L", size), "PNG"))
+        read(encoded(Image.new("L", size), "PNG"))
 
 
 @pytest.mark.parametrize("side", [10_000, 60_000])
@@ -314,7 +364,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(side):
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
     bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     with pytest.raises(ImageTooLarge, match="pixels"):
-        decode(bomb)
+        read(bomb)
 
 
 def test_small_pngs_and_jpegs_of_one_pass_are_plain():

@@ -150,6 +150,83 @@ def test_a_table_of_greys_is_applied():
     assert apart(pixels, decode(picture(4095 - DEEP, "PNG"))) == 0
 
 
+INVERSE = 4095 - np.arange(4096)
+
+
+@pytest.mark.parametrize("sequence", ["VOILUTSequence", "ModalityLUTSequence"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_table_of_8_bit_greys_is_applied_whether_an_entry_has_a_byte_or_a_word(sequence: str, packed: bool):
+    table = Dataset()
+    table.LUTDescriptor = [4096, 0, 8]
+    table.LUTData = (INVERSE >> 4).astype(np.uint8 if packed else np.uint16).tobytes()
+    table["LUTData"].VR = "OW"
+    pixels = decode(dicom(DEEP, BitsStored=12, HighBit=11, **{sequence: [table]}))
+    assert np.array_equal(pixels, INVERSE[DEEP] >> 4)
+
+
+@pytest.mark.parametrize(("first", "kind"), [(-1000, "SS"), (65536 - 1000, "US")])
+def test_a_table_begins_at_its_first_value_below_zero_too(first: int, kind: str):
+    table = Dataset()
+    table.LUTDescriptor = [4096, first, 12]
+    table["LUTDescriptor"].VR = kind
+    table.LUTData = INVERSE.astype(np.uint16).tobytes()
+    table["LUTData"].VR = "OW"
+    pixels = decode(dicom(DEEP.astype(np.int16) - 1000, VOILUTSequence=[table]))
+    assert np.array_equal(pixels, decode(picture(4095 - DEEP, "PNG")))
+    above = decode(dicom(DEEP[DEEP > 1500].reshape(1, -1)[:, :4096].reshape(64, 64).astype(np.int16) - 1000,
+                         VOILUTSequence=[table]))  # fmt: skip
+    assert above.std() > 0
+
+
+@pytest.mark.parametrize("descriptor", [[4096, 0, 0], [4096, 0, 12], [4096]])
+@pytest.mark.parametrize("sequence", ["VOILUTSequence", "ModalityLUTSequence"])
+def test_a_table_that_makes_no_sense_is_no_reason_to_refuse_sound_pixels(sequence: str, descriptor: list[int]):
+    table = Dataset()
+    table.LUTDescriptor = descriptor
+    table.LUTData = bytes(200)
+    table["LUTData"].VR = "OW"
+    assert np.array_equal(decode(dicom(DEEP, **{sequence: [table]})), AS_PNG)
+
+
+def test_twelve_bits_of_lossy_jpeg_are_nearly_the_same():
+    data = compressed(DEEP, "JPEGExtended12Bit", BitsStored=12, HighBit=11)
+    assert apart(decode(data), AS_PNG) <= 2
+    with pytest.raises(InvalidImage, match="cut off"):
+        decode(data[: len(data) * 2 // 3])
+
+
+def test_values_may_stand_in_the_upper_bits_as_in_old_files():
+    assert np.array_equal(decode(dicom(DEEP << 4, BitsStored=12, HighBit=15)), AS_PNG)
+    signed = DEEP.astype(np.int16) - 1000
+    here, there = dicom(signed << 3, BitsStored=13, HighBit=15), dicom(signed, BitsStored=13, HighBit=12)
+    assert np.array_equal(decode(here), decode(there))
+
+
+def test_a_high_bit_that_is_wrong_darkens_nothing():
+    dim = DEEP // 8
+    assert np.array_equal(decode(dicom(dim, BitsStored=12, HighBit=15)), decode(dicom(dim)))
+    packed = compressed(dim, "JPEG2000Lossless", BitsStored=12, HighBit=11)
+    assert packed.count(b"\x28\0\x02\x01US\x02\0\x0b\0") == 1
+    wrong = packed.replace(b"\x28\0\x02\x01US\x02\0\x0b\0", b"\x28\0\x02\x01US\x02\0\x0f\0")
+    assert np.array_equal(decode(wrong), decode(dicom(dim)))
+
+
+def test_real_numbers_have_no_bits():
+    dataset = header(DEEP.astype(np.float32))
+    dataset.FloatPixelData = dataset.PixelData
+    for name in ("PixelData", "BitsStored", "HighBit", "PixelRepresentation"):
+        del dataset[name]
+    assert apart(decode(saved(dataset)), AS_PNG) <= 4
+
+
+@pytest.mark.parametrize("high_bit", [11, 15])
+def test_colours_of_12_bits_keep_their_levels(high_bit: int):
+    colour = np.stack([DEEP] * 3, axis=-1) << high_bit - 11
+    pixels = decode(dicom(colour, BitsStored=12, HighBit=high_bit))
+    assert len(np.unique(pixels)) > 150
+    assert pixels.max() > 240
+
+
 def test_signed_values_keep_their_order():
     pixels = decode(dicom(DEEP.astype(np.int16) - 1000))
     assert apart(pixels, AS_PNG) <= 4
@@ -296,5 +373,5 @@ def test_errors_repeat_nothing_of_the_file():
 def test_a_preamble_that_is_a_program_is_refused_and_one_of_a_tiff_is_not():
     data = dicom(GREY)
     with pytest.raises(InvalidImage, match="more than an image"):
-        decode(b"MZ\x90\x00" + data[4:])
+        read(b"MZ\x90\x00" + data[4:])
     assert np.array_equal(decode(b"II*\0" + data[4:]), GREY)

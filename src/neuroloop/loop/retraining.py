@@ -94,8 +94,8 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
     """Train the champion further on its own training part plus the corrections that are not held out."""
     for batch in feedback.batches(services.store)[-3:]:  # of runs that never came to their end; older ones are done
         if batch.run_id != run_id:
-            handoff.drop_shards(services, batch.run_id)
             handoff.drop_training_part(services, batch.run_id)
+            handoff.drop_shards(services, batch.run_id)
     settled = handoff.settled(services, run_id, "start", lambda: _start(services))
     start, sha256 = settled["version"], settled.get("sha256")
     with tempfile.TemporaryDirectory() as folder:
@@ -196,14 +196,17 @@ def _divided(
 ) -> tuple[list[Correction], list[Correction], dict[str, str]]:
     """The corrections to train on, those to test on, and why others serve for neither: path -> reason.
 
-    One picture counts once, and not at all where it has been corrected to several classes or, in a model of real
-    scans, is a simulated one. What is trained on has no twin in what is held out, and a held-out correction none in the
-    training part, which champion and candidate have both learned: otherwise remembering would look like learning.
+    One picture counts once, and not at all where it has been corrected to several classes, cannot be read or, in a
+    model of real scans, is a simulated one. What is trained on has no twin in what is held out, and a held-out
+    correction none in the training part, which champion and candidate have both learned: otherwise remembering would
+    look like learning.
     """
     split = handoff.read_split(services, version)
     unfit = feedback.repeated(found)
     if not split.simulated:
         unfit |= dict.fromkeys(feedback.simulated(services.log, found), "a simulated scan")
+    readable = splitting.thumbnails(services.store, [correction.key for correction in found])
+    unfit |= {correction.key: "it cannot be read" for correction in found if correction.key not in readable}
     found = [correction for correction in found if correction.key not in unfit]
     held_out = [correction for correction in found if correction.held_out]
     candidates = [correction for correction in found if not correction.held_out]

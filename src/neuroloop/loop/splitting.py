@@ -5,6 +5,7 @@ decide at the same time one is first, and the other decides again with the first
 """
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from neuroloop.core import keys
-from neuroloop.core.errors import AlreadyExists, NotFound
+from neuroloop.core.errors import AlreadyExists, InvalidImage, NotFound
 from neuroloop.core.ports import ObjectStore
 from neuroloop.core.schemas import ImageEntry, Part, Record, Snapshot, Split, now
 from neuroloop.data import dataset
@@ -23,6 +24,8 @@ from neuroloop.data.audit import Audit
 from neuroloop.data.similarity import thumbnail, twins
 from neuroloop.imaging.decode import decode
 from neuroloop.loop import feedback
+
+log = logging.getLogger("neuroloop.splitting")
 
 
 class Decisions(Record):
@@ -150,12 +153,15 @@ def _by_md5(store: ObjectStore, md5s: Iterable[str]) -> dict[str, NDArray[np.flo
 
 
 def thumbnails(store: ObjectStore, of: Iterable[str]) -> dict[str, NDArray[np.float32]]:
-    """The thumbnails of stored images by their key; one that was deleted from the store is left out."""
+    """The thumbnails of stored images by their key; without those that are no longer there or cannot be read."""
 
     def one(key: str) -> tuple[str, NDArray[np.float32]] | None:
         try:
             return key, thumbnail(decode(store.get(key)))
         except NotFound:
+            return None
+        except InvalidImage as error:  # one picture must not keep all others from being learned
+            log.warning("%s is left out: %s", key, error)
             return None
 
     with ThreadPoolExecutor(4) as pool:

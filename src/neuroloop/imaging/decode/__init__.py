@@ -35,6 +35,7 @@ FORMATS = (*raster.FORMATS, "DICOM", "NIfTI")
 
 
 _USUAL = Limits()
+_CHOSEN = Limits(bytes=600_000_000, pixels=150_000_000, foreign=True)  # what any setting lets in, and its PNG
 _TEXTS = 1_000_000  # bytes before the voxels of a volume where text may stand
 
 
@@ -55,9 +56,12 @@ class Decoded(NamedTuple):
     """The same, see `declared.body_part`"""
 
 
-def decode(data: bytes, *, max_pixels: int = 40_000_000, max_bytes: int = 20_000_000) -> NDArray[np.uint8]:
-    """The pixels alone, see `read`."""
-    return read(data, limits=Limits(bytes=max_bytes, pixels=max_pixels)).pixels
+def decode(data: bytes) -> NDArray[np.uint8]:
+    """The pixels alone of an image that somebody has chosen to learn from, see `read`.
+
+    Nobody sends it from outside, so it may be larger than an upload, and may have other data in it.
+    """
+    return read(data, limits=_CHOSEN).pixels
 
 
 def read(data: bytes, *, frame: int | None = None, limits: Limits = _USUAL) -> Decoded:
@@ -86,15 +90,20 @@ def is_plain(data: bytes) -> bool:
     return raster.is_plain(data) and not dicom.is_dicom(data) and not nifti.is_nifti(data)
 
 
+def _no_check(data: bytes, kind: str) -> None:
+    pass
+
+
 def _read(data: bytes, frame: int | None, limits: Limits) -> Decoded:
+    check = _no_check if limits.foreign else foreign.check
     if dicom.is_dicom(data):
-        foreign.check(data, "DICOM")
+        check(data, "DICOM")
         found = dicom.read(data, frame, limits)
         return Decoded(found.pixels, "DICOM", *found[1:])
     volume = nifti.unzip(data, limits) if nifti.is_gzip(data) else data
     if nifti.is_nifti(volume):
         for part in (data, volume[:_TEXTS]):
-            foreign.check(part, "NIfTI")
+            check(part, "NIfTI")
         pixels, frames, chosen = nifti.read(volume, frame, limits)
         return Decoded(pixels, "NIfTI", frames, chosen)
     kind = raster.kind_of(data)
@@ -104,6 +113,6 @@ def _read(data: bytes, frame: int | None, limits: Limits) -> Decoded:
             why=f"its bytes are not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
             fix="upload a slice as JPEG, PNG, DICOM or NIfTI",
         )
-    foreign.check(data, kind)
+    check(data, kind)
     pixels, frames, chosen = raster.read(data, kind, frame, limits)
     return Decoded(pixels, kind, frames, chosen)

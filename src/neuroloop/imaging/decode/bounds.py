@@ -23,6 +23,8 @@ class Limits(NamedTuple):
     """Bytes of a volume, or of what was compressed as a whole; 256 slices of 512 x 512 x 4 bytes fit."""
     depth: int = 16
     """Of sequences within sequences in DICOM; an enhanced MR image has 4."""
+    foreign: bool = False
+    """Whether a file may be more than an image, as those are that a phone writes data behind."""
 
     @property
     def longest_side(self) -> int:

@@ -3,6 +3,8 @@
 The values are the sender's. Only those found here are passed on, so that a name in the wrong field goes no further.
 """
 
+from collections.abc import Iterable
+
 MR = "MR"
 OTHER_MODALITY = "another modality"
 
@@ -13,8 +15,8 @@ def _words(text: str) -> frozenset[str]:
 
 _MODALITIES = _words("""
     AR ASMT AU BDUS BI BMD CR CT CTPROTOCOL DG DMS DOC DX ECG EEG EMG EOG EPS ES FID GM HC HD IO IOL IVOCT IVUS KER KO
-    LEN LS MG M3D NM OAM OCT OP OPM OPT OPTBSV OPTENF OPV OSS OT PA PLAN POS PR PT PX REG RESP RF RG RTDOSE RTIMAGE
-    RTINTENT RTPLAN RTRAD RTRECORD RTSEGANN RTSTRUCT RWV SC SEG SM SMR SR SRF STAIN TEXTUREMAP TG US VA XA XAPROTOCOL XC
+    LEN LS MG M3D NM OAM OCT OP OPM OPT OPTBSV OPTENF OPV OSS PA PLAN POS PR PT PX REG RESP RF RG RTDOSE RTIMAGE
+    RTINTENT RTPLAN RTRAD RTRECORD RTSEGANN RTSTRUCT RWV SEG SM SMR SR SRF STAIN TEXTUREMAP TG US VA XA XAPROTOCOL XC
 """)
 _ELSEWHERE = _words("""
     ABDOMEN ABDOMENPELVIS ADRENAL ANKLE AORTA ARM AXILLA BACK BILEDUCT BLADDER BREAST BRONCHUS BUTTOCK CALCANEUS CALF
@@ -26,10 +28,19 @@ _ELSEWHERE = _words("""
 """)
 
 
+_SAYS_NOTHING = _words("OT SC")  # other, and secondary capture: so key images and reformats of MR are marked, too
+
+
 def modality(value: object) -> str:
-    """`MR`, another code of the standard, `OTHER_MODALITY` where it is neither, empty where there is none."""
-    code = _word(value)
-    return code if not code or code == MR or code in _MODALITIES else OTHER_MODALITY
+    """`MR`, another code of the standard, `OTHER_MODALITY` where it is neither, empty where none is said.
+
+    Of several, it is MR where that is among them.
+    """
+    several = [value] if value is None or isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
+    codes = {_word(each) for each in several} - _SAYS_NOTHING - {""}
+    if not codes or MR in codes:
+        return MR if codes else ""
+    return codes.pop() if len(codes) == 1 and codes <= _MODALITIES else OTHER_MODALITY
 
 
 def body_part(value: object) -> str:

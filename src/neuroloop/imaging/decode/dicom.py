@@ -37,6 +37,7 @@ READ = (
 
 _WINDOW = ("PhotometricInterpretation", "BitsStored", "PixelRepresentation", "WindowCenter", "WindowWidth",
            "VOILUTFunction")  # fmt: skip
+_SENSELESS = (ValueError, TypeError, IndexError, AttributeError, KeyError, OverflowError)
 _PREAMBLE, _MAGIC = 128, b"DICM"
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _EXPLICIT = b"1.2.840.10008.1.2.1\0"
@@ -95,11 +96,13 @@ def read(data: bytes, frame: int | None, limits: Limits) -> Frame:
 
 
 def _frame(header: "Dataset", frame: int | None, limits: Limits) -> Frame:
-    from pydicom.pixels import apply_color_lut, pixel_array
+    from pydicom.pixels import apply_color_lut
 
     if not any(name in header for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise InvalidImage(
-            "The DICOM file holds no image", why="it has no pixel data", fix="upload an image of the series itself"
+            "The DICOM file holds no image",
+            why="it has no pixel data, or was cut off before them",
+            fix="upload an image of the series itself; if this is one, download it again",
         )
     if str(header.get("BurnedInAnnotation", "")).strip().upper() == "YES":
         raise InvalidImage(
@@ -111,13 +114,15 @@ def _frame(header: "Dataset", frame: int | None, limits: Limits) -> Frame:
     check_size(columns, rows, limits)
     frames = int(header.get("NumberOfFrames") or 1)
     chosen = choose(frame, frames, limits)
-    values = pixel_array(header, index=chosen - 1)
+    values = _stored(header, chosen - 1, frames)
     photometric = str(header.PhotometricInterpretation)
     settings = _settings(header, chosen - 1)
     if photometric == "PALETTE COLOR":
         values = apply_color_lut(values, header)
     pixels = (
-        luma(values) if values.ndim == 3 else _window(_rescale(values, settings), settings, _padding(values, settings))
+        luma(values, bits=_bits(header, values))
+        if values.ndim == 3
+        else _window(_rescale(values, settings), settings, _padding(values, settings))
     )
     return Frame(
         square(pixels, *_spacing(settings), limits),
@@ -126,6 +131,56 @@ def _frame(header: "Dataset", frame: int | None, limits: Limits) -> Frame:
         declared.modality(header.get("Modality")),
         declared.body_part(header.get("BodyPartExamined")),
     )
+
+
+def _stored(header: "Dataset", index: int, frames: int) -> NDArray[Any]:
+    """The values of one frame as they are stored, unpacked: (rows, columns), or (rows, columns, 3) of colour."""
+    from pydicom import uid
+    from pydicom.pixels import pixel_array
+
+    syntax = header.file_meta.TransferSyntaxUID
+    if "PixelData" not in header or header.get("BitsStored") is None:  # real numbers
+        return pixel_array(header, index=index)
+    stored, high = int(header.BitsStored), header.get("HighBit")
+    if syntax == uid.JPEGExtended12Bit and stored > 8:
+        return _extended_jpeg(header, index, frames)
+    if syntax.is_compressed or high is None or not stored <= int(high) < int(header.BitsAllocated):
+        return pixel_array(header, index=index)
+    # As in old files, the values begin above the lowest bit; unless the header only says so.
+    header.BitsStored, unused = int(high) + 1, int(high) + 1 - stored
+    values = pixel_array(header, index=index)
+    header.BitsStored = stored
+    return values >> unused if values.max(initial=0) >= 2**stored or not (values & (2**unused - 1)).any() else values
+
+
+def _extended_jpeg(header: "Dataset", index: int, frames: int) -> NDArray[Any]:
+    """Grey JPEG of 12 bits, which GDCM reads and pydicom does not ask it for."""
+    import gdcm
+    from pydicom.encaps import get_frame
+
+    if int(header.SamplesPerPixel) != 1:
+        raise NotImplementedError
+    fragment = gdcm.Fragment()
+    fragment.SetByteStringValue(get_frame(header.PixelData, index, number_of_frames=frames))
+    fragments = gdcm.SequenceOfFragments.New()
+    fragments.AddFragment(fragment)
+    element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
+    element.SetValue(fragments.__ref__())
+    image = gdcm.Image()
+    image.SetNumberOfDimensions(2)
+    image.SetDimensions((int(header.Columns), int(header.Rows), 1))
+    image.SetDataElement(element)
+    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(gdcm.PhotometricInterpretation.MONOCHROME2))
+    image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGExtendedProcess2_4))
+    signed = int(header.PixelRepresentation)
+    image.SetPixelFormat(gdcm.PixelFormat(1, 16, int(header.BitsStored), int(header.BitsStored) - 1, signed))
+    data = image.GetBuffer().encode("utf-8", "surrogateescape")  # GDCM gives bytes as text
+    return np.frombuffer(data, "<i2" if signed else "<u2").reshape(int(header.Rows), int(header.Columns))
+
+
+def _bits(header: "Dataset", values: NDArray[Any]) -> int:
+    """How many bits colours have: those of a palette fill their words."""
+    return 8 * values.itemsize if header.PhotometricInterpretation == "PALETTE COLOR" else int(header.BitsStored)
 
 
 def _settings(header: "Dataset", index: int) -> "Dataset":
@@ -159,11 +214,12 @@ def _padding(values: NDArray[Any], settings: "Dataset") -> NDArray[np.bool_] | N
 
 
 def _rescale(values: NDArray[Any], settings: "Dataset") -> NDArray[Any]:
-    """The values in their own unit; as they are where that changes nothing."""
-    from pydicom.pixels import apply_modality_lut
-
+    """The values in their own unit; as they are where that changes nothing, or makes no sense."""
     if settings.get("ModalityLUTSequence"):
-        return apply_modality_lut(values, settings)
+        try:
+            return _through(settings.ModalityLUTSequence[0], values, settings)
+        except _SENSELESS:
+            return values
     slope, intercept = (
         _number(settings.get(name), other) for name, other in (("RescaleSlope", 1), ("RescaleIntercept", 0))
     )
@@ -173,12 +229,13 @@ def _rescale(values: NDArray[Any], settings: "Dataset") -> NDArray[Any]:
 def _window(values: NDArray[Any], settings: "Dataset", padding: NDArray[np.bool_] | None) -> NDArray[np.uint8]:
     """The rescaled values as they are meant to look, in the window or through the table that the header names first."""
     from pydicom import Dataset
-    from pydicom.pixels import apply_voi, apply_windowing
+    from pydicom.pixels import apply_windowing
 
     turned = settings.PhotometricInterpretation == "MONOCHROME1"
     try:
         if settings.get("VOILUTSequence"):
-            return eight_bits(apply_voi(values, settings), turned=turned, padding=padding)
+            seen = _through(settings.VOILUTSequence[0], values, settings)
+            return eight_bits(seen, turned=turned, padding=padding)
         if settings.get("WindowWidth") is not None and settings.get("WindowCenter") is not None:
             window = Dataset()  # without the rescaling, which is done: pydicom would take the result's range of it
             window.update({settings[name].tag: settings[name] for name in _WINDOW if name in settings})
@@ -186,9 +243,32 @@ def _window(values: NDArray[Any], settings: "Dataset", padding: NDArray[np.bool_
             pixels = scaled(apply_windowing(values, window), float(ends[0]), float(ends[1]))
             pixels = 255 - pixels if turned else pixels
             return pixels if padding is None else np.where(padding, np.uint8(0), pixels)
-    except (ValueError, TypeError, IndexError, AttributeError, KeyError):
+    except _SENSELESS:
         pass  # a window that makes no sense is no reason to refuse sound pixels
     return eight_bits(values, turned=turned, padding=padding)
+
+
+def _through(table: "Dataset", values: NDArray[Any], settings: "Dataset") -> NDArray[np.uint16]:
+    """What a table of greys makes of the values, which may also be packed two to a word (PS3.3, C.11.1 and C.11.2).
+
+    Raises one of `_SENSELESS` for a table that contradicts itself.
+    """
+    entries, first, bits = (int(each) for each in table.LUTDescriptor)
+    entries = entries % 65_536 or 65_536  # some read it as a signed number
+    data = table.LUTData
+    if isinstance(data, bytes):
+        little = settings.file_meta.TransferSyntaxUID.is_little_endian
+        words = np.frombuffer(data[: len(data) // 2 * 2], "<u2" if little else ">u2").astype(np.uint16)
+    else:
+        words = np.atleast_1d(np.asarray(data, np.uint16))
+    if bits <= 8 and len(words) < entries <= 2 * len(words):  # the first of two is the lower byte
+        words = words.astype("<u2").view(np.uint8).astype(np.uint16)
+    if len(words) < entries:
+        raise ValueError("the table is shorter than it says")
+    if first > 32_767 and values.max() < first:
+        first -= 65_536
+    index = np.rint(np.nan_to_num(values)) if values.dtype.kind == "f" else values.astype(np.int64)
+    return words[np.clip(index - first, 0, entries - 1).astype(np.intp)]
 
 
 def _spacing(settings: "Dataset") -> tuple[float, float]:

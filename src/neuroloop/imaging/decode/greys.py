@@ -58,10 +58,10 @@ def scaled(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
     return np.rint(np.clip(np.nan_to_num(spread, copy=False, nan=0.0), 0, 255)).astype(np.uint8)
 
 
-def luma(colour: NDArray[Any]) -> NDArray[np.uint8]:
-    """RGB of 8 or 16 bits, (H, W, 3), as grey (ITU-R 601)."""
+def luma(colour: NDArray[Any], *, bits: int) -> NDArray[np.uint8]:
+    """RGB (H, W, 3), unsigned, of which the lowest `bits` say something, as grey (ITU-R 601)."""
     if colour.dtype != np.uint8:
-        colour = scaled(colour, 0, float(np.iinfo(colour.dtype).max))
+        colour = scaled(colour, 0, float(2**bits - 1))
     return np.asarray(Image.fromarray(np.ascontiguousarray(colour)).convert("L"))
 
 

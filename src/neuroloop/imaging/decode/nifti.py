@@ -84,7 +84,7 @@ def read(data: bytes, frame: int | None, limits: Limits) -> tuple[NDArray[np.uin
             values = values.swapaxes(0, 1)
         # Now (first shown axis, second): both have to run from large to small, the second of them down the rows.
         values = values[:: 1 if backwards[shown[0]] else -1, :: 1 if backwards[shown[1]] else -1].swapaxes(0, 1)
-        pixels = luma(values) if values.ndim == 3 else eight_bits(values)
+        pixels = luma(values, bits=8) if values.ndim == 3 else eight_bits(values)
         return square(pixels, spacing[stored[shown[1]]], spacing[stored[shown[0]]], limits), frames, chosen
     except (InvalidImage, MemoryError):
         raise

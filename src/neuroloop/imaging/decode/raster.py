@@ -2,6 +2,7 @@
 
 import io
 import logging
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -34,6 +35,7 @@ PLAIN_BYTES, PLAIN_PIXELS, PLAIN_METADATA = 2_000_000, 2_000_000, 65_536
 _PIECE = 64  # bytes of metadata that a piece of a file costs, however small it is
 _FEWEST_LEVELS = 64  # that 16-bit colours must keep in 8 bits
 _ORIENTATION_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 0x0112, 0x0106, 0
+_BITS_TAG, _SAMPLE_TAG, _PLANAR_TAG = 258, 339, 284
 _UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
     2: np.fliplr,
     3: lambda pixels: np.rot90(pixels, 2),
@@ -91,6 +93,8 @@ def read(data: bytes, kind: str, frame: int | None, limits: Limits) -> tuple[NDA
 
     Only the pages of a TIFF are frames; of a moving picture the first is read.
     """
+    if kind == "PNG" and not _png_intact(data):  # Pillow would show what is left of it, and black for the rest
+        raise damaged("it begins as PNG, but the checksum of its pixels is wrong, as where a download broke off")
     try:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
             frames = _pages(image, limits) if kind == "TIFF" else 1
@@ -117,6 +121,18 @@ def read(data: bytes, kind: str, frame: int | None, limits: Limits) -> tuple[NDA
         early = kind == "JPEG" and jpeg_end(data) == len(data) and not data.endswith(b"\xff\xd9")
         why = "its data end early" if early else "its data end early or contradict themselves"
         raise damaged(f"it begins as {kind}, but {why}") from None
+
+
+def _png_intact(data: bytes) -> bool:
+    """Whether the pixels of a PNG are what its checksums say; that one is cut off the decoder sees."""
+    place = 8
+    while place + 12 <= len(data):
+        size, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        end = place + 8 + size
+        if name == b"IDAT" and zlib.crc32(data[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return False
+        place = end + 4
+    return True
 
 
 def _png_metadata(data: bytes) -> float:
@@ -148,14 +164,23 @@ def _pages(image: Image.Image, limits: Limits) -> int:
 
 
 def _grey(image: Image.Image) -> NDArray[np.uint8]:
+    tags = getattr(image, "tag_v2", {})
     if image.mode[0] in "IF":
         values, transparent = np.asarray(image), image.info.get("transparency")
+        if image.mode == "I" and tags.get(_BITS_TAG) == (32,) and tags.get(_SAMPLE_TAG, (1,)) == (1,):
+            values = values.view(np.uint32)  # Pillow takes them for signed
         return eight_bits(
             values,
-            turned=getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO,
+            turned=tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO,
             padding=values == transparent if isinstance(transparent, int) else None,
         )
     deep = image.format in ("PNG", "TIFF") and any(";16" in str(tile.args) for tile in getattr(image, "tile", [])[:1])
+    if tags.get(_PLANAR_TAG) == 2 and max(tags.get(_BITS_TAG, (8,))) > 8:  # Pillow would read half of each plane
+        raise UnsupportedImage(
+            "The TIFF has 16-bit colours in planes of their own",
+            why="this way of writing them is not read",
+            fix="export the slice as 16-bit grey (PNG or TIFF), or as DICOM",
+        )
     if image.mode == "LAB":
         return np.array(image.getchannel(0), dtype=np.uint8)
     if not image.has_transparency_data:
@@ -163,6 +188,8 @@ def _grey(image: Image.Image) -> NDArray[np.uint8]:
     else:
         if not image.mode.endswith("A"):
             image = image.convert("RGBA")
+        if image.format == "BMP" and image.getchannel("A").getextrema() == (0, 0):  # a field that nobody filled
+            image.putalpha(255)
         pixels = np.array(ImageChops.multiply(image.convert("L"), image.getchannel("A")), dtype=np.uint8)
     if not deep:
         return pixels

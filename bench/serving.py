@@ -339,8 +339,7 @@ def main() -> None:
 
             # Ours, started a few times.
             port, log = free(), folder / "ours.log"
-            argv = [sys.executable, "-m", "uvicorn", "neuroloop.serving.api:app", "--factory", "--no-access-log"]
-            argv += ["--timeout-keep-alive", "60"]  # a client that rests longer would meet a closing connection
+            argv = [sys.executable, "-m", "neuroloop.serving.server"]
             environment = {
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 "NEUROLOOP_HOME": str(folder / "home"),
@@ -353,7 +352,7 @@ def main() -> None:
             (folder / "home").mkdir()
             starts = []
             for number in range(given.starts + 1):
-                process = start([*argv, "--port", str(port)], log, environment)
+                process = start(argv, log, environment | {"NEUROLOOP_API_PORT": str(port)})
                 servers = [Server("ours", process, port, "/v1/predictions", form_type, form, KEY)]
                 seconds = wait_for(f"http://127.0.0.1:{port}/health/ready", process, log)
                 if number:  # the first makes the schema

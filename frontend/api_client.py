@@ -14,7 +14,7 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError
 
 from neuroloop.core import logs
 from neuroloop.core.credentials import Role
-from neuroloop.core.schemas import GateResult, Mail, ModelVersion, Monitoring, Promotion, Verdict
+from neuroloop.core.schemas import ExplainedGate, Mail, ModelVersion, Monitoring, Promotion, Verdict
 
 Record = TypeVar("Record", bound=BaseModel)
 _LOG = logging.getLogger("neuroloop.frontend.api_client")
@@ -30,7 +30,7 @@ class ApiProblem(Exception):
         detail: str = "",
         fix: str = "",
         status: int = 0,
-        gate: GateResult | None = None,
+        gate: ExplainedGate | None = None,
         prediction_id: str = "",
         frames: int = 1,
         frame: int = 1,
@@ -59,7 +59,7 @@ class Answer(_Answer):
     label: str
     probabilities: dict[str, float]
     tumour: bool
-    gate: GateResult
+    gate: ExplainedGate
     model_version: str
     data_version: str
     simulated_model: bool
@@ -273,7 +273,7 @@ class ApiClient:
 
     def _read(self, record: type[Record], answer: Any) -> Record:
         try:
-            return record.model_validate(answer)
+            return record.model_validate(answer, extra="ignore")  # a newer API may say more
         except ValidationError:
             raise self._unreadable() from None
 
@@ -296,7 +296,7 @@ def _problem(response: httpx.Response) -> ApiProblem:
         body = {"title": f"The inference service answered with an error ({response.status_code})"}
         body["fix"] = "Try again. If it stays like this, `make logs` tells more."
     try:
-        gate = GateResult.model_validate(body["gate"])
+        gate = ExplainedGate.model_validate(body["gate"], extra="ignore")
     except (KeyError, ValidationError):
         gate = None
     return ApiProblem(

@@ -34,6 +34,7 @@ VERDICT_NAMES = {
     "correct": "Corrected",
     "not_sure": "Not sure",
     "not_brain_mri": "Not a brain MRI",
+    "brain_mri": "A brain MRI",
 }
 INK, ACCENT, MUTED = "#16252E", "#0B6E7F", "#C3CED4"
 ORDER = [CLASS_NAMES[label] for label in LABELS]

@@ -294,12 +294,15 @@ def show_feedback(prediction_id: str, predicted: str | None) -> None:
         with st.container(horizontal=True, gap="small"):
             agreed = st.button("Agree", key=f"agree-{prediction_id}", type="primary", icon=":material/check:")
             unsure = st.button("Not sure", key=f"unsure-{prediction_id}", icon=":material/question_mark:")
+            contested = predicted is None and st.button(
+                "It is a brain MRI", key=f"contested-{prediction_id}", icon=":material/undo:"
+            )
             foreign = predicted is not None and st.button(
                 "Not a brain MRI", key=f"foreign-{prediction_id}", icon=":material/block:"
             )
         choice, send = st.columns([2, 3], gap="small", vertical_alignment="bottom")
         label = choice.selectbox(
-            "Or correct it to" if predicted else "Or it is a brain MRI, and shows",
+            "Or correct it to" if predicted else "Or say what it shows",
             [label for label in LABELS if label != predicted],
             index=None,
             key=f"class-{prediction_id}",
@@ -312,6 +315,7 @@ def show_feedback(prediction_id: str, predicted: str | None) -> None:
             Verdict.CORRECT: corrected,
             Verdict.NOT_SURE: unsure,
             Verdict.NOT_BRAIN_MRI: foreign,
+            Verdict.BRAIN_MRI: contested,
         }
         for verdict, button in pressed.items():
             if button:
@@ -335,6 +339,7 @@ def send_feedback(prediction_id: str, verdict: Verdict, label: str | None) -> No
         Verdict.CORRECT: f"Corrected to {CLASS_NAMES.get(receipt.label or '', 'another class').lower()}.",
         Verdict.NOT_SURE: "You are not sure.",
         Verdict.NOT_BRAIN_MRI: "You say this is no brain MRI.",
+        Verdict.BRAIN_MRI: "You say this is a brain MRI.",
     }[receipt.verdict]
     needed = layout.settings().feedback_threshold
     waiting = f"{receipt.corrections_waiting} correction{'' if receipt.corrections_waiting == 1 else 's'} waiting"
@@ -367,6 +372,8 @@ def show_problem(upload: Upload, fault: ApiProblem) -> None:
         with words:
             st.markdown(layout.plain(layout.as_sentence(fault.gate.reason or fault.detail)))
             choose_frame(upload, fault.frames, fault.frame)
+            if fault.gate.threshold_origin:
+                st.caption(layout.plain(fault.gate.threshold_origin))
             st.markdown(
                 "The model knows only slices of a brain MRI. For anything else its answer would mean nothing, so it "
                 "gives none.\n\n**What you can do**\n\n"

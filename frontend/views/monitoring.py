@@ -30,7 +30,8 @@ def totals(figures: Monitoring) -> None:
             (
                 "Accepted by the gate",
                 f"{figures.accepted / asked:.0%}".replace("%", " %") if asked else "none yet",
-                f"{figures.accepted} accepted, {figures.rejected} refused as no brain MRI",
+                f"{figures.accepted} accepted, {figures.rejected} refused as no brain MRI, of which readers contest "
+                f"{figures.contested}",
             ),
             (
                 "Referred to a reader",

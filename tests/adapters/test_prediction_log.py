@@ -229,7 +229,7 @@ def test_an_erased_prediction_leaves_a_mark_without_content_in_the_database(log:
     assert mark.finished_at is None
     assert log.erasures(unfinished=True) == [mark]
     for ask in (log.prediction, log.feedback):
-        with pytest.raises(Erased, match="ann"):
+        with pytest.raises(Erased, match="another Idempotency-Key"):
             ask(row.id)
     with pytest.raises(Erased):
         log.record_feedback(Feedback(prediction_id=row.id, reader="bob", verdict=Verdict.AGREE))
@@ -331,7 +331,7 @@ def test_monitoring_of_an_empty_log_is_all_zero(log: PostgresLog):
     assert (figures.predictions, figures.accepted, figures.rejected) == (0, 0, 0)
     assert figures.per_class == {}
     assert figures.gate_scores == ()
-    assert figures.feedback == {"agree": 0, "correct": 0, "not_sure": 0, "not_brain_mri": 0}
+    assert figures.feedback == {"agree": 0, "correct": 0, "not_sure": 0, "not_brain_mri": 0, "brain_mri": 0}
 
 
 def test_monitoring_counts_classes_probabilities_latency_and_verdicts(log: PostgresLog):
@@ -341,7 +341,11 @@ def test_monitoring_counts_classes_probabilities_latency_and_verdicts(log: Postg
         log.record_prediction(row)
     for row, verdict in zip(rows, (Verdict.AGREE, Verdict.AGREE, Verdict.NOT_SURE), strict=False):
         log.record_feedback(Feedback(prediction_id=row.id, reader="ann", verdict=verdict))
+    assert log.monitoring().contested == 0
+    for reader in ("ann", "bob"):
+        log.record_feedback(Feedback(prediction_id=rows[-1].id, reader=reader, verdict=Verdict.BRAIN_MRI))
     figures = log.monitoring()
+    assert figures.contested == 1
     assert (figures.predictions, figures.accepted, figures.rejected, figures.referred) == (5, 4, 1, 1)
     assert {label: of.referred for label, of in figures.per_class.items()} == {"glioma": 0, "pituitary": 1}
     assert set(figures.per_class) == {"glioma", "pituitary"}
@@ -352,7 +356,7 @@ def test_monitoring_counts_classes_probabilities_latency_and_verdicts(log: Postg
     assert glioma.p95_seconds == pytest.approx(0.29)  # linear interpolation between 0.2 and 0.3
     assert [point.at for point in figures.gate_scores] == [row.created_at for row in rows]
     assert [point.accepted for point in figures.gate_scores] == [True] * 4 + [False]
-    assert figures.feedback == {"agree": 2, "correct": 0, "not_sure": 1, "not_brain_mri": 0}
+    assert figures.feedback == {"agree": 2, "correct": 0, "not_sure": 1, "not_brain_mri": 0, "brain_mri": 2}
 
 
 def test_the_gate_time_line_holds_the_latest_500_only(log: PostgresLog):

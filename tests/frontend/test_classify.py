@@ -274,6 +274,18 @@ def test_the_other_verdicts_are_recorded_too(page, live_api, label, verdict):
     assert live_api.client.get("/v1/monitoring").json()["feedback"][verdict] == before + 1
 
 
+def test_a_refused_scan_can_be_contested_without_a_class_and_says_where_the_threshold_comes_from(page, live_api):
+    before = live_api.client.get("/v1/monitoring").json()
+    upload(page, encoded(noise()))
+    assert "chosen for this test" in words(page)
+    press(page, "It is a brain MRI")
+
+    assert "You say this is a brain MRI." in page.success[0].value
+    after = live_api.client.get("/v1/monitoring").json()
+    assert after["contested"] == before["contested"] + 1
+    assert after["corrections_waiting"] == before["corrections_waiting"]
+
+
 def test_a_refused_scan_can_be_claimed_as_a_brain_mri(page, live_api):
     before = live_api.client.get("/v1/monitoring").json()["corrections_waiting"]
     upload(page, encoded(noise()))

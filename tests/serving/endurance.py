@@ -69,15 +69,16 @@ class Server:
             "NEUROLOOP_DATABASE_URL": settings.database_url,
             "NEUROLOOP_MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
             "NEUROLOOP_UI_API_KEY": KEY,
+            "NEUROLOOP_API_PORT": str(self.port),
         }
         self.process = self._start()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _start(self) -> subprocess.Popen:
-        argv = [sys.executable, "-m", "uvicorn", "neuroloop.serving.api:app", "--factory", "--no-access-log"]
+        argv = [sys.executable, "-m", "neuroloop.serving.server"]
         with self._log.open("ab") as output:
-            return subprocess.Popen([*argv, "--port", str(self.port)], env=self._environment, stderr=output)
+            return subprocess.Popen(argv, env=self._environment, stderr=output)
 
     def _watch(self) -> None:
         while not self._stop.is_set():

@@ -28,6 +28,7 @@ from neuroloop.model.gate import _MEASURES, FittedGate, Gate
 from neuroloop.model.gate import SIDE as GATE_SIDE
 from neuroloop.serving import keyring
 from neuroloop.serving.api import create_app
+from neuroloop.serving.server import BoundedHttp
 
 SIZE, CELLS = 64, 8
 KEY = new_key()
@@ -246,7 +247,8 @@ def serving(services: Services, *, model: bool = True) -> Iterator[Api]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(create_app(services, first_key=key), log_config=None, access_log=False))
+        app = create_app(services, first_key=key)
+        server = uvicorn.Server(uvicorn.Config(app, http=BoundedHttp, log_config=None, access_log=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -238,8 +238,9 @@ def own_process(services: Services, prefix: list[str], log: Path) -> Iterator[ht
         "NEUROLOOP_DATABASE_URL": settings.database_url,
         "NEUROLOOP_MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
         "NEUROLOOP_UI_API_KEY": KEY,
+        "NEUROLOOP_API_PORT": str(port),
     }
-    server = [sys.executable, "-m", "uvicorn", "neuroloop.serving.api:app", "--factory", "--port", str(port)]
+    server = [sys.executable, "-m", "neuroloop.serving.server"]
     with log.open("wb") as output:
         process = subprocess.Popen([*prefix, *server], env=environment, stdout=output, stderr=output)
     try:

@@ -75,6 +75,15 @@ def test_other_verdicts_are_recorded_and_correct_nothing(api: Api, glioma: str, 
     assert said(api, glioma) == [("ann", verdict, None)]
 
 
+def test_only_a_refused_image_can_be_contested(api: Api, glioma: str):
+    answer = api.feedback(glioma, "brain_mri")
+    assert (answer.status_code, "contests a rejection" in answer.json()["detail"]) == (422, True)
+    refused = api.predict(noise()).json()["id"]
+    assert api.feedback(refused, "brain_mri").json()["verdict"] == "brain_mri"
+    assert said(api, refused) == [("ann", "brain_mri", None)]
+    assert corrections(api, refused) == []
+
+
 def test_the_same_correction_twice_counts_once(api: Api, glioma: str):
     first = api.feedback(glioma, "correct", "pituitary").json()
     again = api.feedback(glioma, "correct", "pituitary").json()

@@ -71,8 +71,7 @@ def environment(services: Services, **more: str) -> dict[str, str]:
 def api(services, champion, free_port) -> Iterator[tuple[Process, httpx.Client, dict[str, str]]]:
     """The API as its role starts it, writing for a collector."""
     port, env = free_port(), environment(services)
-    argv = [sys.executable, "-m", "uvicorn", "neuroloop.serving.api:app", "--factory", "--no-access-log"]
-    process = Process([*argv, "--port", str(port)], env)
+    process = Process([sys.executable, "-m", "neuroloop.serving.server"], env | {"NEUROLOOP_API_PORT": str(port)})
     key = env["NEUROLOOP_UI_API_KEY"]
     with httpx.Client(
         base_url=f"http://127.0.0.1:{port}", timeout=60, headers={"Authorization": f"Bearer {key}"}

@@ -27,6 +27,7 @@ from neuroloop.core.errors import (
     OutOfSpace,
     Unavailable,
     Uncertain,
+    unknown_prediction,
 )
 from neuroloop.core.schemas import (
     Claim,
@@ -70,6 +71,10 @@ SELECT json_build_object(
     'predictions', (SELECT count(*) FROM predictions),
     'accepted', (SELECT count(*) FROM predictions WHERE gate_accepted),
     'rejected', (SELECT count(*) FROM predictions WHERE NOT gate_accepted),
+    'contested', (
+        SELECT count(DISTINCT prediction_id) FROM feedback JOIN predictions ON predictions.id = prediction_id
+        WHERE NOT gate_accepted AND verdict IN ('correct', 'brain_mri')
+    ),
     'referred', (SELECT count(*) FROM predictions WHERE refer),
     'per_class', (
         SELECT coalesce(json_object_agg(label, json_build_object(
@@ -227,7 +232,7 @@ class PostgresLog:
             if row is None:
                 _refuse_erased(cursor, prediction_id)
         if row is None:
-            raise NotFound(f"there is no prediction {prediction_id!r}")
+            raise unknown_prediction(prediction_id)
         return _prediction(row)
 
     def known(self, prediction_ids: Collection[str]) -> dict[str, Prediction]:
@@ -270,7 +275,7 @@ class PostgresLog:
                 )
                 return bool(cursor.rowcount)
         except errors.ForeignKeyViolation:
-            raise NotFound(f"there is no prediction {feedback.prediction_id!r}") from None
+            raise unknown_prediction(feedback.prediction_id) from None
         except errors.CheckViolation:
             raise NeuroLoopError(
                 "this feedback cannot be recorded", why="a class goes with the verdict `correct`, always and only"
@@ -608,7 +613,8 @@ def _refuse_erased(cursor: Any, prediction_id: str) -> None:
     if row is not None:
         raise Erased(
             f"Prediction {prediction_id} was erased",
-            why=f"{row['by']} asked for it at {row['requested_at']:%Y-%m-%d %H:%M} UTC ({row['reason']})",
+            why=f"at {row['requested_at']:%Y-%m-%d %H:%M} UTC ({row['reason']})",
+            fix="to upload the image again, send another Idempotency-Key",
         )
 
 
@@ -616,7 +622,7 @@ def _mark(cursor: Any, prediction_id: str) -> Erasure:
     cursor.execute("SELECT * FROM erasures WHERE prediction_id = %s", (_lookup(prediction_id),))
     row = cursor.fetchone()
     if row is None:
-        raise NotFound(f"there is no prediction {prediction_id!r}")
+        raise unknown_prediction(prediction_id)
     return Erasure(**row)
 
 
@@ -649,5 +655,5 @@ def _storable(text: str) -> bool:
 def _lookup(prediction_id: str) -> str:
     """The id, unless nothing can be recorded under it."""
     if not _storable(prediction_id):
-        raise NotFound(f"there is no prediction {prediction_id!r}")
+        raise unknown_prediction(prediction_id)
     return prediction_id

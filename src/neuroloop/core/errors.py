@@ -72,5 +72,10 @@ class Erased(NeuroLoopError):
     """What was named has been erased on purpose; only the mark of its erasure is left."""
 
 
+def unknown_prediction(prediction_id: str) -> NotFound:
+    """There is none, or none that the caller may know of: both in the same words."""
+    return NotFound(f"there is no prediction {prediction_id!r}", fix="use the id of an answer, as it was given")
+
+
 class KeyReused(NeuroLoopError):
     """An idempotency key came with another request than the one it was first used for."""

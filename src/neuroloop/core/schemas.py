@@ -146,6 +146,15 @@ class GateResult(Record):
     )
 
 
+class ExplainedGate(GateResult):
+    """The same in an answer."""
+
+    threshold_origin: str = Field(
+        default="",
+        description="Where the threshold and the limit of the novelty come from; empty where it was not kept",
+    )
+
+
 class Prediction(Record):
     """One row of the prediction log. `label` and `probabilities` are empty for a rejected image."""
 
@@ -176,7 +185,9 @@ class Claim(Record):
 
     prediction_id: str
     answered: bool = Field(description="The prediction has been recorded: the answer is known")
-    explanation: dict[str, Any] | None = Field(default=None, description="What its heat map is drawn from")
+    explanation: dict[str, Any] | None = Field(
+        default=None, description="What its heat map is drawn from, and what else its answer said"
+    )
 
 
 class Erasure(Record):
@@ -196,6 +207,8 @@ class Verdict(StrEnum):
     CORRECT = "correct"
     NOT_SURE = "not_sure"
     NOT_BRAIN_MRI = "not_brain_mri"
+    BRAIN_MRI = "brain_mri"
+    """Of an image that the gate refused: it is one, of whatever class"""
 
 
 class Feedback(Record):
@@ -232,6 +245,7 @@ class Monitoring(Record):
     predictions: int
     accepted: int
     rejected: int
+    contested: int = Field(default=0, description="Of the rejected, those that a reader says are a brain MRI")
     referred: int = Field(default=0, description="Of the accepted, those too uncertain to answer")
     per_class: dict[str, ClassMonitoring]
     gate_scores: tuple[GatePoint, ...] = Field(description="The latest 500, oldest first")

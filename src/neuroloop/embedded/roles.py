@@ -102,11 +102,6 @@ def _mlflow_hosts(settings: Settings) -> list[str]:
     return sorted({"localhost", "localhost:*", "127.0.0.1", "127.0.0.1:*", *named})
 
 
-def _api_argv(settings: Settings) -> list[str]:
-    server = _python("uvicorn", "neuroloop.serving.api:app", "--factory", "--no-access-log", "--no-server-header")
-    return [*server, "--host", settings.bind, "--port", str(settings.api_port), "--timeout-graceful-shutdown", "10"]
-
-
 def _ui_argv(settings: Settings) -> list[str]:
     server = _python("streamlit", "run", str(ROOT / "frontend" / "app.py"), "--server.headless", "true")
     address = ["--server.address", settings.bind, "--server.port", str(settings.ui_port)]
@@ -137,7 +132,7 @@ ROLES: dict[str, Role] = {
         needs=(_airflow_database, _broker, _airflow),
     ),
     # Waits for nothing: without database or store it is live, not ready, and recovers by itself.
-    "api": Role(_api_argv),
+    "api": Role(lambda _: _python("neuroloop.serving.server")),
     # Nor does the frontend: while the API is away, its pages say so.
     "ui": Role(_ui_argv),
 }

@@ -260,6 +260,19 @@ class Bundle:
         refer = calibration.refer(probabilities) | (novelty > 1)
         return Outputs(raw.logits, probabilities, raw.cam, raw.features, sets, novelty, refer)
 
+    def refer_reason(self, largest: float, novelty: float) -> str:
+        """Why an image with this largest probability and this novelty is left to a reader, in words."""
+        if novelty > 1:
+            return (
+                f"The scan is beyond what the model has learned (novelty {novelty:.2f}, limit 1): another scanner, "
+                "sequence or state. On such scans it is often wrong, mostly by seeing no tumour."
+            )
+        return (
+            f"The largest probability, {100 * largest:.1f} %, is below "
+            f"{100 * self.manifest.calibration.refer_below:.1f} %: where the model was this uncertain, it was wrong "
+            "too often in calibration."
+        )
+
     def heat(self, cam: NDArray[np.float32], class_index: int) -> NDArray[np.float32]:
         """The class-activation map of one class, float32 (image_size, image_size) in 0..1; see `heat_map`.
 

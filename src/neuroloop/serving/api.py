@@ -1,4 +1,4 @@
-"""The inference API. `uvicorn neuroloop.serving.api:app --factory` serves it with the settings of the environment."""
+"""The inference API; `neuroloop.serving.server` starts it."""
 
 import asyncio
 import contextlib

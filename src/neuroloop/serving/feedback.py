@@ -17,14 +17,19 @@ def normalise(prediction: Prediction, verdict: Verdict, label: Label | None) -> 
     """The verdict as it is recorded.
 
     Correcting to the class that was predicted means `agree`, and so does `not_brain_mri` of an image that the gate
-    refused. Correcting a refused image says that it is a brain MRI of that class. Raises `InvalidFeedback` unless a
-    class comes with `correct`, always and only.
+    refused. Correcting a refused image says that it is a brain MRI of that class, `brain_mri` that it is one of
+    another class or an unknown one. Raises `InvalidFeedback` unless a class comes with `correct`, always and only, and
+    for `brain_mri` of an image that was taken for one.
     """
     if verdict is Verdict.CORRECT and label is None:
         raise InvalidFeedback("A correction names no class", fix=f"send label, one of {', '.join(LABELS)}")
     if verdict is not Verdict.CORRECT and label is not None:
         raise InvalidFeedback(
             f"The verdict {verdict} comes with a class", why="only correct does", fix="leave label out, or send correct"
+        )
+    if verdict is Verdict.BRAIN_MRI and prediction.gate.accepted:
+        raise InvalidFeedback(
+            "The image was taken for a brain MRI", why="brain_mri contests a rejection", fix="send agree or correct"
         )
     if verdict is Verdict.CORRECT and label == prediction.label:
         return Verdict.AGREE, None

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 import uuid
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +17,7 @@ from pydantic import Field
 
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
-from neuroloop.core.errors import AlreadyExists, Erased, NotFound, Unavailable, Uncertain
+from neuroloop.core.errors import AlreadyExists, Erased, NotFound, Unavailable, Uncertain, unknown_prediction
 from neuroloop.core.mail import parse_mail
 from neuroloop.core.schemas import (
     LABELS,
@@ -26,8 +27,8 @@ from neuroloop.core.schemas import (
     Consent,
     Erasure,
     ErasureReason,
+    ExplainedGate,
     Feedback,
-    GateResult,
     Label,
     Mail,
     ModelVersion,
@@ -62,7 +63,7 @@ class Answer(Record):
     label: Label
     probabilities: dict[str, float] = Field(description="class -> calibrated probability; they sum to 1")
     tumour: bool
-    gate: GateResult
+    gate: ExplainedGate
     model_version: str
     data_version: str
     simulated_model: bool = Field(description="The model was trained on simulated scans")
@@ -91,7 +92,7 @@ class Rejection(Record):
     """What a client gets for an image that the gate refused. It is recorded, but no class is given."""
 
     id: str
-    gate: GateResult
+    gate: ExplainedGate
     model_version: str
     frames: int = Field(description="How many frames, slices or pages the upload has")
     frame: int = Field(description="Which of them this is, from 1")
@@ -192,7 +193,6 @@ class InferenceService:
         probabilities = outputs.probabilities[0].astype(float).tolist()
         sets = {level: _open_classes(found[0], probabilities) for level, found in outputs.sets.items()}
         refer = bool(outputs.refer[0]) and label is not None
-        limit = bundle.manifest.calibration.refer_below
         prediction = Prediction.model_validate(
             {
                 "id": prediction_id,
@@ -210,23 +210,26 @@ class InferenceService:
                 "height": pixels.shape[0],
                 "prediction_sets": sets if label else {},
                 "refer": refer,
-                "refer_reason": _refer_reason(max(probabilities), limit, gate.novelty) if refer else "",
+                "refer_reason": bundle.refer_reason(max(probabilities), gate.novelty) if refer else "",
                 "consent": consent,
                 "owner": owner,
             }
         )
         explained = label not in (None, NO_TUMOUR)
-        explanation = _explanation(bundle, outputs.cam[0], box) if request and explained else None
+        facts = bundle.gate.facts
+        explanation: dict[str, object] = {"threshold_origin": f"{facts.threshold_origin} {facts.far_origin}".strip()}
+        if explained:
+            explanation |= _explanation(bundle, outputs.cam[0], box)
         try:
-            self._record(prediction, request, explanation)
+            self._record(prediction, request, explanation if request else None)
         except AlreadyExists:
             if claim is None:
                 raise
             return self._again(claim, read, images, mine=key)
         if label is None:
-            return _rejection(prediction, read)
+            return _rejection(prediction, _gate(prediction, explanation), read)
         drawn = (bundle.heat(outputs.cam[0], index), box) if explained and images else None
-        return _answer(prediction, read, drawn, images=images, png=png)
+        return _answer(prediction, _gate(prediction, explanation), read, drawn, images=images, png=png)
 
     def erase(self, prediction_id: str, *, reason: ErasureReason, by: str) -> Erasure:
         """Erase a prediction, see `records.erasure`. Raises `NotFound`, `Unavailable`."""
@@ -355,7 +358,7 @@ class InferenceService:
                 raise
             row = None
         if row is None or (owner is not None and row.owner != owner):
-            raise NotFound(f"there is no prediction {prediction_id!r}")  # the log's own words
+            raise unknown_prediction(prediction_id)
         return row
 
     def _again(self, claim: Claim, read: Decoded, images: bool, *, mine: str = "") -> Answer | Rejection:
@@ -375,12 +378,13 @@ class InferenceService:
             raise
         if mine and mine != prediction.object_key:  # the model changed in between, and with it the class
             store.delete(mine)
-        if prediction.label is None:
-            return _rejection(prediction, read)
         if mine:  # what the other request left to draw the heat map from
             claim = log.claimed(claim.prediction_id)
+        gate = _gate(prediction, claim.explanation)
+        if prediction.label is None:
+            return _rejection(prediction, gate, read)
         drawn = _drawn(claim.explanation, prediction.label, read.pixels) if images else None
-        return _answer(prediction, read, drawn, images=images)
+        return _answer(prediction, gate, read, drawn, images=images)
 
     def _record(self, prediction: Prediction, request: str, explanation: dict[str, object] | None) -> None:
         """Write the row of a stored object; where it certainly has none, the object goes too.
@@ -415,10 +419,16 @@ class InferenceService:
         self._metrics.gate_score.observe(prediction.gate.score)
 
 
-def _rejection(prediction: Prediction, read: Decoded) -> Rejection:
+def _gate(prediction: Prediction, explanation: Mapping[str, object] | None) -> ExplainedGate:
+    """What the gate said of an image, and where its limits come from, as it was kept for a repeat."""
+    origin = (explanation or {}).get("threshold_origin", "")
+    return ExplainedGate(**prediction.gate.model_dump(), threshold_origin=str(origin))
+
+
+def _rejection(prediction: Prediction, gate: ExplainedGate, read: Decoded) -> Rejection:
     return Rejection(
         id=prediction.id,
-        gate=prediction.gate,
+        gate=gate,
         model_version=prediction.model_version,
         frames=read.frames,
         frame=read.frame,
@@ -427,6 +437,7 @@ def _rejection(prediction: Prediction, read: Decoded) -> Rejection:
 
 def _answer(
     prediction: Prediction,
+    gate: ExplainedGate,
     read: Decoded,
     drawn: tuple[NDArray[np.float32], Box] | None,
     *,
@@ -440,7 +451,7 @@ def _answer(
     image, heatmap = _shown(read.pixels, drawn, png) if images else (None, None)
     return Answer(
         **prediction.model_dump(include=set(Answer.model_fields) & set(Prediction.model_fields) - {"gate"}),
-        gate=prediction.gate,
+        gate=gate,
         tumour=prediction.label != NO_TUMOUR,
         heatmap=heatmap,
         image=image,
@@ -472,7 +483,7 @@ def _known_form(prediction_id: str) -> None:
     with contextlib.suppress(ValueError):
         known = str(uuid.UUID(prediction_id)) == prediction_id
     if not known:
-        raise NotFound("There is no prediction with this id", fix="use the id of an answer, as it was given")
+        raise unknown_prediction(prediction_id)
 
 
 def _explanation(bundle: Bundle, cam: NDArray[np.float32], box: Box) -> dict[str, object]:
@@ -493,7 +504,7 @@ def _drawn(
 
     What was recorded before places were is placed on the head as it is found now.
     """
-    if explanation is None:
+    if explanation is None or "cam" not in explanation:
         return None
     cam = np.frombuffer(base64.b64decode(explanation["cam"]), "<f4").reshape(explanation["shape"])
     down, right = explanation["offset"]
@@ -505,18 +516,6 @@ def _open_classes(found: NDArray[np.bool_], probabilities: list[float]) -> list[
     """The classes of a prediction set, bool (classes,), most probable first."""
     order = sorted(range(len(LABELS)), key=lambda index: -probabilities[index])
     return [LABELS[index] for index in order if found[index]]
-
-
-def _refer_reason(largest: float, limit: float, novelty: float) -> str:
-    if novelty > 1:
-        return (
-            f"The scan is beyond what the model has learned (novelty {novelty:.2f}, limit 1): another scanner, "
-            "sequence or state. On such scans it is often wrong, mostly by seeing no tumour."
-        )
-    return (
-        f"The largest probability, {100 * largest:.1f} %, is below {100 * limit:.1f} %: where the model was this "
-        "uncertain, it was wrong too often in calibration."
-    )
 
 
 def _base64(data: bytes) -> str:

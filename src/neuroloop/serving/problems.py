@@ -127,7 +127,8 @@ def refusal(rejection: Rejection) -> JSONResponse:
         "not-a-brain-mri",
         "The image is not taken for a brain MRI",
         rejection.gate.reason,
-        "upload one slice of a brain MRI; if this is one, say so with feedback on this id",
+        "upload one slice of a brain MRI; if this is one, a reader may say so with feedback on this id "
+        "(verdict brain_mri or correct)",
         id=rejection.id,
         gate=rejection.gate.model_dump(mode="json"),
         model_version=rejection.model_version,

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -207,13 +208,33 @@ def test_a_write_leaves_no_temporary_file_whether_it_wins_or_not(tmp_path: Path)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a", "b"]
 
 
+def test_a_folder_that_nobody_may_write_to_is_no_store_but_a_source():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are nobody else's to look into
+        Path(folder).chmod(0o555)
+        child = os.fork()
+        if child == 0:  # root may write anywhere
+            if os.getuid() == 0:
+                os.setuid(65534)
+            code = 0
+            try:
+                FolderStore(folder, follow_links=True).check()
+                FolderStore(folder).check()
+            except Unavailable as error:
+                code = 1 if "read-only" in str(error) else 2
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        Path(folder).chmod(0o755)
+        assert os.waitstatus_to_exitcode(status) == 1
+
+
 def test_a_read_only_folder_can_be_listed_and_read(tmp_path: Path):
     (tmp_path / "glioma").mkdir()
     (tmp_path / "glioma" / "1.jpg").write_bytes(b"scan")
     before = sorted(tmp_path.rglob("*"))
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     try:
-        store = FolderStore(str(tmp_path))
+        store = FolderStore(str(tmp_path), follow_links=True)
         store.check()
         assert store.list("") == ["glioma/1.jpg"]
         assert store.get("glioma/1.jpg") == b"scan"

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import time
 import uuid
 from datetime import timedelta
 from pathlib import Path
@@ -57,6 +58,11 @@ def test_the_command_finishes_erasures_keeps_the_retention_and_removes_leftovers
     aged(services, keys.prediction("glioma", str(uuid.uuid4())))
     fresh = keys.prediction("glioma", str(uuid.uuid4()))
     services.store.put(fresh, b"being written just now")
+    broken_off = [f"runs/broken/{name}" for name in ("train.npz", "shards/000-000000.npz")]
+    for key in broken_off:
+        services.store.put(key, b"pixels of uploads")
+        week_ago = time.time() - 8 * 86_400
+        os.utime(services.settings.home / "store" / key, (week_ago, week_ago))
     environment = {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "NEUROLOOP_HOME": str(services.settings.home),
@@ -72,6 +78,7 @@ def test_the_command_finishes_erasures_keeps_the_retention_and_removes_leftovers
         "corrections_mended": 0,
         "leftovers_removed": 1,
     }
+    assert services.store.list("runs/") == []
     assert services.store.list("InferenceLogs/") == sorted([kept.object_key, fresh])
     assert {mark.prediction_id: mark.reason for mark in services.log.erasures()} == {
         old.id: "retention",

@@ -121,15 +121,17 @@ class FolderStore:
         return count
 
     def check(self) -> None:
-        """Raise `Unavailable` unless the folder can be listed, or be made where it is not there yet."""
+        """Raise `Unavailable` unless the folder can be listed and written, or be made where it is not there yet."""
         try:
             os.scandir(self._root).close()
+            if not self._follow_links and not os.access(self._root, os.W_OK):  # as a disk after an error is mounted
+                raise PermissionError(errno.EROFS, "it is read-only")
         except FileNotFoundError as error:
             above = next(folder for folder in self._root.parents if folder.exists())
             if not os.access(above, os.W_OK):
                 self._fail(f"the store folder {self._root} is not there and cannot be made", error)
         except OSError as error:
-            self._fail(f"the store folder {self._root} cannot be read", error)
+            self._fail(f"the store folder {self._root} cannot be used", error)
 
     def _path(self, key: str) -> Path:
         if keys.checked(key).split("/", 1)[0] == _TEMPORARY:

@@ -64,6 +64,7 @@ RIGHTS: Mapping[Identity, Mapping[str, tuple[Right, ...]]] = {
         keys.PREDICTIONS: (_L, _R, _D),
         keys.INVALID: (_L, _R, _D),
         keys.CORRECTIONS: (_L, _R, _W, _D),
+        keys.RUNS: (_L, _R, _D),  # what broken-off trainings left of uploads
         keys.TASK_LOGS: (_W,),
     },
     Identity.MAIL: {keys.MAIL: (_W,)},

@@ -258,7 +258,8 @@ def drop_stale(services: Services) -> None:
             if services.store.modified(used) > now() - _STALE:
                 continue
             log.info("%d files of the run %s, which did not end, are removed", len(found), folder)
-            for key in found:
+            # First what may be of uploads: by the others this is found again where it is cut off.
+            for key in (keys.run(folder, "train.npz"), *found):
                 services.store.delete(key)
 
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 from neuroloop.bootstrap import Services
 from neuroloop.core.errors import NeuroLoopError
 from neuroloop.core.schemas import PipelineEnd, now
-from neuroloop.loop.handoff import Result
+from neuroloop.loop.handoff import Result, drop_stale
 from neuroloop.records import erasure, orphans
 
 LEFTOVER_AGE = timedelta(hours=1)
@@ -29,4 +29,5 @@ def tidy(services: Services, *, force: bool = False) -> Result:
         _LOG.error("all but the leftovers is done: %s", result)
         raise
     log.record_end(PipelineEnd(dag="housekeeping", outcome="done", run_id=f"{now():%Y%m%dT%H%M%S}", task="tidy"))
+    drop_stale(services)
     return result

@@ -24,6 +24,7 @@ locals {
       "InferenceLogs/ImageLogs/"                 = ["list", "read", "delete"]
       "InferenceLogs/ImageLogsForInvalidImages/" = ["list", "read", "delete"]
       "InferenceLogs/ImageLogsWithFeedback/"     = ["list", "read", "write", "delete"]
+      "runs/"                                    = ["list", "read", "delete"]
       "logs/airflow/"                            = ["write"]
     }
     backup = {

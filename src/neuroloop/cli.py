@@ -1,5 +1,6 @@
 """The command line: the platform's processes, and the same steps without Airflow."""
 
+import contextlib
 import getpass
 import json
 import logging
@@ -190,11 +191,12 @@ def search(
         outside, given | {"hyperparameters": _json_object("--hyperparameters", hyperparameters)}
     )
     try:
-        for name, result in pipeline.play(outside, run_id, params):
-            print(name)
-            _show(result)
-            if name == "audit_data":  # the split is there, and a search wants no more
-                break
+        with contextlib.closing(pipeline.play(outside, run_id, params)) as steps:
+            for name, result in steps:
+                print(name)
+                _show(result)
+                if name == "audit_data":  # the split is there, and a search wants no more
+                    break
         logging.basicConfig(format="%(message)s")
         logging.getLogger("neuroloop").setLevel(logging.INFO)  # a line a trial
         most = epochs or searching.EPOCHS

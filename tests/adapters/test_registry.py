@@ -90,19 +90,31 @@ def test_a_run_may_stand_below_another(registry: MlflowRegistry, run: str, mlflo
 
 
 def test_the_data_sets_of_a_run_are_on_it_once_with_what_they_were_read_for(
-    registry: MlflowRegistry, run: str, mlflow_uri: str
+    registry: MlflowRegistry, run: str, mlflow_uri: str, tmp_path: Path
 ):
+    import mlflow
+
+    (tmp_path / "snapshot.json").write_text('{"images": 7}')
+    source = f"file://{tmp_path}/snapshot.json"
     for _ in "ab":
         for part, context in (("train", "training"), ("test", "testing")):
             registry.log_dataset(
-                run, f"grouped_{part}", f"{part}-{run}"[:36], context=context, source="dvc:v1", profile={"images": 7}
+                run, f"grouped_{part}", f"{part}-{run}"[:36], context=context, source=source, profile={"images": 7}
             )
     inputs = client(mlflow_uri).get_run(run).inputs.dataset_inputs
     found = {each.dataset.name: each for each in inputs}
     assert len(inputs) == 2
     assert {tag.key: tag.value for tag in found["grouped_test"].tags} == {"mlflow.data.context": "testing"}
     assert json.loads(found["grouped_train"].dataset.profile) == {"images": 7}
-    assert json.loads(found["grouped_train"].dataset.source) == {"source": "dvc:v1"}
+    assert Path(mlflow.data.get_source(found["grouped_train"]).load()).read_text() == '{"images": 7}'
+
+
+def test_a_data_set_from_where_mlflow_cannot_read_still_says_where(registry: MlflowRegistry, run: str, mlflow_uri: str):
+    import mlflow
+
+    registry.log_dataset(run, "grouped_train", "1", context="training", source="az://container/snapshot.json")
+    (found,) = client(mlflow_uri).get_run(run).inputs.dataset_inputs
+    assert mlflow.data.get_source(found).to_dict() == {"tags": {"source": "az://container/snapshot.json"}}
 
 
 def test_parameters_metrics_tags_and_artifacts_arrive_on_the_run(registry: MlflowRegistry, run: str, mlflow_uri: str):

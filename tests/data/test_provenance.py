@@ -22,17 +22,24 @@ def jpeg(mode="L", **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "origin"),
+    ("label", "name", "origin"),
     [
-        ("sim-000012.png", "phantom"),
-        ("gg (12).jpg", "sartaj"),
-        ("m1(3).jpg", "sartaj"),
-        ("no123.jpg", "br35h"),
-        ("y7.JPG", "br35h"),
+        ("glioma", "sim-000012.png", "phantom"),
+        ("glioma", "gg (12).jpg", "sartaj"),
+        ("meningioma", "m1(3).jpg", "sartaj"),
+        ("pituitary", "p (7).JPG", "sartaj"),
+        ("notumor", "no123.jpg", "br35h"),
     ],
 )
-def test_a_set_is_told_by_how_it_numbers_its_files_whatever_is_in_them(name, origin):
-    assert recover_source(f"Training/glioma/{name}", "glioma", b"anything") == origin
+def test_a_set_is_told_by_how_it_numbers_its_files_whatever_is_in_them(label, name, origin):
+    assert recover_source(f"Training/{label}/{name}", label, b"anything") == origin
+
+
+@pytest.mark.parametrize(
+    ("label", "name"), [("glioma", "image (1).jpg"), ("glioma", "y12.jpg"), ("pituitary", "m (12).jpg")]
+)
+def test_a_name_that_anybody_may_give_names_no_set(label, name):
+    assert recover_source(f"{label}/{name}", label, jpeg(quality=90)) == "jpeg-grey-q90"
 
 
 def test_in_the_public_merge_grey_tumours_are_figshares_and_colour_ones_sartajs():

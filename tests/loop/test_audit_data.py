@@ -37,9 +37,9 @@ def platform(tmp_path, mlflow_uri):
     return services
 
 
-def looked_at(services: Services, run_id: str) -> str:
+def looked_at(services: Services, run_id: str, split: str = "grouped") -> str:
     """What comes before `audit_data`; the data version."""
-    params = Params.of(services, {"shards": 2})
+    params = Params.of(services, {"shards": 2, "split": split})
     preparation.check_source(services, run_id, params)
     version = preparation.download_data(services, run_id, params)["version"]
     for shard in shards.list_shards(services, run_id):
@@ -93,7 +93,25 @@ def test_both_reports_stand_in_the_store_and_in_mlflow_and_the_figures_are_metri
     assert metrics["legacy_test_shortcut_border_accuracy"] == pytest.approx(
         report["shortcuts"]["border"]["source"], abs=1e-3
     )
-    assert metrics["grouped_validation_shortcut_nearest_accuracy"] <= 1
+    assert metrics["grouped_held_out_shortcut_nearest_accuracy"] <= 1
+
+
+def test_a_legacy_run_logs_the_parts_of_the_split_that_it_works_on(platform, mlflow_uri, request):
+    from mlflow import MlflowClient
+
+    services, run_id = platform(), request.node.name
+    for path, n in ((path, 200_000 + n) for n, path in enumerate(four_classes(60))):  # for its small validation part
+        (Path(services.settings.data_url) / f"Training/{path}").with_suffix(".more.png").write_bytes(
+            encode_png(picture(n))
+        )
+    looked_at(services, run_id, split="legacy")
+    result = preparation.audit_data(services, run_id)
+    run = handoff.tracked(services, run_id)
+    params = MlflowClient(mlflow_uri).get_run(run).data.params
+    own = handoff.run_split(services, run_id)
+    assert (params["split"], params["images_test"]) == ("legacy", str(len(own.of("test"))))
+    assert {entry.path.partition("/")[0] for entry in own.of("test")} == {"Testing"}
+    assert result["parts"]["test"] == len(own.of("test"))
 
 
 def test_a_finding_that_the_settings_name_stops_the_run_after_its_report_and_before_its_split(platform, request):

@@ -230,6 +230,18 @@ def test_the_images_a_registered_model_was_trained_on_come_back_exactly(request,
     assert {path: image.sha256 for path, image in spelt.items()} == expected[f"{remote}-1"]
     assert {(image.origin, image.licence) for image in snapshot.images} == {("png-grey", "CC-BY-4.0")}
 
+    assert versions.restore(services, back, model=models[f"{remote}-2"].version).version != version
+    assert versions.restore(services, back, version=version).version == version
+    (back / "data.dvc").write_text("as a pull of another version left it that broke off")
+    (back / "data" / ".0123.tmp").write_bytes(b"half")
+    assert versions.restore(services, back, model=models[f"{remote}-2"].version).version != version
+    assert versions.restore(services, back, version=version).version == version
+    stranger = back / "data" / "notes.txt"
+    stranger.write_text("my own")
+    with pytest.raises(InvalidSource, match=r"1 files would be removed, first notes\.txt"):
+        versions.restore(services, back, version=version)
+    stranger.unlink()
+
     other = snapshot.images[0].model_copy(update={"sha256": "0" * 64})
     wrong = snapshot.model_copy(update={"images": (other, *snapshot.images[1:])})
     services.store.put(keys.snapshot(version), wrong.model_dump_json().encode())

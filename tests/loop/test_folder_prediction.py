@@ -69,6 +69,16 @@ def check(table: pd.DataFrame) -> None:
         assert row["label"] == row["file"].split("/")[1].split()[0]
         assert sum(row[f"p_{label}"] for label in LABELS) == pytest.approx(1, abs=1e-5)
         assert row["label"] in row["set_95"].split()
+        assert (row["frame"], row["frames"], row["simulated_model"]) == (1, 1, True)
+        assert bool(row["refer"]) == isinstance(row["refer_reason"], str) & bool(row["refer_reason"])
+
+
+def test_a_name_that_a_spreadsheet_would_run_is_text_in_a_csv(tmp_path):
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "=1+1.txt").write_text("Dear reader")
+    work = folder_prediction.Work.on(tmp_path / "scans", tmp_path / "out.csv", asked="", consent="record")
+    work.do(folder_prediction.with_bundle(write_bundle(tmp_path / "bundle")))
+    assert pd.read_csv(tmp_path / "out.csv")["file"].tolist() == ["'=1+1.txt"]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

@@ -12,14 +12,14 @@ from scipy.ndimage import gaussian_filter
 
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
-from neuroloop.core.errors import InvalidSetting
+from neuroloop.core.errors import InvalidSetting, InvalidSource
 from neuroloop.core.schemas import LABELS
 from neuroloop.core.settings import Settings
 from neuroloop.data import dataset
 from neuroloop.imaging.decode import encode_png
 from neuroloop.loop import handoff, pipeline
 from neuroloop.loop.params import Params
-from neuroloop.loop.search import SEARCH, SEARCHED, Objective, new_study, search
+from neuroloop.loop.search import SEARCH, SEARCHED, Objective, _suggest, new_study, search
 
 RUN = "search-1"
 TRIALS, EPOCHS = 2, 2
@@ -99,8 +99,34 @@ def test_each_trial_is_a_run_below_the_search_with_its_parameters_and_metrics(pr
         assert len(history) == trial["epochs"]
         if trial["state"] == "complete":
             assert max(point.value for point in history) == pytest.approx(trial["val_macro_f1"])
-    assert client.get_run(parent).info.status == "FINISHED"
-    assert client.get_run(parent).data.metrics["grouped_validation_macro_f1"] == pytest.approx(found["val_macro_f1"])
+            assert child.data.metrics["grouped_validation_best_macro_f1"] == pytest.approx(trial["val_macro_f1"])
+    run = client.get_run(parent)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["grouped_validation_best_macro_f1"] == pytest.approx(found["val_macro_f1"])
+    assert {each.dataset.name for each in run.inputs.dataset_inputs} == {"grouped_train", "grouped_validation"}
+
+
+def test_the_run_of_the_steps_before_a_search_is_closed_and_one_that_fails_is_marked_failed(prepared, mlflow_uri):
+    from mlflow import MlflowClient
+
+    client, services, params = MlflowClient(mlflow_uri), *prepared[:2]
+    assert client.get_run(handoff.tracked(services, RUN)).info.status == "FINISHED"
+    nowhere = params.model_copy(update={"data_url": f"{services.settings.home}/nowhere"})
+    with pytest.raises(InvalidSource):
+        list(pipeline.play(services, "search-5", nowhere))
+    assert client.get_run(handoff.tracked(services, "search-5")).info.status == "FAILED"
+
+
+def test_what_is_switched_off_stays_off_in_every_trial(prepared):
+    services, params, _ = prepared
+    off = params.model_copy(update={"hyperparameters": {"weight_decay": 0}})
+    objective = Objective(services, "search-6", "", off, None, None, EPOCHS, time.monotonic())
+    assert (
+        _suggest(
+            new_study(0, EPOCHS).ask(), "weight_decay", SEARCHED["weight_decay"], objective.defaults()["weight_decay"]
+        )
+        == 0
+    )
 
 
 def test_a_trial_below_the_median_of_those_before_it_is_given_up_and_its_run_says_so(prepared, mlflow_uri):

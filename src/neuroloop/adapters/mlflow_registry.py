@@ -30,6 +30,7 @@ from neuroloop.core.schemas import RESEARCH_NOTICE, ModelVersion
 
 MODEL = "brain-tumor-classifier"
 _RUN_TAG = "neuroloop.run_id"
+_SOURCES = {"file": "local", "gs": "gs", "s3": "s3"}  # scheme -> MLflow's name for sources of data of this kind
 _DESCRIPTION_LETTERS = 5000  # the width of MLflow's database column
 _PARENT_TAG = "mlflow.parentRunId"  # by which MLflow nests runs
 _PATIENCE = 30.0  # seconds a write waits for a server that restarts: a training must not die of a live metric
@@ -138,10 +139,15 @@ class MlflowRegistry:
     def log_dataset(
         self, run: str, name: str, digest: str, *, context: str, source: str = "", profile: Mapping[str, Any] = {}
     ) -> None:
-        """That the run read a data set; MLflow shows it on the run's page. A repeat changes nothing."""
+        """That the run read a data set; MLflow shows it on the run's page. A repeat changes nothing.
+
+        `source` is the URL of a file that says what is in it; where `mlflow.data.get_source` can fetch such, it does.
+        """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        found = Dataset(name, digest, "neuroloop", json.dumps({"source": source}), profile=json.dumps(dict(profile)))
+        kind = _SOURCES.get(urlsplit(source).scheme)
+        where = (kind, {"uri": source}) if kind else ("code", {"tags": {"source": source}})
+        found = Dataset(name, digest, where[0], json.dumps(where[1]), profile=json.dumps(dict(profile)))
         read = DatasetInput(found, [InputTag("mlflow.data.context", context)])
         self._write(self._client.log_inputs, run, datasets=[read])
 

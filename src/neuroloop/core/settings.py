@@ -161,7 +161,9 @@ class Settings(BaseSettings):
     data_shards: Annotated[int, Field(ge=0, le=256)] = Field(
         0, description="Tasks that share the work on a build's images; 0: one for every 4,000 images"
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of simulation, split, augmentation and training")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="Seed of simulation, augmentation and training; the split has none"
+    )
 
     feedback_threshold: Annotated[int, Field(ge=1)] = Field(
         50, description="A retraining starts at strictly more unused corrections than this"

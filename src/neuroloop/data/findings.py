@@ -57,7 +57,7 @@ def refuse(found: Sequence[Finding], stop_on: Collection[str] = ()) -> None:
             why=stopping[0].why
             if broken
             else f"NEUROLOOP_AUDIT_STOP_ON names {', '.join(finding.name for finding in stopping)}",
-            fix=f"{stopping[0].fix.rstrip('.')}; the audit report shows the images",
+            fix=f"{stopping[0].fix.rstrip('.')}; the audit report shows the images (data/audit.html in MLflow)",
         )
 
 

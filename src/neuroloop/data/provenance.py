@@ -12,16 +12,19 @@ from functools import lru_cache
 
 from PIL import Image, JpegImagePlugin
 
-from neuroloop.core.schemas import NO_TUMOUR, ImageEntry, Label
+from neuroloop.core.schemas import LABELS, NO_TUMOUR, ImageEntry, Label
 from neuroloop.imaging.decode import FORMATS
 
 UNREADABLE = "unreadable"
 
-# Names as the sets themselves number their files.
-_OWN_NAMES = (
-    ("phantom", re.compile(r"sim-\d{6}\.png")),
-    ("sartaj", re.compile(r"(gg|m|m1|m2|m3|p|image) ?\(\d+\)\.jpe?g", re.IGNORECASE)),
-    ("br35h", re.compile(r"(no|y|pred)\d+\.jpe?g", re.IGNORECASE)),
+# Names as the sets themselves number their files, as far as a name and its class say more than chance: `image (1).jpg`
+# is what Windows calls the files of any folder, `y12.jpg` what anybody may. (Br35H does not say what its tumours are.)
+_OWN_NAMES: tuple[tuple[str, frozenset[str], re.Pattern[str]], ...] = (
+    ("phantom", frozenset(LABELS), re.compile(r"sim-\d{6}\.png")),
+    ("sartaj", frozenset({"glioma"}), re.compile(r"gg ?\(\d+\)\.jpe?g", re.IGNORECASE)),
+    ("sartaj", frozenset({"meningioma"}), re.compile(r"m[123]? ?\(\d+\)\.jpe?g", re.IGNORECASE)),
+    ("sartaj", frozenset({"pituitary"}), re.compile(r"p ?\(\d+\)\.jpe?g", re.IGNORECASE)),
+    ("br35h", frozenset({NO_TUMOUR}), re.compile(r"no ?\d+\.jpe?g", re.IGNORECASE)),
 )
 
 # The merge "Brain Tumor MRI Dataset" renames its files to Tr-me_0010.jpg, Te-noTr_0003.jpg and the like, and numbers
@@ -40,14 +43,15 @@ _SUBSAMPLING = {0: "444", 1: "422", 2: "420"}
 def recover_source(path: str, label: Label, data: bytes) -> str:
     """The set that an image was first published in: `figshare`, `sartaj`, `br35h`, `phantom`, or how it was written.
 
-    Told by the file's name, then by colour mode. Where both say nothing, the encoding's name stands for the source,
-    such as `jpeg-grey-q75`, `jpeg-colour-420-q90` (quality from the quantisation table; `q?` for a table that is not
-    the standard's) or `png-grey`: files of one source were mostly written by one program. Never by pixels: the answer
-    must not depend on what is shown. `unreadable` where the bytes are no image. Reads the header only.
+    Told by the file's name where it fits its class, then by colour mode. Where both say nothing, the encoding's name
+    stands for the source, such as `jpeg-grey-q75`, `jpeg-colour-420-q90` (quality from the quantisation table; `q?` for
+    a table that is not the standard's) or `png-grey`: files of one source were mostly written by one program. Never by
+    pixels: the answer must not depend on what is shown. `unreadable` where the bytes are no image. Reads the header
+    only.
     """
     name = path.rsplit("/", 1)[-1]
-    for origin, pattern in _OWN_NAMES:
-        if pattern.fullmatch(name):
+    for origin, labels, pattern in _OWN_NAMES:
+        if label in labels and pattern.fullmatch(name):
             return origin
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:

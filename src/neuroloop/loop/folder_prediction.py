@@ -33,8 +33,9 @@ Ask = Callable[[bytes, str], Row]
 """The row of an image's bytes and its idempotency key. Raises `Unavailable` where nobody answers for now."""
 
 COLUMNS = (
-    *("file", "outcome", "id", "label", *(f"p_{label}" for label in LABELS), "refer", "set_90", "set_95"),
-    *("gate_score", "novelty", "model_version", "problem", "notice"),
+    *("file", "frame", "frames", "outcome", "id", "label", *(f"p_{label}" for label in LABELS)),
+    *("refer", "refer_reason", "set_90", "set_95", "gate_score", "novelty", "model_version", "simulated_model"),
+    *("problem", "notice"),
 )
 TRIES, LONGEST_PAUSE = 6, 10.0  # some 30 seconds, within which a killed service is back
 _PASSING = (408, 425, 429, 500, 502, 503, 504, 507)
@@ -101,9 +102,10 @@ class Work:
         # In a name that is no UTF-8, the bytes that are none are written as \udcff.
         named = {file: {"file": file.encode(errors="backslashreplace").decode()} for file in self.files}
         rows = [self.rows[file] | named[file] | {"notice": RESEARCH_NOTICE} for file in self.files]
-        table = pd.DataFrame(rows, columns=list(COLUMNS))
+        table = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"frame": "Int64", "frames": "Int64"})
         part = self.out.with_name(self.out.name + ".new")
         if self.out.suffix.lower() == ".csv":
+            table["file"] = table["file"].map(_no_formula)
             table.to_csv(part, index=False)
         else:
             table.to_parquet(part, index=False)
@@ -157,6 +159,7 @@ def with_bundle(folder: Path) -> Ask:
         judged = bundle.gate.judge(canonical, float(outputs.novelty[0]))
         gate = declared(judged, objection(seen.modality, seen.body_part))
         row: Row = {"gate_score": gate.score, "novelty": gate.novelty, "model_version": f"bundle {bundle.sha256[:12]}"}
+        row |= {"frame": seen.frame, "frames": seen.frames}
         if not gate.accepted:
             return row | {"outcome": "refused", "problem": gate.reason}
         probabilities = dict(zip(LABELS, outputs.probabilities[0].astype(float).tolist(), strict=True))
@@ -165,7 +168,9 @@ def with_bundle(folder: Path) -> Ask:
             for level, found in outputs.sets.items()
         }
         label = max(probabilities, key=probabilities.__getitem__)
-        return row | _accepted(label, probabilities, bool(outputs.refer[0]), sets)
+        refer, largest = bool(outputs.refer[0]), probabilities[label]
+        row |= {"refer": refer, "refer_reason": bundle.refer_reason(largest, gate.novelty) if refer else ""}
+        return row | {"simulated_model": bundle.manifest.simulated} | _accepted(label, probabilities, sets)
 
     return ask
 
@@ -173,8 +178,8 @@ def with_bundle(folder: Path) -> Ask:
 def _row(answer: httpx.Response) -> Row:
     body = _body(answer)
     if answer.status_code == 201:
-        row = _identified(body)
-        return row | _accepted(body["label"], body["probabilities"], body["refer"], body["prediction_sets"])
+        row = _identified(body) | {name: body[name] for name in ("refer", "refer_reason", "simulated_model")}
+        return row | _accepted(body["label"], body["probabilities"], body["prediction_sets"])
     problem = " ".join(f"{body.get(part, '')}".rstrip(".") + "." for part in ("title", "detail") if body.get(part))
     if "gate" in body:
         row = _identified(body)
@@ -188,17 +193,22 @@ def _row(answer: httpx.Response) -> Row:
 
 def _identified(body: Row) -> Row:
     gate = body["gate"]
-    named = {"id": body["id"], "model_version": body["model_version"]}
+    named = {name: body[name] for name in ("id", "model_version", "frame", "frames")}
     return named | {"gate_score": gate["score"], "novelty": gate["novelty"]}
 
 
-def _accepted(label: str, probabilities: dict[str, float], refer: bool, sets: dict[str, Any]) -> Row:
-    row: Row = {"outcome": "answered", "label": label, "refer": refer}
+def _accepted(label: str, probabilities: dict[str, float], sets: dict[str, Any]) -> Row:
+    row: Row = {"outcome": "answered", "label": label}
     row |= {f"p_{each}": probabilities[each] for each in LABELS}
     # In the order of the classes, not of the probabilities, so that equal sets are equal words.
     return row | {
         f"set_{level[2:]}": " ".join(each for each in LABELS if each in found) for level, found in sets.items()
     }
+
+
+def _no_formula(name: str) -> str:
+    """A file's name as a spreadsheet takes it for text."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
 def _body(answer: httpx.Response) -> Row:

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -93,26 +93,39 @@ __all__ = [
     "transform_testing_data",
 ]
 
+_COMPARED = 200  # validation images that network and export must answer alike
 _MAP_IMAGES = 48
 """Training images that measure where the activation map lies; half as many change its offset by a hundredth."""
 _LEDGER = 10_000  # rows looked back at: years of builds and retrainings
 
 
-def play(services: Services, run_id: str, params: Params) -> Iterator[tuple[str, Result]]:
-    """Every step of a build in this process, in order: the name and the result of each when it is done."""
-    yield "check_source", check_source(services, run_id, params)
-    yield "download_data", download_data(services, run_id, params)
-    shards = list_shards(services, run_id)
-    for shard in shards:
-        yield "audit_shard", audit_shard(services, run_id, shard)
-    yield "audit_data", audit_data(services, run_id)
-    for shard in shards:
-        yield "prepare_shard", prepare_shard(services, run_id, params, shard)
-    yield "capture_statistics", capture_statistics(services, run_id)
-    for step in (augment_input_data, transform_testing_data, building_model):
-        yield step.__name__, step(services, run_id, params)
-    for last in (evaluate_model, register_model, promote_model, send_email):
-        yield last.__name__, last(services, run_id)
+def play(services: Services, run_id: str, params: Params) -> Generator[tuple[str, Result]]:
+    """Every step of a build in this process, in order: the name and the result of each when it is done.
+
+    Its MLflow run is closed however that ends: as failed by a step that fails, and not where the caller wants no more.
+    """
+    failed = True
+    try:
+        yield "check_source", check_source(services, run_id, params)
+        yield "download_data", download_data(services, run_id, params)
+        shards = list_shards(services, run_id)
+        for shard in shards:
+            yield "audit_shard", audit_shard(services, run_id, shard)
+        yield "audit_data", audit_data(services, run_id)
+        for shard in shards:
+            yield "prepare_shard", prepare_shard(services, run_id, params, shard)
+        yield "capture_statistics", capture_statistics(services, run_id)
+        for step in (augment_input_data, transform_testing_data, building_model):
+            yield step.__name__, step(services, run_id, params)
+        for last in (evaluate_model, register_model, promote_model, send_email):
+            yield last.__name__, last(services, run_id)
+        failed = False
+    except GeneratorExit:
+        failed = False
+        raise
+    finally:
+        with contextlib.suppress(NeuroLoopError):  # what ended the build says more
+            services.registry.close_run(tracked(services, run_id), failed=failed)
 
 
 def building_model(services: Services, run_id: str, params: Params) -> Result:
@@ -203,6 +216,7 @@ def fit(
     best = outcome.history[outcome.best_epoch]
     onnx = export.export_onnx(model)
     exported = OnnxModel(onnx, threads=2)
+    apart = export.difference(model, exported.run, validation.images[:_COMPARED])
     scored = held_out["calibration"]
     calibrated = calibration.fit(exported.run(scored.images).logits, scored.labels, scored.groups)
     spread = np.linspace(0, len(held_out["train"].images) - 1, _MAP_IMAGES).astype(int)
@@ -246,6 +260,9 @@ def fit(
             f"{split.name}_calibration_temperature": calibrated.temperature,
             f"{split.name}_calibration_refer_below": calibrated.refer_below,
             f"{split.name}_train_seconds_total": outcome.seconds,
+            f"{split.name}_validation_export_difference": apart,
+            f"{split.name}_train_kept_epoch": outcome.best_epoch,
+            f"{split.name}_validation_kept_macro_f1": best["val_macro_f1"],
         },
     )
     return {
@@ -361,7 +378,12 @@ def log_dataset(services: Services, run: str, split: Split, part: Part, arrays: 
         **dict(zip(LABELS, counts, strict=True)),
     }
     services.registry.log_dataset(
-        run, f"{split.name}_{part}", digest, context=contexts[part], source=f"dvc:{split.version}", profile=profile
+        run,
+        f"{split.name}_{part}",
+        digest,
+        context=contexts[part],
+        source=f"{services.settings.store}/{keys.snapshot(split.version)}",
+        profile=profile,
     )
 
 
@@ -390,8 +412,8 @@ def register_model(services: Services, run_id: str, experiment: str = BUILD) -> 
         for name in (CARD, CARD_DATA):
             services.registry.log_bytes(run, f"model-card/{name}", (folder / name).read_bytes())
         registered = services.registry.register(run, folder, tags=tags, description=text)
-        shortcomings = [limit for limit in bundle.card.limits if limit not in card.ALWAYS] if bundle.card else []
-    result = {"version": registered.version, **tags, "shortcomings": shortcomings}
+        shortcomings = bundle.card.shortcomings if bundle.card else ()
+    result = {"version": registered.version, **tags, "shortcomings": list(shortcomings)}
     return keep(services, run_id, "register_model", result)
 
 
@@ -591,7 +613,7 @@ def send_email(services: Services, run_id: str, experiment: str = BUILD) -> Resu
     services.notifier.send(subject, body, once=occasion(services, run_id, "send_email"))
     outcome: Outcome = "promoted" if promoted["promoted"] else "not_promoted"
     services.log.record_end(PipelineEnd(dag=experiment, outcome=outcome, run_id=run_id, task="send_email"))
-    drop_shards(services, run_id)
     if experiment == RETRAINING:
         drop_training_part(services, run_id)
+    drop_shards(services, run_id)
     return keep(services, run_id, "send_email", {"subject": subject})

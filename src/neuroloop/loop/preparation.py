@@ -165,11 +165,11 @@ def audit_data(services: Services, run_id: str) -> Result:
     measured = _shortcuts(looks, report, split)
     found = _write_audit(services, run_id, snapshot, report, measured)
     refuse(found, stops)
-    run = tracked(services, run_id)
-    services.registry.log_bytes(run, "data/split.json", split.model_dump_json(indent=1).encode())
-    counts = {part: len(split.of(part)) for part in PARTS}
-    services.registry.log_params(run, {f"images_{part}": count for part, count in counts.items()})
-    result = {**report.summary(), "quarantined": len(split.quarantined), "parts": counts}
+    run, own = tracked(services, run_id), run_split(services, run_id)
+    services.registry.log_bytes(run, "data/split.json", own.model_dump_json(indent=1).encode())
+    counts = {part: len(own.of(part)) for part in PARTS}
+    services.registry.log_params(run, {"split": own.name, **{f"images_{part}": n for part, n in counts.items()}})
+    result = {**report.summary(), "quarantined": len(own.quarantined), "parts": counts}
     return keep(services, run_id, "audit_data", result)
 
 
@@ -230,7 +230,7 @@ def _write_audit(
     figures = {"data_leak_rate": report.leak_rate}
     figures |= {f"data_{name}": value for name, value in report.summary().items() if isinstance(value, int)}
     for name, scores in document["shortcuts"].items():
-        where = {"legacy_test": scores["source"], "grouped_validation": scores["grouped"]}
+        where = {"legacy_test": scores["source"], "grouped_held_out": scores["grouped"]}
         figures |= {f"{part}_shortcut_{name}_accuracy": score for part, score in where.items() if score is not None}
     services.registry.log_metrics(run, figures)
     return found

@@ -14,7 +14,7 @@ from neuroloop.model.bundle import Bundle, OnnxModel
 Result = dict[str, Any]
 _GATE = (
     *("accepted_brains", "accepted_widened", "accepted_rendered", "novel_widened", "novel_rendered"),
-    *("missed_widened", "rejected"),
+    *("missed_widened", "rejected", "threshold_origin"),
 )
 
 

@@ -19,10 +19,13 @@ from neuroloop.imaging.augment import AugmentParams
 from neuroloop.loop import handoff
 from neuroloop.loop.handoff import Result, epoch_metrics, log
 from neuroloop.loop.params import Params
+from neuroloop.loop.pipeline import log_dataset
 
 SEARCH = "hyperparameter_search"
 EPOCHS = 8
 """Of a trial: about a tenth of a full training of the compact network."""
+_BEST = "grouped_validation_best_macro_f1"
+"""MLflow metric: of a trial's epochs, and of the search's trials."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ def search(
     }
     parent = services.registry.open_run(run_id, experiment=SEARCH, tags={"architecture": params.architecture})
     services.registry.log_params(parent, {**about, "trials": trials, "minutes": minutes})
+    log_dataset(services, parent, split, "train", train)
+    log_dataset(services, parent, split, "validation", validation)
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # each trial has its line in our own log
     study = new_study(params.seed, epochs)
     objective = Objective(services, run_id, parent, params, train, validation, epochs, deadline)
@@ -100,7 +105,7 @@ def search(
         best = _best(study)
         result = best | {"hyperparameters": {**params.hyperparameters, **best["hyperparameters"]}, **about}
         data = json.dumps(result, indent=1).encode()
-        services.registry.log_metrics(parent, {"grouped_validation_macro_f1": result["val_macro_f1"]})
+        services.registry.log_metrics(parent, {_BEST: result["val_macro_f1"]})
         services.registry.log_bytes(parent, "search/best.json", data)
         done = True
     finally:
@@ -147,6 +152,7 @@ class Objective:
         failed = False
         try:
             best = self._score(trial, run, values)
+            registry.log_metrics(run, {_BEST: best})
             registry.set_tags(run, {"trial": "complete"})
         except optuna.TrialPruned as reason:
             registry.set_tags(run, {"trial": f"given up: {reason}"})
@@ -209,6 +215,8 @@ class _TimeOver(Exception):
 
 def _suggest(trial: optuna.Trial, name: str, wanted: Range, default: float) -> float:
     low, high = wanted.low, wanted.high
+    if wanted.relative and default == 0:  # no multiple of nothing is anything else
+        return default
     if wanted.relative:
         low, high = low * default, high * default
     return trial.suggest_float(name, min(low, default), max(high, default), log=wanted.log)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def restore(services: Services, folder: Path, *, version: str = "", model: str =
 
     Without `version` it is the one that the registered model version `model` was trained on, without both the
     champion's; of a retrained model the corrections come as well, to `folder/corrections/<class>/`. Raises `NotFound`
-    for an unknown model or version, `InvalidSource` where a file is not the snapshot's.
+    for an unknown model or version, `InvalidSource` where a file is not the snapshot's, or one that is of no version
+    would be removed.
     """
     trained = None if version else _model(services, model)
     version = trained.tags["data_version"] if trained else version
@@ -97,9 +99,15 @@ def restore(services: Services, folder: Path, *, version: str = "", model: str =
         snapshot = Snapshot.model_validate_json(services.store.get(keys.snapshot(version)))
     except NotFound as error:
         raise NotFound(f"there is no data version {version}", why=str(error), fix="check the version") from error
+    wanted = {image.path: image.sha256 for image in snapshot.images}
+    if strangers := _strangers(services, folder / "data", wanted.keys()):
+        raise InvalidSource(
+            f"{folder / 'data'} holds files that are of no data version",
+            why=f"{len(strangers)} files would be removed, first {strangers[0]}",
+            fix="restore into an empty folder (--to), or move them away",
+        )
     services.versions.restore(data_dvc, folder)
     there = {path.relative_to(folder / "data").as_posix(): path for path in _files(folder / "data")}
-    wanted = {image.path: image.sha256 for image in snapshot.images}
     wrong = sorted(there.keys() ^ wanted.keys()) or [
         path for path, file in sorted(there.items()) if hashlib.sha256(file.read_bytes()).hexdigest() != wanted[path]
     ]
@@ -156,6 +164,15 @@ def _model(services: Services, model: str) -> ModelVersion:
         if found is None:
             raise NotFound("there is no champion", fix="name a data version with --version, or a model with --model")
     return found
+
+
+def _strangers(services: Services, data: Path, wanted: Collection[str]) -> list[str]:
+    """The files in a folder that neither this nor any other data version names; hidden ones count for nothing."""
+    found = {path.relative_to(data).as_posix() for path in _files(data) if not path.name.startswith(".")}
+    for each in services.store.list(keys.VERSIONS) if found - set(wanted) else ():
+        if each == keys.snapshot(each.removeprefix(keys.VERSIONS).partition("/")[0]):
+            found -= {image.path for image in Snapshot.model_validate_json(services.store.get(each)).images}
+    return sorted(found - set(wanted))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ import io
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from neuroloop.core.errors import InvalidBundle
 
 OUTPUTS = ("logits", "cam", "features")
 _OPSET = 17
+_MOST_APART = 0.01
 
 
 def export_onnx(model: keras.Model, outputs: tuple[str, ...] = OUTPUTS) -> bytes:
@@ -51,6 +53,27 @@ def export_onnx(model: keras.Model, outputs: tuple[str, ...] = OUTPUTS) -> bytes
         value.name = names.get(value.name, value.name)
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     return _folded(proto.SerializeToString())
+
+
+def difference(model: keras.Model, exported: Callable[[NDArray[np.uint8]], Any], images: NDArray[np.uint8]) -> float:
+    """The largest difference of a class's probability between a network and its export (`OnnxModel.run`).
+
+    Over uint8 images (n, s, s), n >= 1; some 1e-6 by rounding. Raises `InvalidBundle` beyond 0.01.
+    """
+    largest = 0.0
+    for start in range(0, len(images), 32):
+        some = images[start : start + 32]
+        with tf.device("CPU"):  # a GPU rounds more coarsely
+            here = tf.nn.softmax(model(some[..., None].astype(np.float32), training=False)["logits"]).numpy()
+        there = tf.nn.softmax(exported(some).logits).numpy()
+        largest = max(largest, float(np.abs(here - there).max()))
+    if not largest <= _MOST_APART:
+        raise InvalidBundle(
+            "the exported network does not answer as the trained one",
+            why=f"a probability differs by {largest:.3g}",
+            fix="report this, with the architecture and the versions of tensorflow, tf2onnx and onnxruntime",
+        )
+    return largest
 
 
 def _folded(data: bytes) -> bytes:

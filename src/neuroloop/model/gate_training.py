@@ -5,6 +5,7 @@ in `outliers`, all of them varied anew each time (`vary`), so that neither contr
 from the other: only what is in the picture does. Imports TensorFlow: for the offline side only.
 """
 
+import logging
 import math
 from collections.abc import Callable, Collection
 from typing import Any
@@ -35,13 +36,16 @@ from neuroloop.model.gate import (
 )
 from neuroloop.model.network import FusedBatchNormalization
 
+log = logging.getLogger("neuroloop.gate")
+
 Labels = NDArray[np.integer]
 Labelled = tuple[Images, Labels]
 
 _CHANNELS = (16, 24, 48, 96)
 _BATCH = 64
 _LEARNING_RATE, _WEIGHT_DECAY, _SMOOTHING = 2e-3, 0.02, 0.02
-_WARM_UP = 60  # steps
+_NAMING = 0.3  # weight of naming the set that an image is of
+_WARM_UP, _SAID = 60, 1000  # steps
 _MEMORY = 0.02  # weight of one more image in what a set's images cost lately
 _PER_KIND = 320
 _MAX_VALIDATION = 400  # brains of each sort that the threshold rests on
@@ -194,24 +198,27 @@ _NEUTRAL = Gate(
 def train(brains: list[Images], others: list[Images], *, steps: int, generator: np.random.Generator) -> bytes:
     """Train a gate's network on sets of uint8 (n, 64, 64) images; an ONNX file.
 
-    Half of each batch are brains, half are others, shared out among the sets of a side as `_Side` says. AdamW, warm-up
-    and cosine. Fixed by the generator, on the same machine with the same number of threads.
+    Half of each batch are brains, half are others, shared out among the sets of a side as `_Side` says. Besides, the
+    network learns which set an image is of: who must name the kinds sees more of them (a second output, which is left
+    behind). AdamW, warm-up and cosine. Fixed by the generator, on the same machine with the same number of threads.
     """
     keras.utils.set_random_seed(int(generator.integers(2**31)))
-    model = _network()
+    model = _network(len(brains) + len(others))
     optimizer = keras.optimizers.AdamW(_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     optimizer.build(model.trainable_variables)
     image, scalar = tf.TensorSpec((_BATCH, SIDE, SIDE), tf.float32), tf.TensorSpec((), tf.float32)
+    number_of_set = tf.TensorSpec((_BATCH,), tf.int32)
     answer = tf.constant((np.arange(_BATCH) < _BATCH // 2) * (1 - _SMOOTHING) + _SMOOTHING / 2, tf.float32)
 
-    @tf.function(input_signature=[image, scalar])
-    def step(images: Any, rate: Any) -> Any:
+    @tf.function(input_signature=[image, number_of_set, scalar])
+    def step(images: Any, sets: Any, rate: Any) -> Any:
         optimizer.learning_rate.assign(rate)
         variables = model.trainable_variables
         with tf.GradientTape() as tape:
-            logits = model(images[..., None], training=True)["logit"][:, 0]
-            losses = tf.nn.sigmoid_cross_entropy_with_logits(answer, logits)
-            loss = tf.reduce_mean(losses)
+            found = model(images[..., None], training=True)
+            losses = tf.nn.sigmoid_cross_entropy_with_logits(answer, found["logit"][:, 0])
+            naming = tf.nn.sparse_softmax_cross_entropy_with_logits(sets, found["set"])
+            loss = tf.reduce_mean(losses) + _NAMING * tf.reduce_mean(naming)
         optimizer.apply(tape.gradient(loss, [variable.value for variable in variables]), variables)
         return losses
 
@@ -219,9 +226,12 @@ def train(brains: list[Images], others: list[Images], *, steps: int, generator: 
     for number in range(steps):
         drawn = np.concatenate([side.draw(_BATCH // 2, generator) for side in sides])
         rate = _LEARNING_RATE * min(1.0, (number + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * number / steps))
-        losses = step(tf.constant(vary(drawn, generator)), tf.constant(rate, tf.float32)).numpy()
+        sets = np.concatenate([sides[0].last, len(brains) + sides[1].last]).astype(np.int32)
+        losses = step(tf.constant(vary(drawn, generator)), tf.constant(sets), tf.constant(rate, tf.float32)).numpy()
         for side, own in zip(sides, np.split(losses, 2), strict=True):
             side.learn(own)
+        if (number + 1) % _SAID == 0:
+            log.info("the gate's network: %d of %d steps, loss %.3f", number + 1, steps, losses.mean())
     return export.export_onnx(model, outputs=("logit",))
 
 
@@ -231,22 +241,26 @@ class _Side:
     def __init__(self, sets: list[Images]) -> None:
         self.sets = sets
         self._losses = np.ones(len(sets))
-        self._last = np.zeros(0, int)
+        self.last = np.zeros(0, int)
+        """The sets of the images drawn last"""
 
     def draw(self, count: int, generator: np.random.Generator) -> Images:
         """`count` images: the set of half of them by an equal chance, of the others by what its images cost lately."""
         shares = 0.5 / len(self.sets) + 0.5 * self._losses / self._losses.sum()
-        self._last = generator.choice(len(self.sets), size=count, p=shares)
-        return np.stack([self.sets[index][generator.integers(len(self.sets[index]))] for index in self._last])
+        self.last = generator.choice(len(self.sets), size=count, p=shares)
+        return np.stack([self.sets[index][generator.integers(len(self.sets[index]))] for index in self.last])
 
     def learn(self, losses: Floats) -> None:
         """Take note of what the images drawn last cost, (count,)."""
-        for index, loss in zip(self._last, losses, strict=True):
+        for index, loss in zip(self.last, losses, strict=True):
             self._losses[index] += _MEMORY * (float(loss) - self._losses[index])
 
 
-def _network() -> keras.Model:
-    """Four halvings and three residual convolutions, 0.14 M parameters; mean and maximum over the places decide."""
+def _network(sets: int) -> keras.Model:
+    """Four halvings and three residual convolutions, 0.14 M parameters; mean and maximum over the places decide.
+
+    Outputs `logit` (n, 1), and `set` (n, sets), the logits of the set that an image is of.
+    """
     image = keras.Input((SIDE, SIDE, 1), name="image")
     x = layers.Rescaling(1 / 64, offset=-1.0)(image)
     x = _convolved(x, _CHANNELS[0], 4, 2)
@@ -255,7 +269,8 @@ def _network() -> keras.Model:
         x = layers.Add()([x, _convolved(x, channels, 3, 1)])
     pooled = [layers.GlobalAveragePooling2D()(x), layers.GlobalMaxPooling2D()(x)]
     x = layers.Dropout(0.3)(layers.Concatenate()(pooled))
-    return keras.Model(image, {"logit": layers.Dense(1, name="logit")(x)}, name="gate")
+    outputs = {"logit": layers.Dense(1, name="logit")(x), "set": layers.Dense(sets, name="set")(x)}
+    return keras.Model(image, outputs, name="gate")
 
 
 def _convolved(x: Any, channels: int, kernel: int, stride: int) -> Any:

@@ -35,7 +35,7 @@ class TrainConfig:
     weight_decay: float = 0.08
     label_smoothing: float = 0.03
     mixup: float = 0.15
-    """Share of the batches that are mixed pairwise (Zhang et al., ICLR 2018)."""
+    """Share of the images that are mixed pairwise (Zhang et al., ICLR 2018)."""
     erasing: float = 0.2
     """Share of the images that lose a rectangle (Zhong et al., AAAI 2020)."""
     shift: float = 0.04

@@ -76,6 +76,12 @@ def test_images_are_moved_by_whole_pixels_and_flipped_without_blurring_them():
     assert np.array_equal(training._move(tf.constant(images), tf.constant([0, 0]), 0.0), images)
 
 
+def test_a_budget_that_is_too_short_still_makes_the_least_epochs_and_anneals_over_them():
+    _, result, seen = run(training.TrainConfig(minutes=0.0001, least_epochs=3))
+    assert result.epochs == 3
+    assert seen[-1][1]["learning_rate"] < 0.1 * max(metrics["learning_rate"] for _, metrics in seen)
+
+
 def test_a_time_budget_ends_the_training_in_time_with_an_annealed_rate():
     began = time.monotonic()
     _, result, seen = run(training.TrainConfig(minutes=0.08))

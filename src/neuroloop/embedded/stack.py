@@ -6,6 +6,7 @@ every later command reads them. The supervisor restarts what crashes; each role 
 
 import configparser
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -30,6 +31,7 @@ from neuroloop.embedded.roles import EMBEDDED, ROOT
 
 PORTS = ("postgres", "mlflow", "airflow", "api", "ui", "mail", "supervisor")
 SHOWN = ("airflow", "mlflow", "api", "ui")
+_FIRST_EPOCHS = 20  # of the first build at least: what fewer give may not beat the simplest rule
 Say = Callable[[str], None]
 
 
@@ -300,16 +302,33 @@ class Stack:
         run = airflow.active_run("data_and_model_build")
         if run is None:
             self.say("no model yet: building one")
-            # Simulated scans only show that the platform works: a small and short training does.
-            small = {"minutes": self.settings.first_build_minutes, "image_size": min(96, self.settings.image_size)}
+            # Simulated scans only show that the platform works: a small and short training does, if not too short.
+            small = {
+                "minutes": self.settings.first_build_minutes,
+                "image_size": min(96, self.settings.image_size),
+                "hyperparameters": {"least_epochs": _FIRST_EPOCHS},
+            }
             conf = small if self.settings.data_url.startswith("phantom://") else {}
             run = airflow.trigger("data_and_model_build", conf)
         airflow.follow("data_and_model_build", run, self.say)
         if not _until(self._serving, 60):
             raise Unavailable(
-                "the build ended but no model serves", fix="see the run's promote_model task and logs/api.log"
+                "the build ended but no model serves",
+                why=self._last_decision(),
+                fix="trigger data_and_model_build with more minutes; if it was promoted, see logs/api.log",
             )
         self.say("the model serves")
+
+    def _last_decision(self) -> str:
+        """What the latest promotion, or what was not promoted, is recorded with."""
+        key = {"Authorization": f"Bearer {self.settings.ui_api_key}"}
+        request = urllib.request.Request(f"{self.settings.api_url}/v1/models", headers=key)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                decisions = json.load(answer)["promotions"]
+        except (OSError, ValueError, KeyError):
+            return "the registry cannot be asked"
+        return str(decisions[0]["reason"]) if decisions else "the run registered no model"
 
     def _serving(self) -> bool:
         return _answers(f"{self.settings.api_url}/v1/model", self.settings.ui_api_key)

@@ -30,6 +30,8 @@ class TrainConfig:
 
     epochs: int | None = None
     minutes: float | None = None
+    least_epochs: int = 0
+    """Made even where `minutes` would end sooner: on a slow machine fewer would train nothing that is of use."""
     batch: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 0.08
@@ -117,7 +119,10 @@ def train(
             if config.epochs is not None:
                 progress = (epoch + step / steps) / config.epochs
             if budget is not None:
-                progress = trainer.agreed(max(progress, (time.monotonic() - start + reserve) / budget))
+                spent = (time.monotonic() - start + reserve) / budget
+                if config.least_epochs:
+                    spent = min(spent, (epoch + step / steps) / config.least_epochs)
+                progress = trainer.agreed(max(progress, spent))
             if progress >= 1 and (epoch or step):
                 done = True
                 break

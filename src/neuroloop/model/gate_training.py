@@ -128,8 +128,8 @@ def fit_gate(
         width=max(float(np.median(plain)) - offset, 1e-6) / math.log(19),  # the median brain scores 0.95
         threshold=0.5,
         threshold_origin=(
-            f"A score of 0.5 is where at least {_KEEP:.0%} of {len(validation)} validation brains and "
-            f"{_KEEP_WIDENED:.0%} of the same brains in unfamiliar contrasts are accepted."
+            f"A score of 0.5 is where at least {100 * _KEEP:.0f} % of {len(validation)} validation brains and "
+            f"{100 * _KEEP_WIDENED:.0f} % of the same brains in unfamiliar contrasts are accepted."
         ),
         usual=tuple(map(tuple, np.quantile(measure(brains_train), (0.01, 0.99), axis=0).T.tolist())),
         centre=tuple(centre.tolist()),
@@ -138,7 +138,7 @@ def fit_gate(
         doubt=tuple(doubt.tolist()),
         doubt_bias=bias,
         doubtful=doubtful,
-        far_origin=f"{_FAMILIAR:.0%} of {len(validation)} validation brains lie within a novelty of 1.",
+        far_origin=f"{100 * _FAMILIAR:.0f} % of {len(validation)} validation brains lie within a novelty of 1.",
         accepted_brains=float((plain >= offset).mean()),
         accepted_widened=float((wide >= offset).mean()),
         accepted_rendered=float((raw.logits(rendered) >= offset).mean()),

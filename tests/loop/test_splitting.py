@@ -17,7 +17,7 @@ from neuroloop.data.audit import audit
 from neuroloop.data.similarity import thumbnail, twins
 from neuroloop.imaging.decode import decode, encode_png
 from neuroloop.loop.feedback import claim, is_held_out
-from neuroloop.loop.splitting import decisions, freeze, frozen_parts
+from neuroloop.loop.splitting import decisions, freeze, frozen_parts, thumbnails
 
 SIDE = 32
 
@@ -40,6 +40,12 @@ def again(data):
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(decode(data)[:, ::-1])).save(out, "JPEG", quality=85)
     return out.getvalue()
+
+
+def test_a_picture_that_is_gone_or_cannot_be_read_keeps_no_other_from_being_seen(store):
+    store.put("a", encode_png(picture(1)))
+    store.put("b", encode_png(picture(2))[:100])
+    assert list(thumbnails(store, ["a", "b", "c"])) == ["a"]
 
 
 @pytest.fixture

@@ -63,6 +63,8 @@ def test_the_machine_readable_card_holds_the_same_and_comes_back_as_it_was(card)
 
 def test_a_model_that_reaches_every_target_has_only_the_limits_that_all_have(card):
     assert card.shortcomings == ()
+    assert card.limits == compose(**facts(feedback={"accuracy": 0.5})).limits
+    assert all("misses" not in limit and "off by" not in limit for limit in card.limits)
     assert len(card.limits) == 4
 
 

@@ -45,6 +45,14 @@ def test_the_exported_network_equals_the_trained_one_for_any_batch_size(tiny_mod
             np.testing.assert_allclose(found, expected[name], atol=1e-4, err_msg=name)
 
 
+def test_an_export_that_answers_otherwise_than_its_network_is_no_bundle(used, exported):
+    images = np.random.default_rng(1).integers(0, 256, (40, 64, 64), dtype=np.uint8)
+    assert export.difference(used, OnnxModel(exported).run, images) < 1e-4
+    other = OnnxModel(export.export_onnx(network.build(64, seed=4)))
+    with pytest.raises(InvalidBundle, match="does not answer as the trained one"):
+        export.difference(used, other.run, images)
+
+
 def test_normalisation_is_folded_into_the_convolutions_without_changing_an_answer(used, exported):
     graph = onnx.load_from_string(exported).graph
     constants = {each.name for each in graph.initializer}

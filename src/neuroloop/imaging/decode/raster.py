@@ -3,7 +3,7 @@
 import io
 import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,27 +124,31 @@ def read(data: bytes, kind: str, frame: int | None, limits: Limits) -> tuple[NDA
 
 
 def _png_intact(data: bytes) -> bool:
-    """Whether the pixels of a PNG are what its checksums say; that one is cut off the decoder sees."""
-    place = 8
-    while place + 12 <= len(data):
-        size, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
-        end = place + 8 + size
-        if name == b"IDAT" and zlib.crc32(data[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+    """Whether the pixels of a PNG are what its checksums say; those of one that is cut off are not."""
+    for name, start, size in _png_pieces(data):
+        end = start + size
+        if name == b"IDAT" and zlib.crc32(data[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             return False
-        place = end + 4
     return True
 
 
 def _png_metadata(data: bytes) -> float:
     """Bytes of what is not pixels in a PNG, and what its pieces cost; infinite where some of it is packed."""
-    place, found = 8, 0
-    while place + 8 <= len(data):
-        size, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+    found = 0
+    for name, _, size in _png_pieces(data):
         if name in (b"zTXt", b"iTXt", b"iCCP"):
             return float("inf")
         found += _PIECE + (0 if name == b"IDAT" else size)
-        place += 12 + size
     return found
+
+
+def _png_pieces(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The pieces of a PNG as it announces them: name, where its content begins, bytes of that."""
+    place = 8
+    while place + 8 <= len(data):
+        size = int.from_bytes(data[place : place + 4], "big")
+        yield data[place + 4 : place + 8], place + 8, size
+        place += 12 + size
 
 
 def _area(sides: bytes, size: int) -> int:

@@ -152,6 +152,7 @@ def main() -> None:
     options.add_argument("--scores", action="store_true", help="train on the real images; takes seeds x minutes")
     options.add_argument("--split", choices=("grouped", "legacy"), default="grouped")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--division", type=int, default=0, help="another one of the groups; the platform's is 0")
     options.add_argument("--minutes", type=float, default=25.0)
     options.add_argument("--epochs", type=int, help="instead of minutes: the same result however busy the machine is")
     options.add_argument("--size", type=int, default=128)
@@ -179,9 +180,9 @@ def main() -> None:
         snapshot, data = snapshot_of(Path(folder))
         report_ = audit(snapshot, lambda entry: data[entry.path])
         split = (
-            dataset.source_split(snapshot, report_)
+            dataset.source_split(snapshot, report_, seed=chosen.division)
             if chosen.split == "legacy"
-            else dataset.make_split(snapshot, report_)
+            else dataset.make_split(snapshot, report_, seed=chosen.division)
         )
         parts: dict[Part, Arrays] = {
             part: dataset.canonical_arrays(split.of(part), lambda entry: data[entry.path], chosen.size)
@@ -189,16 +190,17 @@ def main() -> None:
         }
         train, test_part = parts["train"], parts["test"]
         rules = evaluation.baselines(train.images, train.labels, test_part.images, test_part.labels)
-        result.setdefault("baselines", {})[chosen.split] = rules
-        print(", ".join(f"{name} {value:.3f}" for name, value in rules.items()), flush=True)
-        runs = result.setdefault("scores", {})[chosen.split] = []
+        name = chosen.split + (f", division {chosen.division}" if chosen.division else "")
+        result.setdefault("baselines", {})[name] = rules
+        print(", ".join(f"{rule} {value:.3f}" for rule, value in rules.items()), flush=True)
+        runs = result.setdefault("scores", {})[name] = []
         for seed in chosen.seeds:
             minutes = None if chosen.epochs else chosen.minutes
             found = scores(split, parts, minutes=minutes, epochs=chosen.epochs, seed=seed)
             runs.append(found)
             test = found["test"]
             recalls = ", ".join(f"{label} {test[f'recall_{label}']:.3f}" for label in LABELS)
-            print(f"{chosen.split}, seed {seed}: macro-F1 {test['macro_f1']:.4f} ({test['macro_f1_low']:.4f} to "
+            print(f"{name}, seed {seed}: macro-F1 {test['macro_f1']:.4f} ({test['macro_f1_low']:.4f} to "
                   f"{test['macro_f1_high']:.4f}), accuracy {test['accuracy']:.4f}, ECE {test['ece']:.4f}; recall "
                   f"{recalls}; at 85 % coverage {found['accuracy_at_85']:.4f}; "
                   f"{found['epochs']} epochs in {found['seconds']:.0f} s", flush=True)  # fmt: skip

@@ -71,8 +71,11 @@ def place(heat: NDArray[_Level], box: Box, shape: tuple[int, int]) -> NDArray[_L
     bottom, right = min(box.top + box.height, shape[0]), min(box.left + box.width, shape[1])
     if bottom <= top or right <= left:
         return out
-    full = Image.fromarray(heat).resize((box.width, box.height), Image.Resampling.BILINEAR)
-    out[top:bottom, left:right] = np.asarray(full)[top - box.top : bottom - box.top, left - box.left : right - box.left]
+    high, low = ((row - box.top) * heat.shape[0] / box.height for row in (top, bottom))
+    first, last = ((column - box.left) * heat.shape[1] / box.width for column in (left, right))
+    seen = (first, high, last, low)  # of the heat map, what lies in the frame
+    part = Image.fromarray(heat).resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=seen)
+    out[top:bottom, left:right] = np.asarray(part)
     return out
 
 

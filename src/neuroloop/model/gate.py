@@ -129,8 +129,8 @@ class InputGate:
     def judge(self, pixels: Images, novelty: float) -> GateResult:
         """Judge one canonical image, uint8 (s, s), whose features have that `novelty`."""
         facts = self.facts
-        inside = pixels[pixels > 0]
-        if inside.size == 0 or np.subtract(*np.percentile(inside, (90, 10))) < 2:
+        inside = np.sort(pixels[pixels > 0], kind="stable")  # of bytes, a radix sort: quicker than np.percentile
+        if inside.size == 0 or int(inside[inside.size * 9 // 10]) - int(inside[inside.size // 10]) < 2:
             reason = "The image has no contrast: nearly every pixel has the same grey."
             return GateResult(accepted=False, score=0.0, threshold=facts.threshold, reason=reason, novelty=novelty)
         score = float(self.scores(pixels[None])[0])

@@ -103,7 +103,8 @@ class Places:
         try:
             await self._place(seconds, patient)
             job = self._start(function, *args)
-            return await asyncio.wait_for(asyncio.wrap_future(job), max(0.0, deadline - self._clock()))
+            async with asyncio.timeout(max(0.0, deadline - self._clock())):
+                return await asyncio.wrap_future(job)
         except TimeoutError:
             raise too_slow(seconds) from None
 

@@ -86,12 +86,9 @@ async def read_image(request: Request) -> bytes:
 
 async def body_of(request: Request) -> bytes:
     """The whole body, waited for `UPLOAD_SECONDS` at most; then it is an `HTTPException` with status 408."""
-
-    async def whole() -> bytes:
-        return b"".join([part async for part in request.stream()])  # request.body() would keep it to the end
-
     try:
-        return await asyncio.wait_for(whole(), UPLOAD_SECONDS)
+        async with asyncio.timeout(UPLOAD_SECONDS):
+            return b"".join([part async for part in request.stream()])  # request.body() would keep it to the end
     except TimeoutError:
         message = f"The body had not arrived after {UPLOAD_SECONDS:.0f} s"
         raise HTTPException(408, message, {"Connection": "close"}) from None

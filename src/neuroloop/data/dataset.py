@@ -125,11 +125,12 @@ def source_split(
     """The legacy split: tested on the part that the source itself calls test, to compare with what others report.
 
     The test part is every usable image of the source's parts whose name starts with "test", otherwise quarantined
-    ones included, as others test on them. The rest is divided into train, validation and calibration, fractions of
-    a class's images (small ones: what it is compared with trained on nearly all of them), by groups among
-    themselves, but not kept apart from the test part: that is what this split is there to show. So groups that reach
-    into the test part are learned from, as they are by others, while enough other groups remain to hold out; these
-    have nothing of the test part in them. `leaked` names the test images with a twin in another of the source's parts.
+    ones (of another modality, at odds with a twin) included, as others test on them; those outside it are learned
+    from. The rest is divided into train, validation and calibration, fractions of a class's images (small ones: what
+    it is compared with trained on nearly all of them), by groups among themselves, but not kept apart from the test
+    part: that is what this split is there to show. So groups that reach into the test part are learned from, as they
+    are by others, while enough other groups remain to hold out; these have nothing of the test part in them. `leaked`
+    names the test images with a twin in another of the source's parts.
     Raises `InvalidSource` where the source has no test part of its own, or a class reaches not every part.
     """
     tests = [entry for entry in snapshot.images if is_test(entry.part)]
@@ -151,10 +152,12 @@ def source_split(
     }
     reaching = {audit.groups[entry.path] for entry in tests if entry.path in audit.groups}
     leaking = [group for number, group in members.items() if number in reaching]
+    # What was quarantined is in no group of the audit: one of its own.
+    leaking += [[entry] for entry in rest if entry.path not in audit.groups and entry.path not in unusable]
     apart = [group for number, group in members.items() if number not in reaching]
     placed = _place(apart, [("train", group) for group in leaking], fractions, seed)
     if _gaps(placed, ("validation", "calibration")):
-        placed = _place(list(members.values()), [], fractions, seed)
+        placed = _place([*apart, *leaking], [], fractions, seed)
 
     # In the test part a group is what it is to the audit; quarantined images are in none, so each is its own.
     shown = [entry for entry in tests if entry.path not in unusable]
@@ -167,7 +170,7 @@ def source_split(
     return _split(
         snapshot,
         placed,
-        [each for each in audit.quarantined if each.path not in own or each.path in unusable],
+        [each for each in audit.quarantined if each.path in unusable],
         name="legacy",
         leaked=tuple(sorted(entry.path for entry in shown if entry.path in leaked)),
     )

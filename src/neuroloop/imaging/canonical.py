@@ -5,6 +5,7 @@ of an image, not the disease. On the public four-class set, border and bounding-
 classify 81 % of a leak-free split; those of the canonical image 31 %, where 28 % are of the largest class.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -79,6 +80,15 @@ def place(heat: NDArray[_Level], box: Box, shape: tuple[int, int]) -> NDArray[_L
     return out
 
 
+def quantiles(greys: NDArray[np.uint8], shares: Sequence[float]) -> list[float]:
+    """The greys (uint8, any shape, not empty) at these shares (0..1) of their order, without interpolation.
+
+    Of bytes the stable sort is a radix sort: a fifth of `np.percentile`'s time.
+    """
+    ordered = np.sort(greys, axis=None, kind="stable")
+    return [float(ordered[round(share * (ordered.size - 1))]) for share in shares]
+
+
 def _outline(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], Box]:
     """The head's mask on a reduced grid over the whole frame, and its box in original pixels."""
     height, width = pixels.shape
@@ -109,8 +119,7 @@ def _background_level(small: NDArray[np.uint8]) -> float:
     The ends are the 2nd and the 98th percentile. A split by variance (Otsu) would part bright fat from dark brain on
     half of the contrasts.
     """
-    ordered = np.sort(small, axis=None, kind="stable")  # of bytes, a radix sort
-    dark, bright = (float(ordered[round(share * (ordered.size - 1))]) for share in (0.02, 0.98))
+    dark, bright = quantiles(small, (0.02, 0.98))
     return dark + 0.1 * (bright - dark)
 
 

@@ -33,6 +33,16 @@ def test_a_minutes_allowance_may_be_used_at_once_and_comes_back_evenly(clock: Cl
     assert rate.spend("a") > 0
 
 
+def test_a_refund_takes_one_call_back_and_is_nothing_to_a_caller_who_made_none(clock: Clock):
+    rate = Rate(2, clock)
+    assert [rate.spend("a") for _ in range(2)] == [0.0] * 2
+    rate.refund("a")
+    rate.refund("b")
+    assert [rate.spend("a"), rate.spend("b"), rate.spend("b")] == [0.0] * 3
+    assert rate.spend("a") > 0
+    assert rate.spend("b") > 0
+
+
 def test_callers_do_not_share(clock: Clock):
     rate = Rate(1, clock)
     assert rate.spend("a") == 0

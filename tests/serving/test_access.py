@@ -1,5 +1,6 @@
 """Who may call what: every route of the application, with every kind of key."""
 
+import asyncio
 import re
 import time
 import uuid
@@ -11,6 +12,8 @@ import httpx
 import psycopg2
 import pytest
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.routing import Mount
 
 from neuroloop.bootstrap import Services
@@ -134,7 +137,6 @@ def test_health_and_documentation_are_open(api: Api, route: str):
 def test_a_route_that_nobody_wrote_a_rule_for_takes_an_admin(api: Api, holders: dict[str, httpx.Client]):
     app: FastAPI = create_app(api.services)
     app.add_api_route("/v1/forgotten", lambda: {"secret": 1})
-    import asyncio
 
     async def statuses() -> list[int]:
         transport = httpx.ASGITransport(app)
@@ -373,3 +375,67 @@ def test_guessing_ends_in_429_without_a_look_at_the_database_and_keys_in_use_go_
         assert [one.status_code for one in answers] == [401] * 10 + [429] * 2
         assert answers[-1].headers["Retry-After"]
         assert api.client.get("/v1/me").status_code == 200  # from the same address
+
+
+def request_with(key: str) -> Request:
+    headers = [(b"authorization", f"Bearer {key}".encode())]
+    return Request({"type": "http", "headers": headers, "client": ("203.0.113.9", 1)})
+
+
+class SlowKeys:
+    """Keys of a database that takes its time and counts how often it is asked."""
+
+    def __init__(self, *known: str) -> None:
+        self.asked = 0
+        self._known = {one.id: one for one in (recorded(key, name="ann", role=Role.READER) for key in known)}
+
+    def api_key(self, key_id: str):
+        self.asked += 1
+        time.sleep(0.05)
+        return self._known.get(key_id)
+
+
+async def outcomes(door: access.Access, keys: list[str]) -> list[int]:
+    async def outcome(key: str) -> int:
+        try:
+            await door.admit(request_with(key), Role.UPLOADER)
+        except HTTPException as error:
+            return error.status_code
+        return 200
+
+    return await asyncio.gather(*(outcome(key) for key in keys))
+
+
+def test_a_thousand_guesses_at_once_are_not_a_thousand_look_ups():
+    database = SlowKeys()
+    door = access.Access(lambda: database, strangers_per_minute=10)
+    said = asyncio.run(outcomes(door, [new_key() for _ in range(1000)]))
+    assert sorted(said) == [401] * 10 + [429] * 990
+    assert database.asked == 10
+
+
+def test_valid_keys_at_their_first_use_cost_nothing_of_what_strangers_may():
+    keys = [new_key() for _ in range(30)]
+    database = SlowKeys(*keys)
+    door = access.Access(lambda: database, strangers_per_minute=10)
+
+    async def play() -> None:
+        assert await outcomes(door, [keys[0]] * 100) == [200] * 100  # of those at once, one asks
+        for key in keys:
+            assert await outcomes(door, [key]) == [200]
+        assert await outcomes(door, [new_key() for _ in range(11)]) == [401] * 10 + [429]
+
+    asyncio.run(play())
+    assert database.asked == 30 + 10
+
+
+def test_only_a_key_that_was_seen_valid_is_known_without_asking():
+    good, gone = new_key(), new_key()
+    database = SlowKeys(good)
+    door = access.Access(lambda: database)
+    before = door.knows(request_with(good).scope)
+    asyncio.run(outcomes(door, [good, gone]))
+    other_secret = f"nl_{parted(good)[0]}_{parted(new_key())[1]}"
+    shown = [door.knows(request_with(key).scope) for key in (good, gone, other_secret, "none")]
+    assert (before, shown) == (False, [True, False, False, False])
+    assert database.asked == 2

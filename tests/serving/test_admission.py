@@ -170,6 +170,28 @@ def test_nobody_counts_as_coming_any_more_whatever_became_of_the_request():
     asyncio.run(play())
 
 
+def test_strangers_pass_the_door_without_counting_and_send_nobody_off():
+    async def play() -> tuple[list, int]:
+        places, gate, inside = Places(1, "test", Clock()), threading.Event(), []
+        waiting = start(places, lambda n: gate.wait(20) and n, 1 + BURST)
+        await settled()
+        assert places.full()
+
+        async def application(scope, receive, send) -> None:
+            inside.append(scope)
+
+        door = Door(application, places, frozenset({"/v1/predictions"}), expected=lambda _: False)
+        scope = {"type": "http", "method": "POST", "path": "/v1/predictions", "headers": []}
+        for _ in range(100):
+            await door(dict(scope), None, None)
+        gate.set()
+        answered = await asyncio.gather(*waiting)
+        places.close()
+        return answered, len(inside)
+
+    assert asyncio.run(play()) == (list(range(1 + BURST)), 100)
+
+
 def test_only_few_wait_until_nobody_was_turned_away_for_a_while():
     async def play() -> None:
         clock, gate = Clock(), threading.Event()

@@ -33,6 +33,11 @@ class Rate:
             self._full[caller] = full
         return seconds
 
+    def refund(self, caller: str) -> None:
+        """Take back one call that `spend` counted."""
+        if caller in self._full:
+            self._full[caller] -= self._gap
+
 
 def network(address: str) -> str:
     """The address as one caller: an IPv6 client owns a whole /64 and could take another of its addresses each time."""

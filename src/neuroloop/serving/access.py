@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Match
@@ -73,9 +74,8 @@ FRESH_SECONDS = 2.0
 """For so long a key is believed without asking the database: a revocation is heard of within it."""
 STALE_SECONDS = 60.0
 """For so long a known key still counts while the database is away, where nobody can revoke it either."""
-LOOK_UP_SECONDS, LOOK_UP_AGAIN_SECONDS = 5.0, 2.0
-"""Longest wait for the database to tell a key that is not known, and one that is; the request then goes on for up to
-`api.ANSWER_SECONDS`."""
+LOOK_UP_SECONDS = 2.0
+"""Longest wait for the database to tell a key; the request then goes on for up to `api.ANSWER_SECONDS`."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -159,6 +159,12 @@ class Access:
         shown = request.headers.get("authorization", "").partition(" ")[2].strip()
         return bool(self._scraper) and hmac.compare_digest(shown.encode(), self._scraper.encode())
 
+    def knows(self, scope: Scope) -> bool:
+        """Whether the request shows a key that was seen valid; asks nobody, so that strangers cost nothing."""
+        parts = _shown(Headers(scope=scope))
+        known = self._known.get(parts[0]) if parts else None
+        return bool(parts and known and known.key.matches(parts[1]) and known.key.standing() == "valid")
+
     def forget(self, key_id: str) -> None:
         """Ask the database about this key at its next use."""
         self._known.pop(key_id, None)
@@ -166,8 +172,7 @@ class Access:
     async def _key(self, request: Request) -> ApiKey:
         """The valid key that the request shows."""
         address = network(request.client.host if request.client else "")
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        parts = parted(token.strip()) if scheme.lower() == "bearer" else None
+        parts = _shown(request.headers)
         if parts is None:
             shown = "authorization" in request.headers
             raise self._refused(address, "What was sent is no key" if shown else "No key was sent")
@@ -175,8 +180,17 @@ class Access:
         known = self._known.get(key_id)
         if known is None and (seconds := self._strangers.wait(address)):
             raise _too_many("without a valid key", seconds)  # an id that nobody has seen is not worth a look-up then
-        key = await self._looked_up(key_id, known)
-        if key is None or not key.matches(secret):
+        # Paid before the database is asked, or a thousand at once would all ask; given back to whoever has a key.
+        asks = known is None and key_id not in self._asking
+        if asks:
+            self._strangers.spend(address)
+        try:
+            key = await self._looked_up(key_id, known)
+            matches = key is not None and key.matches(secret)
+        finally:
+            if asks:
+                self._strangers.refund(address)
+        if key is None or not matches:
             raise self._refused(address, "This key is not known")
         if key.standing() != "valid":
             raise self._refused(address, f"This key is {key.standing()}")
@@ -194,7 +208,7 @@ class Access:
         at = self._clock()
         counts = known if known and at - known.asked_at < STALE_SECONDS else None
         try:
-            key = await asyncio.wait_for(asyncio.shield(asking), LOOK_UP_AGAIN_SECONDS if counts else LOOK_UP_SECONDS)
+            key = await asyncio.wait_for(asyncio.shield(asking), LOOK_UP_SECONDS)
         except (Unavailable, TimeoutError) as error:
             if counts:
                 return counts.key
@@ -297,6 +311,12 @@ def document(app: FastAPI) -> None:
                 operation["description"] = f"{operation.get('description', '')}\n\nRole: **{needed}**.".strip()
                 for status, words in refusals.items():
                     operation["responses"][status] = {"description": words, "content": content}
+
+
+def _shown(headers: Headers) -> tuple[str, str] | None:
+    """Id and secret of the key that a request shows; None where it shows none."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return parted(token.strip()) if scheme.lower() == "bearer" else None
 
 
 def _rule(method: str, path: str) -> str:

@@ -4,8 +4,9 @@ A queue without an end turns a crowd into answers that come when nobody waits fo
 a burst. Once that overflows it is no burst but more than the server can do, and a short queue is enough to keep the
 threads busy: until no more are turned away, only so many wait, the latest of those who waited are sent off, and fewer
 are worked on at once, for they would share the processor and each take longer. So answers that are given stay quick.
-Nearly all who are turned away learn it at once, before a key is looked up or a body read: at the door, where those
-count too who were let in a moment before and are still sending.
+Nearly all who are turned away learn it at once, before a body is read: at the door, where those count too who were let
+in a moment before and are still sending. Whose key has not been seen valid does not count there, or strangers could
+have others sent off.
 """
 
 import asyncio
@@ -166,14 +167,20 @@ class Places:
 
 
 class Door:
-    """ASGI middleware that turns requests to `paths` away while `places` are full: at no cost, so before all else."""
+    """ASGI middleware that turns requests to `paths` away while `places` are full: at no cost, so before all else.
 
-    def __init__(self, app: ASGIApp, places: Places, paths: frozenset[str]) -> None:
-        self._app, self._places, self._paths = app, places, paths
+    Only who is `expected` counts, and can send others off. A stranger passes, to be refused for want of a key.
+    """
+
+    def __init__(
+        self, app: ASGIApp, places: Places, paths: frozenset[str], expected: Callable[[Scope], bool] = lambda _: True
+    ) -> None:
+        self._app, self._places, self._paths, self._expected = app, places, paths, expected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on, or not."""
-        if scope["type"] != "http" or scope["path"] not in self._paths or scope["method"] != "POST":
+        counts = scope["type"] == "http" and scope["path"] in self._paths and scope["method"] == "POST"
+        if not counts or not self._expected(scope):
             return await self._app(scope, receive, send)
         if self._places.full():
             scope["route"] = _Named(scope["path"])  # for the log and the metrics, as if it had been reached

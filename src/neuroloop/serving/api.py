@@ -235,7 +235,8 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         per_minute=services.settings.rate_limit,
         strangers_per_minute=services.settings.rate_limit_strangers,
     )
-    app.add_middleware(access.Guard, access=door, routes=lambda: app.routes, managed=services.settings.sagemaker)
+    managed = services.settings.sagemaker
+    app.add_middleware(access.Guard, access=door, routes=lambda: app.routes, managed=managed)
     app.add_middleware(
         intake.BodyLimit,
         limit=lambda path: {
@@ -245,7 +246,12 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         }.get(path, intake.ENVELOPE_BYTES),
         together=upload_limit * UPLOADS_TOGETHER,
     )
-    app.add_middleware(admission.Door, places=predicting, paths=frozenset(_PREDICTING))
+    app.add_middleware(
+        admission.Door,
+        places=predicting,
+        paths=frozenset(_PREDICTING),
+        expected=lambda scope: (managed and f"POST {scope['path']}" in access.MANAGED) or door.knows(scope),
+    )
     app.add_middleware(RequestLog, metrics=metrics)
     app.add_middleware(headers.SecurityHeaders)
     problems.install(app)

@@ -1,11 +1,14 @@
 """What a client may send before it is known."""
 
+import contextlib
 import socket
+import time
 from collections.abc import Iterable
 
 import pytest
 
-from neuroloop.serving.server import MOST_SILENT
+from neuroloop.serving import server
+from neuroloop.serving.server import MOST_SILENT, BoundedHttp
 from serving.running import KEY, Api
 
 HEAD = b"POST /v1/predictions HTTP/1.1\r\nHost: x\r\n"
@@ -50,3 +53,64 @@ def test_headers_without_an_end_are_cut_off(live_api: Api, start: bytes, again: 
 def test_headers_within_the_bound_are_read(live_api: Api):
     long = b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * (MOST_SILENT // 2) + b"\r\n\r\n"
     assert answer(live_api, [long])[0].startswith(b"HTTP/1.1 200")
+
+
+ASKING = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def connected(api: Api, said: bytes = b"") -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", api.port), timeout=20)
+    client.sendall(said)
+    return client
+
+
+def hung_up(client: socket.socket) -> bool:
+    """Whether the server closes the connection; waits for it."""
+    with contextlib.suppress(ConnectionResetError):
+        while client.recv(4096):
+            pass
+    return True
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"", b"GET /health/li", ASKING[:-2], ASKING.replace(b"\r\n\r\n", b"\r\nContent-Length: 9\r\n\r\nabc")],
+    ids=["nothing", "half a line", "half a head", "half a body that nobody waits for"],
+)
+def test_a_connection_that_asks_for_nothing_is_closed(live_api: Api, monkeypatch, said: bytes):
+    monkeypatch.setattr(server, "HEADER_SECONDS", 0.5)
+    with connected(live_api, said) as client, contextlib.suppress(OSError):
+        for _ in range(100):  # slowly going on wins no time
+            time.sleep(0.1)
+            client.sendall(b"x")
+        pytest.fail("after 10 s the server still listens")
+
+
+def test_a_connection_is_kept_between_requests_and_for_one_that_takes_its_time(live_api: Api, monkeypatch):
+    monkeypatch.setattr(server, "HEADER_SECONDS", 0.3)
+    slow = HEAD + f"Authorization: Bearer {KEY}\r\nContent-Type: image/png\r\nContent-Length: 7\r\n\r\n".encode()
+    with connected(live_api, ASKING) as client:
+        assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        time.sleep(1)
+        client.sendall(slow)
+        for byte in b"no imag":
+            time.sleep(0.1)
+            client.sendall(bytes([byte]))
+        assert client.recv(4096).startswith(b"HTTP/1.1 4")
+
+
+def test_of_too_many_connections_the_longest_idle_one_makes_room(live_api: Api, monkeypatch):
+    with contextlib.ExitStack() as stack:
+        busy = stack.enter_context(
+            connected(live_api, HEAD + f"Authorization: Bearer {KEY}\r\nContent-Length: 7\r\n\r\n".encode())
+        )
+        idle = stack.enter_context(connected(live_api, ASKING))
+        assert idle.recv(4096).startswith(b"HTTP/1.1 200")
+        monkeypatch.setattr(BoundedHttp, "most", 0)
+        latest = stack.enter_context(connected(live_api))
+        assert hung_up(idle)
+        monkeypatch.undo()
+        latest.sendall(ASKING)
+        assert latest.recv(4096).startswith(b"HTTP/1.1 200")
+        busy.sendall(b"no imag")
+        assert busy.recv(4096).startswith(b"HTTP/1.1 4")

@@ -1,5 +1,10 @@
 """Starts the API with the settings of the environment: `python -m neuroloop.serving.server`."""
 
+import asyncio
+import logging
+import math
+import resource
+
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -7,24 +12,68 @@ from neuroloop.core.settings import Settings
 
 MOST_SILENT = 65_536
 """Bytes that a connection may send without a header section coming to its end or a body going on."""
+HEADER_SECONDS = 20.0
+"""Longest time from the first byte of a request, or from the connection, to the end of its header section."""
+MOST_CONNECTIONS = 2_000
+"""Open at once, where the system allows that many files; beyond it, one that asks for nothing makes room."""
+_SPARE_FILES = 200  # for store, database, registry and decoding
+_WARN_SECONDS = 10.0
+_LOG = logging.getLogger(__name__)
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's faster protocol, which would keep header lines, and those behind a body, without a bound."""
+    """uvicorn's faster protocol, which would keep headers, and connections that ask for nothing, without a bound."""
 
+    most = MOST_CONNECTIONS
     _silent, _heard = 0, False
+    _last = 0.0  # when the client was heard of
+    _late: asyncio.TimerHandle | None = None
+    _warned = -math.inf
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request; where there are too many connections, the longest idle one is closed."""
+        super().connection_made(transport)
+        self._last = self.loop.time()
+        self._expect_headers()
+        if len(self.connections) > self.most:
+            idle = [each for each in self.connections if isinstance(each, BoundedHttp) and each._idle()]
+            min(idle, key=lambda each: each._last).transport.close()  # this new one, where all others are at work
+            if self._last > BoundedHttp._warned + _WARN_SECONDS:
+                BoundedHttp._warned = self._last
+                _LOG.warning("more than %d connections; those that ask for nothing are closed", self.most)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        self._got_headers()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse what came; a client that sends headers without an end is answered with 400 and cut off."""
-        self._heard = False
+        self._heard, self._last = False, self.loop.time()
         super().data_received(data)
         self._silent = 0 if self._heard else self._silent + len(data)
         if self._silent > MOST_SILENT and not self.transport.is_closing():
             self.send_400_response("The headers are too long.")
+        if self._idle():
+            self._expect_headers()
+
+    def _idle(self) -> bool:
+        return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
+
+    def _expect_headers(self) -> None:
+        """From now on, unless there is a clock running already: bytes that complete nothing win no time."""
+        if self._late is None:
+            self._late = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _got_headers(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
     def on_headers_complete(self) -> None:
         """Noted."""
         self._heard = True
+        self._got_headers()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -41,6 +90,7 @@ class BoundedHttp(HttpToolsProtocol):
 def main() -> None:
     """Serve until a signal ends it."""
     settings = Settings.load()
+    BoundedHttp.most = min(MOST_CONNECTIONS, _files() - _SPARE_FILES)
     uvicorn.run(
         "neuroloop.serving.api:app",
         factory=True,
@@ -52,6 +102,16 @@ def main() -> None:
         timeout_keep_alive=75,  # longer than a load balancer keeps an idle connection, which may then be used again
         timeout_graceful_shutdown=10,
     )
+
+
+def _files() -> int:
+    """How many files this process may have open, after asking for enough."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_CONNECTIONS + _SPARE_FILES
+    if now != resource.RLIM_INFINITY and now < wanted:
+        now = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (now, most))
+    return wanted if now == resource.RLIM_INFINITY else now
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The process in which uploads are decoded: what it gives, and what it cannot do to the service."""
 
+import contextlib
 import gc
 import os
 import re
@@ -46,6 +47,15 @@ def worker(one: Decoder) -> int:
 
 def children(process: int) -> list[str]:
     return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+
+
+def decoding(process: int) -> int | None:
+    """The fork of a worker that has used the processor for an image; None where there is none."""
+    for child in children(process):
+        with contextlib.suppress(OSError):
+            if int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11]) >= 5:
+                return int(child)
+    return None
 
 
 def passes(count: int, side: int) -> bytes:
@@ -124,11 +134,41 @@ def test_a_decoder_that_breaks_down_is_a_refusal_and_the_next_image_is_read():
     wait(lambda: not children(process))  # the fork that read the image before
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(one.read, passes(60_000, 2500))
-        wait(lambda: children(process))
-        os.kill(int(children(process)[0]), signal.SIGSEGV)
+        wait(lambda: decoding(process))
+        os.kill(decoding(process), signal.SIGSEGV)
         with pytest.raises(InvalidImage, match="broke down"):
             slow.result(30)
     assert worker(one) == process
+    one.close()
+
+
+def test_a_fork_that_gets_no_processor_is_not_the_images_fault():
+    one = decoder(seconds=1)
+    process = worker(one)
+    wait(lambda: not children(process))
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(one.read, passes(60_000, 2500))
+        wait(lambda: decoding(process))
+        os.kill(decoding(process), signal.SIGSTOP)
+        with pytest.raises(Unavailable, match="of the processor"):
+            slow.result(30)
+    wait(lambda: not children(process))  # it is ended all the same
+    one.close()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_worker_that_begins_nothing_is_not_the_images_fault(monkeypatch: pytest.MonkeyPatch, sent: signal.Signals):
+    monkeypatch.setattr("neuroloop.serving.decoding._BEGIN_SECONDS", 0.5)
+    one = decoder()
+    process = worker(one)
+    monkeypatch.setattr(one._worker, "hand_over", lambda job, hand_over=one._worker.hand_over: (
+        os.kill(process, signal.SIGSTOP), hand_over(job), os.kill(process, sent)
+    ))  # fmt: skip
+    with pytest.raises(Unavailable, match="did not begin"):
+        one.read(dicom(HEAD))
+    os.kill(process, signal.SIGKILL)
+    one._worker._process.wait()
+    assert one.read(dicom(HEAD)).kind == "DICOM"
     one.close()
 
 

@@ -1,8 +1,9 @@
 """The process in which uploads are decoded that may be expensive or hostile; `serving.decoding` starts it and asks.
 
 It imports the readers once, then forks for every image: a fork costs some milliseconds, sees nothing of the image
-before, and whatever becomes of it, the next one is a fresh copy. Each has a time limit, which this process keeps, and
-can neither write files nor take more memory than it is given.
+before, and whatever becomes of it, the next one is a fresh copy. Each may use the processor for so long, is ended by this
+process where it does not get that within a multiple of the time, and can neither write files nor take more memory than
+it is given.
 """
 
 import contextlib
@@ -22,7 +23,10 @@ from typing import Any
 from neuroloop.core.errors import InvalidImage
 from neuroloop.imaging import decode
 
-READY = b"+"
+READY, BEGUN = b"+", b"."
+"""What the worker says when it has imported its readers, and a fork before anything else."""
+PATIENCE = 3.0
+"""The time limit on the clock, as a multiple of that on the processor: a busy machine is not the image's fault."""
 _LOOK_SECONDS = 0.05  # how often the time limits are looked at while something runs
 
 
@@ -46,7 +50,7 @@ def main() -> None:
                 control.close()
                 _answer(socket.socket(fileno=sockets[0]), given)
             os.close(sockets[0])
-            running[process] = time.monotonic() + given["seconds"]
+            running[process] = time.monotonic() + given["seconds"] * PATIENCE
         _reap(running)
     for process in running:
         os.kill(process, signal.SIGKILL)
@@ -64,6 +68,7 @@ def _reap(running: dict[int, float]) -> None:
 def _answer(job: socket.socket, given: dict[str, Any]) -> None:
     """In the fork: read one request, answer it, end."""
     with contextlib.suppress(BaseException):  # a fork that breaks says so by ending without an answer
+        job.sendall(BEGUN)
         _confine(given["memory"], given["seconds"])
         with job.makefile("rb") as request:
             frame = int.from_bytes(request.read(4), "big", signed=True)
@@ -94,6 +99,7 @@ def _confine(memory: int, seconds: float) -> None:
     for kind, most in limits:
         with contextlib.suppress(OSError, ValueError):  # a lower limit may hold already
             resource.setrlimit(kind, (most, most))
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # of the processor; nobody handles the signal, so it ends the fork
 
 
 if __name__ == "__main__":

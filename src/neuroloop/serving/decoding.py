@@ -30,6 +30,7 @@ START_SECONDS = 30.0
 QUEUE_SECONDS = 10.0
 """Longest wait for a free place; then it is a 503."""
 _WARM_AFTER_SECONDS = 3.0  # after a start: until then the model's load has the cores
+_BEGIN_SECONDS = 3.0  # longest wait for a fork to begin
 _GRACE_SECONDS = 0.3  # beyond the time limit, which the worker keeps by itself
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Decoder:
     """Reads uploads within limits. Thread-safe. The worker is started when it is first needed."""
 
     def __init__(self, limits: Limits, *, seconds: float, memory: int, at_once: int) -> None:
-        """`seconds` and `memory` (bytes) are those of one image; `at_once` is how many the worker reads at a time."""
+        """`seconds` of the processor and `memory` (bytes) are one image's; `at_once` is how many are read at a time."""
         self._limits, self._seconds, self._memory = limits, seconds, memory
         self._places = threading.BoundedSemaphore(at_once)
         self._lock = threading.Lock()
@@ -77,7 +78,8 @@ class Decoder:
     def read(self, data: bytes, frame: int | None = None) -> Decoded:
         """As `decode.read`, with an `InvalidImage` too where it takes too long, too much memory, or crashes.
 
-        Raises `Unavailable` where no place is free or the worker does not start.
+        Raises `Unavailable` where no place is free, the worker does not start, or the processor is not to be had: then
+        nothing is known of the image.
         """
         decode.check_bytes(data, self._limits)
         if decode.is_plain(data):
@@ -98,19 +100,29 @@ class Decoder:
         with ours:
             with theirs:
                 self._hand_over(theirs)
-            started = time.monotonic()
-            ours.settimeout(self._seconds + _GRACE_SECONDS)
+            ours.settimeout(_BEGIN_SECONDS)
+            try:
+                begun = ours.recv(1) == decode_worker.BEGUN
+            except OSError:
+                begun = False
+            if not begun:
+                raise _starved("the process that reads such files did not begin")
+            started, limit = time.monotonic(), self._seconds * decode_worker.PATIENCE + _GRACE_SECONDS
+            ours.settimeout(limit)
             try:
                 ours.sendall((-1 if frame is None else min(max(frame, 0), 2**31 - 1)).to_bytes(4, "big", signed=True))
                 ours.sendall(data)
                 ours.shutdown(socket.SHUT_WR)
-                answer = self._receive(ours, started + self._seconds + _GRACE_SECONDS)
+                answer = self._receive(ours, started + limit)
             except OSError:  # a timeout as well: the fork was killed, or broke, while it was spoken to
                 answer = b""
         read = self._understood(answer)
         if read is not None:
             return read
-        if time.monotonic() - started >= self._seconds:
+        took = time.monotonic() - started
+        if took >= self._seconds * decode_worker.PATIENCE:  # had it used its time, it would have ended before
+            raise _starved(f"it got less than {self._seconds:g} s of the processor within {took:.0f} s")
+        if took >= self._seconds:
             why = f"it takes longer than the {self._seconds:g} s that are set aside for one image"
             raise InvalidImage("The image cannot be read in time", why=why, fix="upload a single slice as JPEG or PNG")
         raise InvalidImage(
@@ -241,8 +253,8 @@ class _Worker:
 
 
 def _no_worker() -> Busy:
-    return Busy(
-        "The image cannot be read for now",
-        why="the process that reads such files is not there",
-        fix="try again shortly",
-    )
+    return _starved("the process that reads such files is not there")
+
+
+def _starved(why: str) -> Busy:
+    return Busy("The image cannot be read for now", why=why, fix="try again shortly")

@@ -1,6 +1,8 @@
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from neuroloop.core import keys
 from neuroloop.loop import feedback
 
@@ -22,6 +24,17 @@ def test_exactly_the_threshold_makes_no_batch_and_one_more_does(store):
     assert batch is not None
     assert len(batch.corrections) == 51
     assert feedback.waiting(store) == []
+
+
+def test_who_counts_again_and_again_reads_each_batch_once(store, monkeypatch):
+    known: dict[str, bytes] = {}
+    for run in ("run-1", "run-2"):
+        correct(store, 51)
+        feedback.claim(store, run, 50)
+        assert feedback.waiting(store, known) == []
+    new = correct(store, 3)
+    monkeypatch.setattr(type(store), "get", lambda *_: pytest.fail("a batch is read again"))
+    assert feedback.waiting(store, known) == sorted(keys.correction("glioma", name) for name in new)
 
 
 def test_a_retry_of_the_same_run_gets_the_same_batch(store):

@@ -20,9 +20,17 @@ _LOG = logging.getLogger(__name__)
 _ROUNDS = 5  # of putting the store in order while other readers of the same image keep answering
 
 
-def waiting(store: ObjectStore) -> list[str]:
-    """Keys of the corrected images that no batch has used."""
-    return unused(store.list(keys.CORRECTIONS), (store.get(key) for key in store.list(keys.BATCHES)))
+def waiting(store: ObjectStore, known: dict[str, bytes] | None = None) -> list[str]:
+    """Keys of the corrected images that no batch has used.
+
+    Who asks again and again keeps the batches that were read in `known`: they are made once and never change.
+    """
+    read = {} if known is None else known
+    batches = store.list(keys.BATCHES)
+    for key in batches:
+        if key not in read:
+            read[key] = store.get(key)
+    return unused(store.list(keys.CORRECTIONS), [read[key] for key in batches])
 
 
 def may_train(prediction: Prediction) -> bool:

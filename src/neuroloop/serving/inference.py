@@ -149,6 +149,7 @@ class InferenceService:
     def __init__(self, services: Services, champion: Champion, metrics: Metrics) -> None:
         self._services, self._champion, self._metrics = services, champion, metrics
         self.decoder = Decoder.of(services.settings)
+        self._batches: dict[str, bytes] = {}  # read once each, for every verdict is told how many wait
 
     def predict(
         self,
@@ -249,7 +250,7 @@ class InferenceService:
             prediction_id=prediction.id,
             verdict=verdict,
             label=label,
-            corrections_waiting=len(corrections.waiting(store)),
+            corrections_waiting=len(corrections.waiting(store, self._batches)),
         )
 
     def prediction(self, prediction_id: str, owner: str | None = None) -> RecordedPrediction:
@@ -322,7 +323,7 @@ class InferenceService:
         """Live figures. Raises `Unavailable`."""
         return self._services.log.monitoring().model_copy(
             update={
-                "corrections_waiting": len(corrections.waiting(self._services.store)),
+                "corrections_waiting": len(corrections.waiting(self._services.store, self._batches)),
                 "feedback_threshold": self._services.settings.feedback_threshold,
             }
         )

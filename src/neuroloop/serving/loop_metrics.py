@@ -31,6 +31,7 @@ class LoopMetrics:
         self._services, self._clock = services, clock
         self._asked_at = -FRESH_SECONDS
         self._asking = threading.Lock()
+        self._batches: dict[str, bytes] = {}
         gauge = metrics.gauge
         self._up = gauge("loop_up", "Whether database and store told the loop's figures when last asked")
         self._waiting = gauge("corrections_waiting", "Corrected images that no retraining has used")
@@ -55,7 +56,8 @@ class LoopMetrics:
                 return
             try:
                 # All is asked and worked out before any of it is shown: a scrape that does not wait gets no half.
-                figures, waiting = self._services.log.loop_figures(), len(corrections.waiting(self._services.store))
+                figures = self._services.log.loop_figures()
+                waiting = len(corrections.waiting(self._services.store, self._batches))
                 self._show(figures, drift(figures.first_answers, figures.latest_answers))
                 self._waiting.set(waiting)
                 self._threshold.set(self._services.settings.feedback_threshold)

@@ -98,6 +98,13 @@ def test_a_large_offset_costs_no_levels_in_whole_numbers_of_32_bits():
     assert np.abs(deep.astype(int) - decode(encoded(Image.fromarray(ramp + 30_000, mode="I"), "TIFF"))).max() <= 1
 
 
+def test_signed_bytes_of_a_tiff_are_read_as_such():
+    grey = np.tile(np.arange(256, dtype=np.uint8), (40, 1))
+    signed = encoded(Image.fromarray(grey ^ 0x80), "TIFF", tiffinfo={339: 2})
+    assert Image.open(io.BytesIO(signed)).tag_v2[339] == (2,)
+    assert np.array_equal(decode(signed), grey)
+
+
 def test_a_dark_picture_of_16_bits_a_pixel_is_no_16_bit_colour():
     rows = np.full((40, 40), 0x0841, "<u2").tobytes()
     head = struct.pack("<IiiHHIIiiII", 40, 40, 40, 1, 16, 3, len(rows), 0, 0, 0, 0) + struct.pack(
@@ -116,6 +123,7 @@ def test_a_picture_with_much_or_packed_metadata_is_not_plain():
     jpeg = encoded(Image.fromarray(picture()), "JPEG")
     assert not is_plain(jpeg[:2] + 2 * segment + jpeg[2:])
     assert not is_plain(jpeg[:2] + 2000 * b"\xff\xfe\0\2" + jpeg[2:])
+    assert not is_plain(jpeg[:2] + 2000 * b"\xff\xdb\0\2" + jpeg[2:])
     grey = picture().astype(np.uint16)
     assert is_plain(deep_png(0, grey, (b"tEXt", b"Software\0x")))
     assert not is_plain(deep_png(0, grey, *[(b"prVt", b"")] * 2000))

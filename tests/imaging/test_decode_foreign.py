@@ -126,3 +126,22 @@ def test_no_real_scan_is_taken_for_more_than_an_image():
     for file in files[::10]:
         data = file.read_bytes()
         check(data, kind_of(data))
+
+
+def test_of_a_jpeg_any_filling_is_passed_over_and_markers_without_an_end_are_no_image():
+    jpeg = KINDS["JPEG"]
+    filled = jpeg[:-2] + b"\xff\xfe\0\2" + b"\xff" * 100_000 + b"\xff\xd9"
+    assert jpeg_end(filled) == len(filled)
+    assert jpeg_end(filled + b"more") == len(filled)
+    assert jpeg_end(jpeg[:-2] + b"\xff" * 9) == len(jpeg) + 7
+    with pytest.raises(InvalidImage, match="behind the end"):
+        read(jpeg[:-2] + b"\xff\xda\0\2" * 20_000 + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("said", [0, 54, 10_000_000])
+def test_a_bmp_ends_with_its_pixels_whatever_size_it_says(said: int):
+    bmp = KINDS["BMP"][:2] + struct.pack("<I", said) + KINDS["BMP"][6:]
+    assert np.array_equal(read(bmp).pixels, read(KINDS["BMP"]).pixels)
+    if said < len(bmp):
+        with pytest.raises(InvalidImage, match="behind the end"):
+            read(bmp + b"hello")

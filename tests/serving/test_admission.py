@@ -1,13 +1,17 @@
 """Back-pressure: who waits, who is turned away, and that the service stays itself under a crowd."""
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 
+from imaging.files import dicom
 from neuroloop.bootstrap import Services
 from neuroloop.core.errors import Unavailable
 from neuroloop.serving.admission import (
@@ -331,3 +335,30 @@ def test_a_crowd_gets_answers_or_503_and_the_probes_answer_all_the_while(service
         assert len(rows) == len(given)
         assert {row.object_key for row in rows.values()} <= set(api.stored())
         assert api.client.post("/v1/predictions", files={"file": ("a.png", data)}).status_code == 201
+
+
+def decoding_workers() -> set[int]:
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            if b"decode_worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.add(int(child))
+    return found
+
+
+def test_files_that_take_long_to_read_keep_no_thread_from_plain_ones(services: Services, champion: str):
+    others = decoding_workers()
+    with serving(services) as api, ThreadPoolExecutor(8) as pool:
+        scan = head("glioma")
+        assert api.upload(dicom(scan)).status_code == 201
+        (worker,) = decoding_workers() - others
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            slow = [pool.submit(api.upload, dicom(scan)) for _ in range(8)]
+            assert api.predict(scan).status_code == 201
+            assert api.predict(scan).status_code == 201
+            assert not any(each.done() for each in slow)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        assert {each.result().status_code for each in slow} <= {201, 503}
+        assert api.upload(dicom(scan)).status_code == 201

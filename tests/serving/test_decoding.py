@@ -108,7 +108,7 @@ def test_many_images_at_once_come_back_each_to_its_own_caller(patient: Decoder):
 def test_an_image_that_takes_too_long_is_given_up_and_its_process_ended():
     one = decoder(seconds=0.7)
     process = worker(one)
-    bomb = passes(60_000, 2500)
+    bomb = passes(9_000, 5000)
     assert len(bomb) < 2_000_000
     assert not decode.is_plain(bomb)
     started = time.monotonic()
@@ -133,7 +133,7 @@ def test_a_decoder_that_breaks_down_is_a_refusal_and_the_next_image_is_read():
     process = worker(one)
     wait(lambda: not children(process))  # the fork that read the image before
     with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(one.read, passes(60_000, 2500))
+        slow = pool.submit(one.read, passes(9_000, 5000))
         wait(lambda: decoding(process))
         os.kill(decoding(process), signal.SIGSEGV)
         with pytest.raises(InvalidImage, match="broke down"):
@@ -147,7 +147,7 @@ def test_a_fork_that_gets_no_processor_is_not_the_images_fault():
     process = worker(one)
     wait(lambda: not children(process))
     with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(one.read, passes(60_000, 2500))
+        slow = pool.submit(one.read, passes(9_000, 5000))
         wait(lambda: decoding(process))
         os.kill(decoding(process), signal.SIGSTOP)
         with pytest.raises(Unavailable, match="of the processor"):
@@ -201,7 +201,7 @@ def test_without_a_free_place_the_image_is_turned_away_for_now():
     one = decoder(seconds=30, at_once=1)
     worker(one)
     with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(one.read, passes(60_000, 2500))
+        slow = pool.submit(one.read, passes(9_000, 5000))
         wait(lambda: one._places._value == 0)
         with pytest.raises(Unavailable, match="Too many images"):
             one.read(dicom(HEAD))

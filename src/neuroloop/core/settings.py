@@ -188,7 +188,7 @@ class Settings(BaseSettings):
     max_dicom_depth: Annotated[int, Field(ge=1, le=100)] = Field(
         16, description="Deepest nesting of sequences in a DICOM file"
     )
-    decode_seconds: Annotated[float, Field(gt=0, le=10)] = Field(1.5, description="Processor time of one upload's decoding")
+    decode_seconds: Annotated[float, Field(gt=0, le=10)] = Field(1.5, description="Processor time to decode one upload")
     decode_memory_mb: Annotated[float, Field(ge=100)] = Field(1000.0, description="Memory for decoding one upload, MB")
     decode_workers: Annotated[int, Field(ge=1, le=16)] = Field(
         2, description="Uploads decoded at a time outside the API's own process"

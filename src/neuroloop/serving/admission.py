@@ -37,7 +37,7 @@ COMING_SECONDS = 0.25
 body on a busy server."""
 COMING_WHILE_IDLE_SECONDS = 0.03
 """The same while a thread has nothing to do: whoever sends slowly must not keep others out then."""
-_COMING: contextvars.ContextVar[object] = contextvars.ContextVar("coming", default=None)
+_arrive: contextvars.ContextVar[Callable[[], object]] = contextvars.ContextVar("arrive", default=lambda: None)
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -72,14 +72,15 @@ class Places:
 
     @contextlib.contextmanager
     def coming(self) -> Iterator[None]:
-        """Around a request that was let in: it counts as coming until it calls `run`, ends, or takes too long."""
+        """Around a request that was let in: it counts as coming until it calls `run`, here or of other places, ends, or
+        takes too long."""
         self._coming[me := object()] = self._clock()
-        token = _COMING.set(me)
+        token = _arrive.set(lambda: self._coming.pop(me, None))
         try:
             yield
         finally:
             self._coming.pop(me, None)
-            _COMING.reset(token)
+            _arrive.reset(token)
 
     def turned_away(self) -> Busy:
         """Note that one was turned away, which makes it a crowd; the error to tell them."""
@@ -100,7 +101,7 @@ class Places:
         Who is `patient` waits however long the queue is, and is not sent off: parts of a request that was let in.
         """
         deadline = self._clock() + seconds
-        self._coming.pop(_COMING.get(), None)
+        _arrive.get()()
         try:
             await self._place(seconds, patient)
             job = self._start(function, *args)

@@ -30,6 +30,7 @@ from neuroloop.core.schemas import (
     Promotion,
     Verdict,
 )
+from neuroloop.imaging import decode
 from neuroloop.imaging.decode import FORMATS
 from neuroloop.serving import (
     access,
@@ -58,7 +59,8 @@ UPLOADS_TOGETHER = 20
 CHAMPION_SECONDS = 60.0
 """Longest wait of a person who moves the champion: the bundle is fetched and verified first."""
 PREDICTING_THREADS = 4
-"""Predictions at a time. Bounds memory too: a 40-megapixel upload takes some 500 MB while it is worked on."""
+"""Predictions at a time of plain uploads. Others have places of their own, as many as images are decoded at a time: a
+few slow files must not keep all threads. That bounds memory too, for 40 megapixels take 500 MB while worked on."""
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -202,6 +204,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     # Apart from one another: slow predictions delay neither the other pages nor the probes.
     cores = len(os.sched_getaffinity(0))
     predicting = admission.Places(PREDICTING_THREADS, "predict", in_a_crowd=1 + cores)
+    reading = admission.Places(services.settings.decode_workers, "read")
     asking = _Threads(8, "ask")
     registry = _Threads(3, "registry")  # a registry that hangs must not keep verdicts and erasures waiting
     probing = _Threads(4, "probe")
@@ -215,9 +218,15 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         yield
         await asyncio.to_thread(champion.stop)
         await asyncio.to_thread(service.decoder.close)
-        predicting.close()
+        for places in (predicting, reading):
+            places.close()
         for threads in (asking, registry, probing):
             threads.close()
+
+    async def run(work: Callable[[], T], data: bytes, *, patient: bool = False) -> T:
+        """`work()` in a thread of those that suit the upload."""
+        places = predicting if decode.is_plain(data) else reading
+        return await places.run(work, seconds=ANSWER_SECONDS, patient=patient)
 
     app = FastAPI(
         title="NeuroLoop",
@@ -276,7 +285,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         data = await intake.read_image(request)
         owner = caller_of(request).name
         ask = partial(service.predict, data, frame=frame, owner=owner, consent=agreed, request=key, images=images)
-        answer = await predicting.run(ask, seconds=ANSWER_SECONDS)
+        answer = await run(ask, data)
         request.state.prediction, request.state.version = answer.id, answer.model_version
         if isinstance(answer, inference.Answer):
             where = {"Location": f"/v1/predictions/{answer.id}"}
@@ -300,7 +309,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         async def ask(index: int, data: bytes) -> inference.Answer | inference.Rejection:
             one = f"{key} {index}" if key else ""
             part = partial(service.predict, data, owner=owner, consent=agreed, request=one, images=images)
-            said = await predicting.run(part, seconds=ANSWER_SECONDS, patient=True)
+            said = await run(part, data, patient=True)
             fields = {logs.PREDICTION: said.id, logs.MODEL: said.model_version}
             _LOG.info("file %d of a batch is prediction %s, by version %s", index + 1, *fields.values(), extra=fields)
             return said
@@ -468,8 +477,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
             await asking.run(loop.refresh, seconds=CHECK_SECONDS)
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    answering = partial(predicting.run, seconds=ANSWER_SECONDS)
-    sagemaker.install(app, services.settings, service, predict=answering, ready=readiness, upload=_UPLOAD)
+    sagemaker.install(app, services.settings, service, run=run, ready=readiness, upload=_UPLOAD)
     access.document(app)
     problems.document(app)
     return app

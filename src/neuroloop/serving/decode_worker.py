@@ -1,9 +1,9 @@
 """The process in which uploads are decoded that may be expensive or hostile; `serving.decoding` starts it and asks.
 
 It imports the readers once, then forks for every image: a fork costs some milliseconds, sees nothing of the image
-before, and whatever becomes of it, the next one is a fresh copy. Each may use the processor for so long, is ended by this
-process where it does not get that within a multiple of the time, and can neither write files nor take more memory than
-it is given.
+before, and whatever becomes of it, the next one is a fresh copy. Each may use the processor for so long, is ended by
+this process where it does not get that within a multiple of the time, and can neither write files nor take more memory
+than it is given.
 """
 
 import contextlib

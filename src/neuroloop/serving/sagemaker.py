@@ -21,7 +21,7 @@ from neuroloop.serving.readiness import Readiness
 
 PING_SECONDS = 1.5
 Run = Callable[..., Coroutine[Any, Any, Any]]
-"""Runs `function(*args)` in a thread: `await run(function, seconds=...)`."""
+"""Runs work on an upload in a thread: `await run(work, data)`."""
 Attributes = Annotated[
     Consent | None,
     Header(
@@ -36,7 +36,7 @@ def install(
     settings: Settings,
     service: inference.InferenceService,
     *,
-    predict: Run,
+    run: Run,
     ready: Readiness,
     upload: dict[str, Any],
 ) -> None:
@@ -64,7 +64,7 @@ def install(
         """Classify one slice, as `POST /v1/predictions` does."""
         agreed = intake.consent(consent, settings)
         data = await intake.read_image(request)
-        answer = await predict(partial(service.predict, data, owner=caller_of(request).name, consent=agreed))
+        answer = await run(partial(service.predict, data, owner=caller_of(request).name, consent=agreed), data)
         request.state.prediction, request.state.version = answer.id, answer.model_version
         if isinstance(answer, inference.Answer):
             return JSONResponse(answer.model_dump(mode="json"))

@@ -5,6 +5,7 @@ things at once was made to deceive some program, though, and its sender should h
 """
 
 import re
+import struct
 
 from neuroloop.core.errors import InvalidImage
 
@@ -12,6 +13,8 @@ from neuroloop.core.errors import InvalidImage
 _TAGS = re.compile(rb"<(?:script|iframe|html[> ]|!doctype html|\?php[ \n\r])")
 _SCRIPTS = (b"www.w3.org/2000/svg", b"javascript:")
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in a JPEG's coded data; the ones left out belong to it
+_FILL = re.compile(rb"\xff+")
+_MOST_MARKERS = 10_000  # of a JPEG; more are no image any more, and to follow them takes long
 _ALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers of a JPEG that have no length
 _FILLING = b"\0\xff\r\n\t "
 _PROGRAMS = (b"MZ", b"\x7fELF", b"#!", b"\xca\xfe\xba\xbe", b"\xcf\xfa\xed\xfe", b"\x89PNG", b"\xff\xd8\xff", b"GIF8")
@@ -31,22 +34,24 @@ def more_than_an_image(what: str) -> InvalidImage:
 
 
 def jpeg_end(data: bytes) -> int:
-    """The place behind a JPEG's end marker, or its length where there is none."""
+    """The place behind a JPEG's end marker, or its length where there is none; behind so many others it is no image."""
     place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
+    for _ in range(_MOST_MARKERS):
+        fill = _FILL.match(data, place)
+        if fill is None or fill.end() >= len(data):
+            return len(data)
+        place = fill.end() - 1  # any number of them may stand before a marker
         code = data[place + 1]
         if code == 0xD9:
             return place + 2
-        if code == 0xFF:
-            place += 1
-        elif code in _ALONE:
+        if code in _ALONE:
             place += 2
         else:
             place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
             if code == 0xDA:  # the coded data follow; they last to the next marker
                 found = _MARKER.search(data, place)
                 place = found.start() if found else len(data)
-    return place + 2 if data[place : place + 2] == b"\xff\xd9" else len(data)
+    return place
 
 
 def _other(data: bytes, kind: str) -> str:
@@ -63,6 +68,14 @@ def _other(data: bytes, kind: str) -> str:
     if end is not None and data[end:].strip(_FILLING):
         return "has other data behind the end of the image"
     return ""
+
+
+def _bmp_end(data: bytes) -> int:
+    """Where the pixels of a BMP end, whatever it says of its size, which some programs get wrong; 0: not told."""
+    if len(data) < 54 or int.from_bytes(data[14:18], "little") < 40:
+        return 0
+    start, _, width, height, _, bits, packed, size = struct.unpack_from("<IIiiHHII", data, 10)
+    return int(start + (size if packed not in (0, 3) else (abs(width) * bits + 31) // 32 * 4 * abs(height)))
 
 
 def _is_archive(data: bytes) -> bool:
@@ -86,5 +99,5 @@ def _end(data: bytes, kind: str) -> int | None:
         case "WEBP":
             return 8 + int.from_bytes(data[4:8], "little")
         case "BMP":
-            return int.from_bytes(data[2:6], "little") or None
+            return max(int.from_bytes(data[2:6], "little"), _bmp_end(data)) or None
     return None

@@ -33,6 +33,7 @@ PLAIN_BYTES, PLAIN_PIXELS, PLAIN_METADATA = 2_000_000, 2_000_000, 65_536
 """Up to these, a plain picture (see `is_plain`) costs at most some 0.1 s and 50 MB, whatever its bytes are."""
 
 _PIECE = 64  # bytes of metadata that a piece of a file costs, however small it is
+_MOST_PIECES = PLAIN_METADATA // _PIECE
 _FEWEST_LEVELS = 64  # that 16-bit colours must keep in 8 bits
 _ORIENTATION_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 0x0112, 0x0106, 0
 _BITS_TAG, _SAMPLE_TAG, _PLANAR_TAG = 258, 339, 284
@@ -69,7 +70,7 @@ def is_plain(data: bytes) -> bool:
         return small and _png_metadata(data) <= PLAIN_METADATA
     if kind != "JPEG":
         return False
-    place, colours, metadata = 2, 0, 0
+    place, colours, metadata, pieces = 2, 0, 0, 0
     while place + 10 <= len(data) and data[place] == 0xFF:
         code = data[place + 1]
         if code in (0xC0, 0xC1):  # sequential; every other kind of frame is not plain
@@ -83,6 +84,9 @@ def is_plain(data: bytes) -> bool:
             if metadata > PLAIN_METADATA:
                 return False
         elif code not in (0xC4, 0xDB, 0xDD):
+            return False
+        pieces += 1
+        if pieces > _MOST_PIECES:
             return False
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return False
@@ -133,12 +137,14 @@ def _png_intact(data: bytes) -> bool:
 
 
 def _png_metadata(data: bytes) -> float:
-    """Bytes of what is not pixels in a PNG, and what its pieces cost; infinite where some of it is packed."""
+    """Bytes of what is not pixels in a PNG, and what its pieces cost, as far as it is plain; infinite if packed."""
     found = 0
     for name, _, size in _png_pieces(data):
         if name in (b"zTXt", b"iTXt", b"iCCP"):
             return float("inf")
         found += _PIECE + (0 if name == b"IDAT" else size)
+        if found > PLAIN_METADATA:
+            break
     return found
 
 
@@ -169,6 +175,8 @@ def _pages(image: Image.Image, limits: Limits) -> int:
 
 def _grey(image: Image.Image) -> NDArray[np.uint8]:
     tags = getattr(image, "tag_v2", {})
+    if image.mode == "L" and tags.get(_SAMPLE_TAG) == (2,):  # Pillow takes signed bytes for unsigned ones
+        return np.array(image, dtype=np.uint8) ^ np.uint8(0x80)
     if image.mode[0] in "IF":
         values, transparent = np.asarray(image), image.info.get("transparency")
         if image.mode == "I" and tags.get(_BITS_TAG) == (32,) and tags.get(_SAMPLE_TAG, (1,)) == (1,):

@@ -1,5 +1,6 @@
-"""The NeuroLoop frontend: `python -m streamlit run frontend/app.py`. It talks only to the inference API."""
+"""The pages of the NeuroLoop frontend, which `server.py` serves. They talk only to the inference API."""
 
+import guard
 import layout
 import signin
 import streamlit as st
@@ -29,6 +30,7 @@ except InvalidSetting as fault:
     st.stop()
 logs.configure(settings.log_format, "ui")
 person = signin.current(settings)
+guard.note(person is not None)
 signin.forget_unless(person)
 st.session_state["person"] = person
 if person is None:

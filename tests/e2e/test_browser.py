@@ -51,7 +51,7 @@ def frontend_url(live_api, tmp_path: Path, free_port) -> Iterator[str]:
     }
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "streamlit", "run", "frontend/app.py", "--server.port", str(port)],
+            [sys.executable, "-m", "streamlit", "run", "frontend/server.py", "--server.port", str(port)],
             cwd=ROOT,
             env=environment,
             stdout=output,
@@ -100,6 +100,11 @@ def waiting(page: Page, frontend_url: str) -> int:
 def sign_in(page: Page, frontend_url: str) -> None:
     """Through the form, under the name of Ann."""
     page.goto(frontend_url)
+    fill_in(page)
+
+
+def fill_in(page: Page) -> None:
+    """The form of the tab that is open."""
     page.get_by_label("Your name").fill("Ann")
     page.get_by_label("Password", exact=True).fill(PASSWORD)
     page.get_by_role("button", name="Sign in").click()
@@ -160,6 +165,35 @@ def test_a_reader_uploads_a_scan_reads_the_result_corrects_it_and_sees_the_count
     assert waiting(page, frontend_url) == before + 1
     assert "Ann" in {one.reader for row in predictions(live_api) for one in live_api.services.log.feedback(row)}
     assert page.locator("[data-testid=stException]").count() == 0
+
+
+UPLOAD = """async tab => {
+    const form = new FormData()
+    form.append('file', new Blob(['abc']), 'scan.png')
+    const token = decodeURIComponent(document.cookie.match(/_streamlit_xsrf=([^;]+)/)[1])
+    const how = {method: 'PUT', body: form, headers: {'X-Xsrftoken': token}}
+    return (await fetch(`/_stcore/upload_file/${tab}/an-id`, how)).status
+}"""
+
+
+def test_a_tab_uploads_nothing_before_somebody_has_signed_in(page, frontend_url, live_api):
+    expect.set_options(timeout=60_000)
+    heard: list[bytes] = []
+    page.on("websocket", lambda socket: socket.on("framereceived", lambda said: heard.append(said)))
+    refused: list[str] = []
+    page.on("console", lambda message: refused.append(message.text) if "Security Policy" in message.text else None)
+    page.goto(frontend_url)
+    expect(page.get_by_role("button", name="Sign in")).to_be_visible()
+    names = {name.decode() for name in re.findall(rb"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", b"".join(heard))}
+    assert names, "the server names the tab, and itself"
+    assert {page.evaluate(UPLOAD, name) for name in names} == {401}
+    fill_in(page)
+    assert 204 in {page.evaluate(UPLOAD, name) for name in names}
+    assert page.evaluate("async () => (await fetch('/_stcore/metrics')).status") == 404
+    answer = page.request.get(frontend_url)
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert not refused
 
 
 def test_signing_out_in_a_browser_closes_every_page(page, frontend_url, live_api):

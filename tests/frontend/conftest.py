@@ -12,7 +12,7 @@ from neuroloop.core.settings import Settings
 from serving.running import KEY, Api, serving
 
 FRONTEND = Path(__file__).parents[2] / "frontend"
-sys.path.append(str(FRONTEND))  # as `streamlit run frontend/app.py` does
+sys.path.append(str(FRONTEND))  # as `streamlit run frontend/server.py` does
 
 Open = Callable[..., AppTest]
 PASSWORD = "the platform's own password"

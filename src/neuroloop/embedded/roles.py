@@ -103,7 +103,7 @@ def _mlflow_hosts(settings: Settings) -> list[str]:
 
 
 def _ui_argv(settings: Settings) -> list[str]:
-    server = _python("streamlit", "run", str(ROOT / "frontend" / "app.py"), "--server.headless", "true")
+    server = _python("streamlit", "run", str(ROOT / "frontend" / "server.py"), "--server.headless", "true")
     address = ["--server.address", settings.bind, "--server.port", str(settings.ui_port)]
     return [*server, *address, "--server.maxUploadSize", str(max(1, round(settings.max_upload_mb)))]
 

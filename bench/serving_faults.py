@@ -111,6 +111,9 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     save("serving_faults", result)
     print(json.dumps(result, indent=1))
+    failed = [part for part, figures in result.items() if isinstance(figures, dict) and figures.get("passed") is False]
+    if failed:
+        raise SystemExit(f"something was wrong, lost, doubled or not ready in time: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

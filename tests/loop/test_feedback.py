@@ -69,6 +69,16 @@ def test_a_correction_moved_to_another_class_after_its_batch_is_not_new(store):
     assert [each.label for each in moved] == ["pituitary"]
 
 
+def test_a_used_correction_knows_its_batch(store):
+    first = set(correct(store, 51))
+    feedback.claim(store, "run-1", 50)
+    second = set(correct(store, 51))
+    feedback.claim(store, "run-2", 50)
+    found = feedback.used(store)
+    assert {each.prediction for each in found if each.batch == 1} == first
+    assert {each.prediction for each in found if each.batch == 2} == second
+
+
 def test_an_erased_correction_is_left_out_of_later_trainings(store):
     names = correct(store, 51)
     feedback.claim(store, "run-1", 50)

@@ -225,6 +225,27 @@ def test_a_held_out_correction_that_was_learned_from_the_data_tests_nothing(plat
     assert "which is trained on" in left_out[found[0].key]
 
 
+@pytest.mark.parametrize("learned_first", [True, False])
+def test_of_twins_in_two_batches_the_first_decides_whether_they_are_learned_or_tested(platform, built, learned_first):
+    version = built["download_data"]["version"]
+    pixels = scan("glioma", 55, seed=7, scanner="B", size=96).pixels
+    batches = (1, 2) if learned_first else (2, 1)
+    learned, held = (
+        feedback.Correction(
+            key=f"{keys.DATA}tests/in-two-batches-{n}.png", label="glioma", sha256=str(n), held_out=bool(n), batch=batch
+        )
+        for n, batch in enumerate(batches)
+    )
+    platform.store.put(learned.key, encode_png(pixels))
+    platform.store.put(held.key, encode_png(np.ascontiguousarray(pixels[:, ::-1])))
+    kept, held_out, left_out = retraining._divided(platform, version, [learned, held])
+    if learned_first:
+        assert (kept, held_out) == ([learned], [])
+        assert "an earlier batch has trained on" in left_out[held.key]
+    else:
+        assert (kept, held_out) == ([], [held])
+
+
 def test_a_simulated_scan_is_learned_from_by_models_of_such_only_and_one_picture_counts_once(platform, built):
     split = handoff.read_split(platform, built["download_data"]["version"])
     real = split.model_copy(update={"version": "real-scans", "simulated": False})

@@ -34,6 +34,8 @@ class Correction(Record):
     label: str
     sha256: str
     held_out: bool
+    batch: int = 0
+    """Which batch took it, counted from 1."""
 
     @property
     def name(self) -> str:
@@ -82,13 +84,13 @@ def claim(store: ObjectStore, run_id: str, threshold: int) -> Batch | None:
 def used(store: ObjectStore) -> list[Correction]:
     """All corrections of all batches, with the class a reader gives them now; erased ones are left out."""
     now = by_name(store.list(keys.CORRECTIONS))
-    names = by_name(correction for batch in batches(store) for correction in batch.corrections)
+    names = {name: batch.number for batch in batches(store) for name in by_name(batch.corrections)}
     found = []
-    for name in names:
+    for name, batch in names.items():
         if name in now:
             sha256 = hashlib.sha256(store.get(now[name])).hexdigest()
-            label = now[name].split("/")[-2]
-            found.append(Correction(key=now[name], label=label, sha256=sha256, held_out=is_held_out(sha256)))
+            label, held_out = now[name].split("/")[-2], is_held_out(sha256)
+            found.append(Correction(key=now[name], label=label, sha256=sha256, held_out=held_out, batch=batch))
     return found
 
 

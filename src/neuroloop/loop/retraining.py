@@ -198,8 +198,8 @@ def _divided(
 
     One picture counts once, and not at all where it has been corrected to several classes, cannot be read or, in a
     model of real scans, is a simulated one. What is trained on has no twin in what is held out, and a held-out
-    correction none in the training part, which champion and candidate have both learned: otherwise remembering would
-    look like learning.
+    correction none in the training part or in an earlier batch, which champion and candidate have both learned:
+    otherwise remembering would look like learning.
     """
     split = handoff.read_split(services, version)
     unfit = feedback.repeated(found)
@@ -210,13 +210,21 @@ def _divided(
     found = [correction for correction in found if correction.key not in unfit]
     held_out = [correction for correction in found if correction.held_out]
     candidates = [correction for correction in found if not correction.held_out]
+    came = {correction.key: correction.batch for correction in candidates}
+    late = {
+        correction.key: f"twin of {key}, which an earlier batch has trained on"
+        for correction, key in _known(services, held_out, {key: key for key in came})
+        if came[key] < correction.batch
+    }
+    held_out = [correction for correction in held_out if correction.key not in late]
 
     def of(*parts: Part) -> dict[str, str]:
         return {keys.image(entry.md5): f"{entry.path} ({entry.part})" for entry in split.of(*parts)}
 
     closed = splitting.closed(splitting.decisions(services.store), simulated=split.simulated)
     closed |= of("validation", "calibration", "test") | {correction.key: correction.key for correction in held_out}
-    left_out = unfit | {
+    left_out = unfit | late
+    left_out |= {
         correction.key: f"twin of {name}, which is {role}"
         for some, others, role in ((held_out, of("train"), "trained on"), (candidates, closed, "held out"))
         for correction, name in _known(services, some, others)

@@ -27,6 +27,17 @@ def test_the_index_of_two_halves_of_a_known_table_is_the_textbooks():
     assert psi(old, new).psi == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_shift_downwards_is_seen_like_one_upwards():
+    def at(*bins: int) -> list[int]:
+        return np.bincount(bins, minlength=32).tolist()
+
+    narrow = at(*[10] * 200)
+    up, down = psi(narrow, at(*[20] * 200)), psi(narrow, at(*[3] * 200))
+    assert up.psi == pytest.approx(down.psi, rel=0.01)
+    assert down.grade == "large"
+    assert psi(narrow, narrow).psi == 0
+
+
 def test_draws_from_one_distribution_are_stable_however_small_and_chance_bounds_them(generator):
     for size in (25, 60, 300, 2000):
         shifts = [
@@ -94,6 +105,28 @@ def test_what_came_and_went_is_counted_by_content_class_and_origin(versions):
     assert result.classes["notumor"].added == result.classes["notumor"].removed == {}
     assert result.classes["notumor"].relabelled == {"pituitary": 1}
     assert result.relabelled == (("notumor/corrected.png", "pituitary", "notumor"),)
+
+
+def test_of_the_same_bytes_that_stand_there_several_times_each_is_counted(versions):
+    (before, earlier), _ = versions
+    image = before.images[0]
+    copies = {
+        "glioma/one.png": "glioma", "glioma/two.png": "glioma", "glioma/both.png": "glioma",
+        "meningioma/both.png": "meningioma",
+    }  # fmt: skip
+    entries = {path: image.model_copy(update={"path": path, "label": label}) for path, label in copies.items()}
+    then = before.model_copy(update={"images": tuple(entries.values())})
+    fewer = then.model_copy(update={"images": (entries["glioma/one.png"], entries["glioma/both.png"])})
+    result = compare(then, fewer, earlier, earlier)
+    assert (result.unchanged, result.relabelled) == (2, ())
+    assert {label: change.removed for label, change in result.classes.items() if change.removed} == {
+        "glioma": {"drawn": 1},
+        "meningioma": {"drawn": 1},
+    }
+    back = compare(fewer, then, earlier, earlier)
+    assert back.classes["glioma"].added == back.classes["meningioma"].added == {"drawn": 1}
+    turned = then.model_copy(update={"images": (*list(entries.values())[:3], entries["glioma/one.png"])})
+    assert [change[1:] for change in compare(then, turned, earlier, earlier).relabelled] == [("meningioma", "glioma")]
 
 
 def test_only_the_class_whose_greys_changed_is_reported_as_shifted(versions):

@@ -1,6 +1,6 @@
 """What changed from one data version to the next, in images and in how they look."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.stats import chi2
 
-from neuroloop.core.schemas import LABELS, Record, Snapshot
+from neuroloop.core.schemas import LABELS, ImageEntry, Record, Snapshot
 from neuroloop.data.statistics import ClassStatistics, Statistics
 
 Grade = Literal["stable", "moderate", "large", "too few"]
@@ -98,18 +98,15 @@ def compare(before: Snapshot, after: Snapshot, earlier: Statistics, later: Stati
     An image that only changed its name or place counts as unchanged. `earlier` and `later` are the statistics of the
     snapshots `before` and `after`.
     """
-    had = {image.sha256: image for image in before.images}
-    has = {image.sha256: image for image in after.images}
-    moved = [(had[sha256], image) for sha256, image in has.items() if sha256 in had]
-    relabelled = sorted((now.path, then.label, now.label) for then, now in moved if then.label != now.label)
+    unchanged, relabelled, removed, added = _matched(before, after)
     return Comparison(
         previous=before.version,
         version=after.version,
-        unchanged=len(moved) - len(relabelled),
+        unchanged=unchanged,
         classes={
             label: ClassChange(
-                added=_counted(i.origin for key, i in has.items() if i.label == label and key not in had),
-                removed=_counted(i.origin for key, i in had.items() if i.label == label and key not in has),
+                added=_counted(image.origin for image in added if image.label == label),
+                removed=_counted(image.origin for image in removed if image.label == label),
                 relabelled=_counted(then for _, then, now in relabelled if now == label),
                 shifts=_class_shifts(earlier.classes[label], later.classes[label]),
             )
@@ -120,15 +117,43 @@ def compare(before: Snapshot, after: Snapshot, earlier: Statistics, later: Stati
     )
 
 
+def _matched(
+    before: Snapshot, after: Snapshot
+) -> tuple[int, list[tuple[str, str, str]], list[ImageEntry], list[ImageEntry]]:
+    """How many images stayed; those relabelled (path, class then, class now); those that went; those that came.
+
+    The same bytes may stand there several times, under several classes too: first each finds its like.
+    """
+    old, new = defaultdict[str, list[ImageEntry]](list), defaultdict[str, list[ImageEntry]](list)
+    for images, snapshot in ((old, before), (new, after)):
+        for image in sorted(snapshot.images, key=lambda image: image.path):
+            images[image.sha256].append(image)
+    unchanged, relabelled, removed, added = 0, [], [], []
+    for sha256 in old.keys() | new.keys():
+        gone, came = old[sha256], new[sha256]
+        for image in list(gone):
+            like = next((other for other in came if other.label == image.label), None)
+            if like is not None:
+                gone.remove(image)
+                came.remove(like)
+                unchanged += 1
+        both = min(len(gone), len(came))
+        relabelled += [(now.path, then.label, now.label) for then, now in zip(gone[:both], came[:both], strict=True)]
+        removed += gone[both:]
+        added += came[both:]
+    return unchanged, sorted(relabelled), removed, added
+
+
 def psi(
     reference: Sequence[int], current: Sequence[int], *, samples: tuple[int, int] | None = None, least: float = 0.0
 ) -> Shift:
     """The population stability index of two ordered histograms over the same fine bins.
 
-    Neighbouring bins are joined until each holds a tenth of the reference (fewer where there are few images), and half
-    an image is added to each, so that an empty one does not make the index infinite. `samples` are the independent
-    images in each, where they are fewer than the counts say: similar images of one group count once for what is chance.
-    No bin counts for less than the share `least`: else a name that is new would weigh more, the more images there are.
+    Neighbouring bins are joined until each holds a tenth of the reference (fewer where there are few images), those
+    below all of the reference are one of their own, and half an image is added to each, so that an empty one does not
+    make the index infinite. `samples` are the independent images in each, where they are fewer than the counts say:
+    similar images of one group count once for what is chance. No bin counts for less than the share `least`: else a
+    name that is new would weigh more, the more images there are.
     """
     old, new = np.asarray(reference, float), np.asarray(current, float)
     if len(old) != len(new):
@@ -137,7 +162,8 @@ def psi(
     if min(n, m, old.sum(), new.sum()) < _FEWEST:
         return Shift(psi=0.0, chance=0.0, grade="too few")
     share = 1 / min(_BINS, min(n, m) // 10)
-    cuts, filled = [0], 0.0
+    lowest = int(np.flatnonzero(old)[0])  # below it is a bin of its own, or what moves down there would not be seen
+    cuts, filled = sorted({0, lowest}), 0.0
     for index in range(len(old) - 1):
         filled += old[index] / old.sum()
         if filled >= share - 1e-9:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from neuroloop.core.errors import InvalidSource
+from neuroloop.core.schemas import Quarantined
 from neuroloop.core.settings import AUDIT_FINDINGS
 from neuroloop.data.audit import audit
 from neuroloop.data.findings import GRADES, findings, refuse
@@ -33,6 +34,8 @@ SHORTCUTS = Shortcuts(
 
 
 def test_every_kind_of_fault_is_a_finding_that_says_what_why_and_how_to_mend_it(faulty):
+    between = Quarantined(path=min(faulty.groups), reason="similar to images of both test and train")
+    faulty = faulty.model_copy(update={"quarantined": (*faulty.quarantined, between)})
     found = findings(faulty, SHORTCUTS, {".dcm files": 3})
     assert {finding.name for finding in found} == set(AUDIT_FINDINGS)
     assert all(finding.what and finding.why and finding.fix for finding in found)
@@ -40,7 +43,7 @@ def test_every_kind_of_fault_is_a_finding_that_says_what_why_and_how_to_mend_it(
     assert counts["source_leak"] == 2  # the copy, and the picture that stands under another class in the other part
     assert counts["label_conflicts"] == 2
     assert (counts["unreadable"], counts["tiny"], counts["blank"], counts["wrong_modality"]) == (1, 1, 1, 1)
-    assert counts["ignored"] == 3
+    assert (counts["ignored"], counts["between_parts"]) == (3, 1)
 
 
 def test_the_gravest_findings_come_first(faulty):

@@ -49,10 +49,19 @@ def test_a_class_folder_may_be_spelt_as_public_sets_spell_it(folder, label):
 
 def test_files_that_are_no_images_are_passed_over_and_counted(tmp_path):
     source = folder_source(
-        tmp_path, "glioma/a.jpg", "README.md", "SUMS", "glioma/x.csv", "__MACOSX/glioma/._a.jpg", ".d"
+        tmp_path,
+        "glioma/a.jpg",
+        "README.md",
+        "SUMS",
+        "glioma/x.csv",
+        "__MACOSX/glioma/._a.jpg",
+        ".d",
+        "glioma/.b.jpg",
+        ".old/c.png",
+        "glioma/._a.jpg",
     )
     assert [file.path for file in source.files()] == ["glioma/a.jpg"]
-    assert source.ignored == {".md": 1, ".csv": 1, "(no suffix)": 1}
+    assert source.ignored == {".md files": 1, ".csv files": 1, "(no suffix) files": 1, "hidden images": 2}
 
 
 def test_a_missing_folder_is_refused_with_what_was_expected(tmp_path):
@@ -75,7 +84,7 @@ def test_a_path_that_is_a_file_is_refused(tmp_path):
 
 
 def test_a_source_of_other_files_only_is_refused_with_what_was_found(tmp_path):
-    with pytest.raises(InvalidSource, match=r"expected \.jpg, .* found only 1 \.csv, 2 \.txt"):
+    with pytest.raises(InvalidSource, match=r"expected \.jpg, .* found only 1 \.csv files, 2 \.txt files"):
         folder_source(tmp_path, "glioma/a.txt", "glioma/b.txt", "c.csv").files()
 
 

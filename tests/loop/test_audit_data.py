@@ -1,5 +1,6 @@
 """The task `audit_data` on a source with faults: its reports, its figures, and when it stops the run."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,12 +8,13 @@ import numpy as np
 import pytest
 
 from data.drawn import ct, four_classes, picture
+from data.test_dataset import between
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import InvalidSource
 from neuroloop.core.settings import Settings
 from neuroloop.imaging.decode import encode_png
-from neuroloop.loop import handoff, preparation, shards
+from neuroloop.loop import handoff, preparation, shards, splitting
 from neuroloop.loop.params import Params
 
 
@@ -67,6 +69,29 @@ def test_files_that_were_passed_over_stop_a_build_before_its_parts_are_frozen(pl
     with pytest.raises(InvalidSource, match="1 files were not looked at"):
         preparation.audit_data(services, request.node.name)
     assert services.store.list(keys.SPLIT_REGISTRY) == []
+
+
+def test_what_lies_between_two_parts_stands_in_the_report_among_what_is_quarantined(platform, request):
+    services = platform()
+    source = Path(services.settings.data_url)
+    frozen = {}
+    for degrees, part in ((0, "train"), (12.5, None), (25, "test")):
+        path = source / f"Training/glioma/at{degrees:g}.png"
+        path.write_bytes(between(degrees))
+        if part:
+            frozen[hashlib.sha256(path.read_bytes()).hexdigest()] = part
+    before = splitting.Decisions(version="v0", simulated=False, parts=frozen, md5={})
+    number = keys.next_number(services.store.list(keys.SPLIT_REGISTRY))
+    services.store.put(keys.split_decisions(number), before.model_dump_json().encode())
+    version = looked_at(services, request.node.name)
+    preparation.audit_data(services, request.node.name)
+    report = json.loads(services.store.get(keys.audit(version)))
+    reasons = {each["path"]: each["reason"] for each in report["quarantined"]}
+    assert "both test and train" in reasons["Training/glioma/at12.5.png"]
+    assert reasons.keys() == {each.path for each in handoff.run_split(services, request.node.name).quarantined}
+    (finding,) = (each for each in report["findings"] if each["name"] == "between_parts")
+    assert (finding["images"], finding["grade"]) == (1, "warning")
+    assert b"Nothing else was dropped" not in services.store.get(keys.audit_page(version))
 
 
 def test_both_reports_stand_in_the_store_and_in_mlflow_and_the_figures_are_metrics(platform, mlflow_uri, request):

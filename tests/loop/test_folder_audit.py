@@ -150,6 +150,19 @@ def test_deeper_folders_links_and_other_spellings_hide_no_leak(tmp_path):
     assert report["label_conflicts"] == []
 
 
+def test_names_that_any_data_set_uses_are_classes_of_ours_among_ours_only(tmp_path):
+    drawn = list(four_classes(4).values())
+    others = {f"train/{label}/{n}.png": drawn[4 * order + n] for order, label in enumerate(("NORMAL", "Healthy", "Ill"))
+              for n in range(4)}  # fmt: skip
+    others["train/Healthy/same.png"] = drawn[0]
+    report = json.loads(audit_folder(FolderStore(str(write(tmp_path / "lungs", others))), "here").json_report)
+    assert report["classes"] == {"Healthy": 5, "Ill": 4, "NORMAL": 4}
+    assert report["label_conflicts"] == [["train/Healthy/same.png", "train/NORMAL/0.png"]]
+    ours = {path.replace("notumor", "normal"): data for path, data in four_classes(4).items()}
+    report = json.loads(audit_folder(FolderStore(str(write(tmp_path / "brains", ours))), "here").json_report)
+    assert report["classes"] == {"glioma": 4, "meningioma": 4, "notumor": 4, "pituitary": 4}
+
+
 def test_images_in_no_part_beside_a_test_part_leak_too(tmp_path):
     files = {}
     for path, data in four_classes(4).items():
@@ -161,12 +174,18 @@ def test_images_in_no_part_beside_a_test_part_leak_too(tmp_path):
 
 def test_what_is_not_looked_at_is_said_and_what_is_not_there_is_unreadable(tmp_path):
     root = write(tmp_path, four_classes(4) | {"cover.jpg": b"x", "glioma/a.dcm": b"x", "glioma/b.DCM": b"x", "n": b"x"})
+    write(tmp_path, {".old/glioma/1.png": b"x", "glioma/.2.png": b"x"})
     (root / "glioma" / "gone.png").symlink_to(root / "nowhere.png")
     audited = audit_folder(FolderStore(str(root)), "here")
     report = json.loads(audited.json_report)
-    assert report["ignored"] == {"(no suffix) files": 1, ".dcm files": 2, "images in no class folder": 1}
+    assert report["ignored"] == {
+        "(no suffix) files": 1,
+        ".dcm files": 2,
+        "hidden images": 2,
+        "images in no class folder": 1,
+    }
     assert report["unreadable"] == ["glioma/gone.png"]
-    assert "4 files were not looked at" in audited.html_report.decode()
+    assert "6 files were not looked at" in audited.html_report.decode()
 
 
 def test_a_pattern_too_fine_for_a_thumbnail_is_blank_and_leaks_nowhere(tmp_path):

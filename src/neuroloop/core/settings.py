@@ -26,7 +26,7 @@ MLFLOW_API_USER = "neuroloop-api"
 """As whom the API comes to MLflow, see `embedded.mlflow_users`."""
 AUDIT_FINDINGS = (
     *("source_leak", "label_conflicts", "wrong_modality", "unreadable", "tiny", "blank"),
-    *("mixed_groups", "duplicates", "shortcuts", "ignored"),
+    *("mixed_groups", "duplicates", "shortcuts", "ignored", "between_parts"),
 )
 """Names of what the audit may find and a build may stop on; `data.findings` describes them."""
 Port = Annotated[int, Field(ge=1, le=65535)]

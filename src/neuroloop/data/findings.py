@@ -145,6 +145,15 @@ def _quarantined(audit: Audit) -> Iterator[Finding]:
             fix="have a reader decide, and remove the wrong one from the source",
             images=count,
         )
+    if tied := [each for each in audit.quarantined if each.path in audit.groups]:
+        yield Finding(
+            grade="warning",
+            name="between_parts",
+            what=f"{_images(len(tied))} are similar to images of two parts of the frozen split",
+            why="an image never changes its part, so they would leak one into the other: they are quarantined",
+            fix="nothing, unless they are many: then look at them in the report",
+            images=len(tied),
+        )
 
 
 def _likeness(audit: Audit) -> Iterator[Finding]:

@@ -31,15 +31,17 @@ _ALIASES: dict[str, Label] = {
     "pituitary": "pituitary",
     "pituitarytumor": "pituitary",
 }
+_ANYBODYS = frozenset({"no", "none", "healthy", "normal"})  # what a class of any data set may be called
 
 
-def label_of(folder: str) -> Label | None:
+def label_of(folder: str, *, among_others: bool = False) -> Label | None:
     """The class that a folder name means, None for a name that is no class.
 
     Case, spaces, `_` and `-` do not matter, nor does British spelling: `No_Tumour`, `no tumor` and `notumor` are one.
+    `among_others` says that there are classes that are none of ours: "normal" beside "pneumonia" is no brain.
     """
     name = "".join(character for character in folder.casefold() if character.isalnum())
-    return _ALIASES.get(name.replace("tumour", "tumor"))
+    return None if among_others and name in _ANYBODYS else _ALIASES.get(name.replace("tumour", "tumor"))
 
 
 def snapshot_path(file: SourceFile) -> str:
@@ -114,7 +116,7 @@ class ObjectSource:
     """Real images in an object store (a folder or a bucket), laid out as `class/file` or `part/class/file`.
 
     `licence` is what the operator declares, as the files themselves do not say.
-    `ignored` counts, by suffix, the files that the last `files()` passed over because they are no images.
+    `ignored` counts what the last `files()` passed over (see `passed_over`).
     """
 
     simulated = False
@@ -131,13 +133,14 @@ class ObjectSource:
         """
         try:
             self.store.check()
-            keys = [key for key in self.store.list("") if not hidden(key)]
+            found = self.store.list("")
         except (Unavailable, NotFound) as error:
             raise InvalidSource(
                 f"The source {self.url} cannot be read",
                 why=str(error),
                 fix=f"expected {LAYOUT}; check NEUROLOOP_DATA_URL",
             ) from error
+        keys = [key for key in found if not hidden(key)]
         if not keys:
             raise InvalidSource(
                 f"The source {self.url} holds no files",
@@ -145,14 +148,12 @@ class ObjectSource:
                 fix="check NEUROLOOP_DATA_URL",
             )
         images = sorted(key for key in keys if key.lower().endswith(IMAGE_SUFFIXES))
-        self.ignored = dict(
-            sorted(Counter(suffix_of(key) for key in keys if not key.lower().endswith(IMAGE_SUFFIXES)).items())
-        )
+        self.ignored = passed_over(found)
         if not images:
-            found = ", ".join(f"{count} {suffix}" for suffix, count in self.ignored.items())
+            others = ", ".join(f"{count} {what}" for what, count in self.ignored.items())
             raise InvalidSource(
                 f"The source {self.url} holds no images",
-                why=f"expected {', '.join(IMAGE_SUFFIXES)} files as {LAYOUT}, found only {found}",
+                why=f"expected {', '.join(IMAGE_SUFFIXES)} files as {LAYOUT}, found only {others}",
                 fix="check NEUROLOOP_DATA_URL",
             )
         files = [self._file(key) for key in images]
@@ -200,6 +201,19 @@ def hidden(key: str) -> bool:
     """Whether a file is no part of a source: its name or a folder above is hidden, or a Mac archive's shadow."""
     # Archives unpacked on a Mac bring "__MACOSX/glioma/._image.jpg", which is no image whatever its name says.
     return any(piece.startswith(".") or piece == "__MACOSX" for piece in key.split("/"))
+
+
+def passed_over(keys: Iterable[str]) -> dict[str, int]:
+    """In words, what is not looked at of all files of a source: what is no image, and images that are hidden."""
+    found = Counter[str]()
+    for key in keys:
+        image = key.lower().endswith(IMAGE_SUFFIXES)
+        if image and hidden(key):
+            shadow = key.startswith("__MACOSX/") or "/__MACOSX/" in key or key.rsplit("/", 1)[-1].startswith("._")
+            found["hidden images"] += not shadow
+        elif not image and not hidden(key):
+            found[f"{suffix_of(key)} files"] += 1
+    return dict(sorted((+found).items()))
 
 
 def suffix_of(key: str) -> str:

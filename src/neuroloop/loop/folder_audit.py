@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import takewhile
 
 import numpy as np
@@ -13,11 +14,11 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from neuroloop.core.errors import InvalidSource, NotFound
 from neuroloop.core.ports import ObjectStore
-from neuroloop.core.schemas import Record
+from neuroloop.core.schemas import LABELS, Label, Record
 from neuroloop.data import audit_report, shortcuts
 from neuroloop.data.audit import Audit, Looks, judge, look, own_split
 from neuroloop.data.findings import Finding, findings
-from neuroloop.data.source import IMAGE_SUFFIXES, hidden, label_of, suffix_of
+from neuroloop.data.source import IMAGE_SUFFIXES, hidden, label_of, passed_over
 
 FOLDS = 5
 """A folder has no frozen split; for its shortcuts one group in five is tested on."""
@@ -97,7 +98,8 @@ def list_folder(store: ObjectStore, name: str) -> Folder:
     what is above it, but for what all images share, is the part.
     """
     store.check()
-    found = [key for key in store.list("") if not hidden(key)]
+    listed = store.list("")
+    found = [key for key in listed if not hidden(key)]
     images = [key for key in found if key.lower().endswith(IMAGE_SUFFIXES)]
     if not images:
         kinds = Counter(key.rsplit(".", 1)[-1] if "." in key.rsplit("/", 1)[-1] else "no suffix" for key in found)
@@ -116,12 +118,14 @@ def list_folder(store: ObjectStore, name: str) -> Folder:
             fix="name the folder above, or move them into class folders",
         )
 
-    spelled: dict[str, str] = {}
-    placed = [_placed(key.split("/")[:-1], spelled) for key in images]
+    folders = [key.split("/")[:-1] for key in images]
+    placed = _placed(folders, label_of)
+    if any(label not in LABELS for _, label in placed):
+        placed = _placed(folders, partial(label_of, among_others=True))
     levels = zip(*(above for above, _ in placed), strict=False)
     shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, levels))
 
-    def one(key: str, place: tuple[list[str], str]) -> FolderImage:
+    def one(key: str, place: tuple[Sequence[str], str]) -> FolderImage:
         data, (above, label) = _get(store, key), place
         return FolderImage(
             path=_text(key),
@@ -135,19 +139,23 @@ def list_folder(store: ObjectStore, name: str) -> Folder:
     with ThreadPoolExecutor(4) as pool:
         entries = tuple(pool.map(one, images, placed))
     version = hashlib.sha256("\n".join(f"{image.sha256} {image.path}" for image in entries).encode()).hexdigest()
-    ignored = Counter(f"{suffix_of(key)} files" for key in found if not key.lower().endswith(IMAGE_SUFFIXES))
+    ignored = passed_over(listed)
     if loose:
         ignored["images in no class folder"] = len(loose)
     return Folder(version=version, images=entries, ignored=dict(sorted(ignored.items())))
 
 
-def _placed(folders: Sequence[str], spelled: dict[str, str]) -> tuple[list[str], str]:
-    """The folders above the class, and the class as `spelled` has it, which learns the first spelling of each."""
-    for depth in range(len(folders) - 1, -1, -1):
-        if (label := label_of(folders[depth])) is not None:
-            return list(folders[:depth]), label
-    name = folders[-1]
-    return list(folders[:-1]), spelled.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+def _placed(folders: Sequence[Sequence[str]], ours: Callable[[str], Label | None]) -> list[tuple[Sequence[str], str]]:
+    """Of each image's folders those above the class, and the class: `ours` if it is one, else as it is first spelt."""
+    spelled: dict[str, str] = {}
+
+    def one(names: Sequence[str]) -> tuple[Sequence[str], str]:
+        for depth in range(len(names) - 1, -1, -1):
+            if (label := ours(names[depth])) is not None:
+                return names[:depth], label
+        return names[:-1], spelled.setdefault(unicodedata.normalize("NFC", names[-1]).casefold(), names[-1])
+
+    return [one(names) for names in folders]
 
 
 def _get(store: ObjectStore, key: str) -> bytes:

@@ -57,7 +57,7 @@ def check_source(services: Services, run_id: str, params: Params) -> Result:
         )
     services.pretrained(params.architecture)  # where its weights cannot be had, better now than after the audit
     about = {"source": found.url, "simulated": found.simulated, "split": params.split}
-    about["ignored"] = {f"{suffix} files": count for suffix, count in found.ignored.items()}
+    about["ignored"] = found.ignored
     return keep(services, run_id, "check_source", {**about, **summary})
 
 
@@ -163,6 +163,7 @@ def audit_data(services: Services, run_id: str) -> Result:
     refuse_few(run_split(services, run_id))
     refuse_leaks(looks, split)
     measured = _shortcuts(looks, report, split)
+    report = report.model_copy(update={"quarantined": split.quarantined})  # what lies between two parts is, too
     found = _write_audit(services, run_id, snapshot, report, measured)
     refuse(found, stops)
     run, own = tracked(services, run_id), run_split(services, run_id)

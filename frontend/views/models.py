@@ -28,6 +28,9 @@ LEGACY_METRICS = {
     "legacy_test_leaked_accuracy": "Accuracy on those, which leaked",
     "legacy_test_unleaked_accuracy": "Accuracy on the others",
     "legacy_test_macro_f1": "Macro F1, all of its test images",
+    "legacy_test_baseline_majority_accuracy": "To beat, accuracy: always the largest class",
+    "legacy_test_baseline_border_accuracy": "To beat, accuracy: border and outline only",
+    "legacy_test_baseline_thumbnail_accuracy": "To beat, accuracy: 8 x 8 pixels",
     "legacy_test_baseline_nearest_accuracy": "To beat, accuracy: most alike training image",
 }
 ROLES = {"champion": "Champion", "challenger": "Challenger", "previous": "Previous champion"}

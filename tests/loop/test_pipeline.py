@@ -1,6 +1,7 @@
 """The build and a retraining without Airflow, on real parts and few small scans."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from adapters.test_prediction_log import prediction
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import InvalidSource, NotFound
+from neuroloop.core.mail import parse_mail
 from neuroloop.core.schemas import LABELS, PARTS, Split, SplitEntry
 from neuroloop.core.settings import Settings
 from neuroloop.imaging.decode import decode, encode_png
@@ -392,6 +394,10 @@ def test_at_the_threshold_nothing_is_retrained_and_one_more_trains_evaluates_and
     platform.store.put(lists, which)
     sent = pipeline.send_email(platform, AGAIN, handoff.RETRAINING)
     assert promoted["version"] in sent["subject"]
+    mails = [parse_mail(platform.store.get(key)) for key in platform.store.list(keys.MAIL)]
+    (mail,) = (mail for mail in mails if mail.subject == sent["subject"])
+    assert re.search(r"Rules that never look at a lesion, macro-F1: always the largest class 0\.\d+, ", mail.body)
+    assert "What falls short:" in mail.body
     assert platform.store.list(keys.run(AGAIN, "shards/x")[:-1]) == []
     assert not platform.store.exists(keys.run(AGAIN, "train.npz"))  # uploads, which no erasure would find there
 

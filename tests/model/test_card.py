@@ -88,6 +88,7 @@ def test_a_model_that_reaches_every_target_has_only_the_limits_that_all_have(car
         ({"risk_coverage": {"answered": 0.4}}, "It answers 40.0 % of the images itself"),
         ({"stress": {"blur": {"drop": 0.2}}}, "Under strong blur it loses 20.0 points"),
         ({"explanation": {**EXPLAINED, "pointing": {**EXPLAINED["pointing"], "hits": 0.4}}}, "in only 40.0 %"),
+        ({"explanation": {**EXPLAINED, "randomised_correlation": 0.8}}, "with shuffled weights they are much the same"),
     ],
 )
 def test_what_misses_its_target_is_named_among_the_limits(changes, words):

@@ -71,7 +71,7 @@ from neuroloop.loop.preparation import (
 from neuroloop.loop.shards import audit_shard, list_shards, prepare_shard
 from neuroloop.model import card
 from neuroloop.model.bundle import BUNDLE_TAG, CARD, CARD_DATA, MODEL, Bundle, Manifest, with_card
-from neuroloop.model.card import Card, compose
+from neuroloop.model.card import BASELINES, Card, compose
 
 __all__ = [
     "Params",
@@ -591,7 +591,12 @@ def send_email(services: Services, run_id: str, experiment: str = BUILD) -> Resu
         "legacy": "the source's own test part, which has twins in training and compares with nothing here",
     }[registered["split"]]
     recalls = [f"recall {name}: {test[f'recall_{name}']:.3f}" for name in LABELS if f"recall_{name}" in test]
-    shortcomings = registered["shortcomings"] or ["Every measured figure reaches its target."]
+    rules = [
+        f"{text} {evaluated['baselines'][f'{name}_macro_f1']:.3f}"
+        for name, text in BASELINES.items()
+        if f"{name}_macro_f1" in evaluated["baselines"]
+    ]
+    shortcomings = registered["shortcomings"] or ["No measured figure misses its target by more than chance explains."]
     body = "\n".join(
         [
             f"Run {run_id} of {experiment} ended. Model version {promoted['version']} {verdict}.",
@@ -602,6 +607,7 @@ def send_email(services: Services, run_id: str, experiment: str = BUILD) -> Resu
             f"macro-F1 {test['macro_f1']:.3f} ({test['macro_f1_low']:.3f} to {test['macro_f1_high']:.3f}), "
             f"accuracy {test['accuracy']:.3f}, calibration error {test['ece']:.3f}.",
             *recalls,
+            f"Rules that never look at a lesion, macro-F1: {', '.join(rules)}.",
             "",
             "What falls short:",
             *(f"- {each}" for each in shortcomings),

@@ -56,6 +56,8 @@ MACRO_F1_TARGET, MOST_CERTAIN_TARGET = 0.96, 0.99
 RECALL_TARGET, ECE_TARGET, COVERAGE_TARGET, ANSWERED_TARGET, POINTING_TARGET = 0.90, 0.02, 0.02, 0.99, 0.80
 ANSWERED_LEAST, GROUPS_FOR_SETS = 0.85, 19
 DROP_NOTED = 0.05
+RANDOMISED_MOST = 0.5
+"""Rank correlation with the maps of shuffled weights above which heat maps show the image more than the model."""
 """A loss of macro-F1 under stress that a reader should know of, five points."""
 
 
@@ -428,6 +430,12 @@ def _shortcomings(card: Card) -> list[str]:
     pointing = card.explanation.get("pointing") or {}
     if pointing.get("hits", 1) < POINTING_TARGET:
         found.append(f"Its heat maps peak on the lesion in only {_percent(pointing['hits'])} of simulated scans.")
+    likeness = card.explanation.get("randomised_correlation", 0.0)
+    if likeness > RANDOMISED_MOST:
+        found.append(
+            f"Its heat maps owe little to what was learned: with shuffled weights they are much the same (rank "
+            f"correlation {likeness:.2f})."
+        )
     return found
 
 

@@ -22,7 +22,7 @@ from neuroloop.core.errors import InvalidBundle
 
 OUTPUTS = ("logits", "cam", "features")
 _OPSET = 17
-_MOST_APART = 0.01
+_MOST_APART = 1e-4
 
 
 def export_onnx(model: keras.Model, outputs: tuple[str, ...] = OUTPUTS) -> bytes:
@@ -58,7 +58,7 @@ def export_onnx(model: keras.Model, outputs: tuple[str, ...] = OUTPUTS) -> bytes
 def difference(model: keras.Model, exported: Callable[[NDArray[np.uint8]], Any], images: NDArray[np.uint8]) -> float:
     """The largest difference of a class's probability between a network and its export (`OnnxModel.run`).
 
-    Over uint8 images (n, s, s), n >= 1; some 1e-6 by rounding. Raises `InvalidBundle` beyond 0.01.
+    Over uint8 images (n, s, s), n >= 1; some 1e-6 by rounding. Raises `InvalidBundle` beyond 1e-4.
     """
     largest = 0.0
     for start in range(0, len(images), 32):

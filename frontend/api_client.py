@@ -194,9 +194,12 @@ class ApiClient:
                 return None
             raise
 
-    def audit_page(self) -> str:
-        """What the audit found in the data of the model that answers now: a whole HTML page without scripts."""
-        return self._respond("GET", "/v1/data/audit").text
+    def audit_page(self, *, latest: bool = False) -> str:
+        """What the audit found in the data of the model that answers now: a whole HTML page without scripts.
+
+        With `latest`, in the data that was audited last.
+        """
+        return self._respond("GET", "/v1/data/audit", params={"latest": latest}).text
 
     def models(self) -> Models:
         """Versions, ledger and where MLflow shows them."""

@@ -1,9 +1,10 @@
-"""Data: what the audit found in the data that the serving model was trained on."""
+"""Data: what the audit found in the data that the serving model was trained on, or in what was audited last."""
 
 import layout
 import streamlit as st
 from api_client import ApiProblem
 
+SERVING, LATEST = "Of the model that answers", "Audited last"
 HEIGHT = 1400  # pixels of the frame that the report scrolls in
 
 
@@ -18,11 +19,13 @@ def report(page: str) -> None:
 
 layout.heading(
     "Data",
-    "What the audit found in the data of the model that answers now: leaks, twins, wrong labels, wrong modality, "
-    "shortcuts.",
+    "What the audit found in the data: leaks, twins, wrong labels, wrong modality, shortcuts.",
+)
+chosen = st.segmented_control(
+    "Whose data", (SERVING, LATEST), default=SERVING, required=True, key="whose", label_visibility="collapsed"
 )
 try:
-    whole = layout.api().audit_page()
+    whole = layout.api().audit_page(latest=chosen == LATEST)
 except ApiProblem as fault:
     if fault.status == 404:
         layout.empty("No audit yet", f"{layout.as_sentence(fault.detail)} {layout.as_sentence(fault.fix)}")

@@ -33,6 +33,18 @@ def test_the_page_shows_the_whole_report_in_a_frame_and_to_download(open_page, a
     assert app.get("download_button")[0].proto.label == "Download this report"
 
 
+def test_what_was_audited_last_is_one_click_away(open_page, audited):
+    store = audited.services.store
+    store.put(keys.audit_page("stopped"), b"<!doctype html><html ><p>this one leaks badly</p></html>")
+    store.put(keys.LATEST_AUDIT, b"stopped")
+    app = open_page("data", audited)
+    app.get("button_group")[0].set_value("Audited last").run()
+    assert "this one leaks badly" in app.get("iframe")[0].proto.srcdoc
+    store.delete(keys.LATEST_AUDIT)
+    app.run()
+    assert "No audit yet" in words(app)
+
+
 def test_a_model_whose_data_was_never_audited_has_an_empty_state(open_page, live_api):
     app = open_page("data", live_api)
     assert "No audit yet" in words(app)

@@ -58,6 +58,7 @@ def test_files_that_were_passed_over_stand_in_the_report(platform, request):
     preparation.audit_data(services, request.node.name)
     report = json.loads(services.store.get(keys.audit(version)))
     assert report["ignored"] == {".dcm files": 1, ".jfif files": 2}
+    assert services.store.get(keys.LATEST_AUDIT) == version.encode()
     (finding,) = (each for each in report["findings"] if each["name"] == "ignored")
     assert (finding["images"], finding["grade"]) == (3, "warning")
 

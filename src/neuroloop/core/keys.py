@@ -26,6 +26,7 @@ from neuroloop.core.schemas import LABELS
 DATA = "data/"
 DVC_REMOTE = "data/dvc"
 VERSIONS = "data/versions/"
+LATEST_AUDIT = "data/versions/latest-audit"
 SPLIT_REGISTRY = "data/split-registry/"
 FIRST_REGISTRY = "data/split-registry.json"
 """Where the parts stood, as one object, before their registry became a log; still read."""

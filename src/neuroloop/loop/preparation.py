@@ -225,6 +225,7 @@ def _write_audit(
     )
     services.store.put(keys.audit(report.version), data, content_type="application/json")
     services.store.put(keys.audit_page(report.version), page, content_type="text/html; charset=utf-8")
+    services.store.put(keys.LATEST_AUDIT, report.version.encode(), content_type="text/plain")
     run = tracked(services, run_id)
     services.registry.log_bytes(run, "data/audit.json", data)
     services.registry.log_bytes(run, "data/audit.html", page)

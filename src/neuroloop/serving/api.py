@@ -77,6 +77,9 @@ IdempotencyKey = Annotated[
         "after a time-out or at once, gets the same prediction and the same answer; another upload with it is a 422",
     ),
 ]
+LatestAudit = Annotated[
+    bool, Query(description="Of the data that was audited last, whether or not a model was made of it")
+]
 StatedConsent = Annotated[
     Consent | None,
     Header(
@@ -376,9 +379,9 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         response_class=Response,
         responses=problems.responses(404, 503) | {200: {"content": {"text/html": {}}}},
     )
-    async def audit_page() -> Response:
+    async def audit_page(latest: LatestAudit = False) -> Response:
         """What the audit found in the data of the model that answers, as one page for people."""
-        page = await asking.run(lambda: service.audit(page=True))
+        page = await asking.run(lambda: service.audit(page=True, latest=latest))
         return Response(page, media_type="text/html; charset=utf-8", headers=_SANDBOX)
 
     @app.get(
@@ -387,9 +390,10 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         response_class=Response,
         responses=problems.responses(404, 503) | {200: {"content": {"application/json": {}}}},
     )
-    async def audit_document() -> Response:
+    async def audit_document(latest: LatestAudit = False) -> Response:
         """The same for programs; `definitions` in it says what each figure means."""
-        return Response(await asking.run(lambda: service.audit(page=False)), media_type="application/json")
+        document = await asking.run(lambda: service.audit(page=False, latest=latest))
+        return Response(document, media_type="application/json")
 
     @app.get("/v1/models", tags=["models"], responses=problems.responses(503))
     async def models() -> inference.Models:

@@ -294,12 +294,19 @@ class InferenceService:
             )
         return ServedCard(version=served.version.version, markdown=as_markdown(card), card=card)
 
-    def audit(self, *, page: bool) -> bytes:
+    def audit(self, *, page: bool, latest: bool = False) -> bytes:
         """The audit of the data that the served model was trained on, as HTML page or as JSON.
 
-        Raises `NotFound` where that version was never audited, `Unavailable` before the first model.
+        With `latest`, of the data that was audited last, be it that the audit stopped the run. Raises `NotFound` where
+        that version, or nothing, was ever audited, `Unavailable` before the first model unless it is the latest.
         """
-        version = self._champion.require().bundle.manifest.data_version
+        if latest:
+            try:
+                version = self._services.store.get(keys.LATEST_AUDIT).decode()
+            except NotFound:
+                raise NotFound("No data has been audited yet", fix="start a build; it audits its data") from None
+        else:
+            version = self._champion.require().bundle.manifest.data_version
         try:
             return self._services.store.get(keys.audit_page(version) if page else keys.audit(version))
         except NotFound:

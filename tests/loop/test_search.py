@@ -19,7 +19,7 @@ from neuroloop.data import dataset
 from neuroloop.imaging.decode import encode_png
 from neuroloop.loop import handoff, pipeline
 from neuroloop.loop.params import Params
-from neuroloop.loop.search import SEARCH, SEARCHED, Objective, _suggest, new_study, search
+from neuroloop.loop.search import _BEST, SEARCH, SEARCHED, Objective, _suggest, new_study, search
 
 RUN = "search-1"
 TRIALS, EPOCHS = 2, 2
@@ -71,7 +71,7 @@ def test_the_search_needs_no_image_of_the_test_part(prepared, found):
     assert not any(services.store.exists(keys.image(entry.md5)) for entry in split.of("test"))
     assert not services.store.exists(keys.run(RUN, "test.npz"))
     assert not services.store.list("data/test-openings/")
-    assert found["val_macro_f1"] > 0
+    assert 0 < found["val_calibrated_loss"] < 1.4  # of guessing
 
 
 def test_the_first_trial_has_the_defaults_so_the_best_is_never_worse(found):
@@ -79,8 +79,8 @@ def test_the_first_trial_has_the_defaults_so_the_best_is_never_worse(found):
 
     first, default = found["trials"][0], configure("plain64", {}, epochs=1, minutes=None, seed=0)
     assert first["hyperparameters"] == pytest.approx({name: getattr(default, name) for name in SEARCHED})
-    assert found["default_val_macro_f1"] == first["val_macro_f1"] <= found["val_macro_f1"]
-    assert found["val_macro_f1"] == max(trial["val_macro_f1"] or 0 for trial in found["trials"])
+    assert found["default_val_calibrated_loss"] == first["val_calibrated_loss"] >= found["val_calibrated_loss"]
+    assert found["val_calibrated_loss"] == min(trial["val_calibrated_loss"] or 9 for trial in found["trials"])
 
 
 def test_each_trial_is_a_run_below_the_search_with_its_parameters_and_metrics(prepared, found, mlflow_uri):
@@ -95,14 +95,14 @@ def test_each_trial_is_a_run_below_the_search_with_its_parameters_and_metrics(pr
         assert {name: float(child.data.params[name]) for name in SEARCHED} == pytest.approx(trial["hyperparameters"])
         assert child.info.status == "FINISHED"
         assert child.data.tags["trial"].startswith("complete" if trial["state"] == "complete" else "given up")
-        history = client.get_metric_history(child.info.run_id, "grouped_validation_macro_f1")
+        history = client.get_metric_history(child.info.run_id, "grouped_validation_calibrated_loss")
         assert len(history) == trial["epochs"]
         if trial["state"] == "complete":
-            assert max(point.value for point in history) == pytest.approx(trial["val_macro_f1"])
-            assert child.data.metrics["grouped_validation_best_macro_f1"] == pytest.approx(trial["val_macro_f1"])
+            assert min(point.value for point in history) == pytest.approx(trial["val_calibrated_loss"])
+            assert child.data.metrics[_BEST] == pytest.approx(trial["val_calibrated_loss"])
     run = client.get_run(parent)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["grouped_validation_best_macro_f1"] == pytest.approx(found["val_macro_f1"])
+    assert run.data.metrics[_BEST] == pytest.approx(found["val_calibrated_loss"])
     assert {each.dataset.name for each in run.inputs.dataset_inputs} == {"grouped_train", "grouped_validation"}
 
 
@@ -129,7 +129,7 @@ def test_what_is_switched_off_stays_off_in_every_trial(prepared):
     )
 
 
-def test_a_trial_below_the_median_of_those_before_it_is_given_up_and_its_run_says_so(prepared, mlflow_uri):
+def test_a_trial_worse_than_the_median_of_those_before_it_is_given_up_and_its_run_says_so(prepared, mlflow_uri):
     from mlflow import MlflowClient
 
     services, params, split = prepared
@@ -139,14 +139,14 @@ def test_a_trial_below_the_median_of_those_before_it_is_given_up_and_its_run_say
     objective = Objective(services, "search-4", parent, params, train, validation, 30, time.monotonic() + 600)
     study = new_study(0, epochs=1)
     for _ in range(3):  # as good as can be from the first epoch on
-        study.add_trial(optuna.create_trial(value=1.0, intermediate_values=dict.fromkeys(range(30), 1.0)))
+        study.add_trial(optuna.create_trial(value=0.0, intermediate_values=dict.fromkeys(range(30), 0.0)))
     study.optimize(objective, 1)
     last = study.trials[-1]
     assert last.state is optuna.trial.TrialState.PRUNED
     assert list(last.intermediate_values) == [0]
     run = services.registry.open_run("search-4-trial-003", experiment=SEARCH)
     stored = MlflowClient(mlflow_uri).get_run(run)
-    assert stored.data.tags["trial"] == "given up: below the median of earlier trials in epoch 1"
+    assert stored.data.tags["trial"] == "given up: worse than the median of earlier trials in epoch 1"
     assert stored.info.status == "FINISHED"
 
 

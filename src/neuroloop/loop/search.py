@@ -24,8 +24,8 @@ from neuroloop.loop.pipeline import log_dataset
 SEARCH = "hyperparameter_search"
 EPOCHS = 8
 """Of a trial: about a tenth of a full training of the compact network."""
-_BEST = "grouped_validation_best_macro_f1"
-"""MLflow metric: of a trial's epochs, and of the search's trials."""
+_BEST = "grouped_validation_best_calibrated_loss"
+"""MLflow metric: of a trial's epochs, and of the search's trials; what a training keeps its epoch by, too."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ SEARCHED: Mapping[str, Range] = {
 def search(
     services: Services, run_id: str, params: Params, *, trials: int, minutes: float, epochs: int = EPOCHS
 ) -> Result:
-    """Look for hyper-parameters that reach a higher macro-F1 on validation than the defaults do.
+    """Look for hyper-parameters that reach a lower calibrated loss on validation than the defaults do.
 
     Needs the results of `audit_data`. The first of at most `trials` trials has the defaults (and what `params` say), so
     that the best is never worse; the others are drawn by a tree-structured Parzen estimator (Bergstra et al. 2011),
-    which the seed fixes. Each trains `epochs` epochs from the same start on the same images. A trial below the median
-    of those before it at the same epoch is given up (Golovin et al. 2017). When `minutes` are over, the epoch under way
-    is the last one; a trial cut off by that does not count, and where none was, the seed fixes the result. Images of
-    the training and the validation part are all that is read.
+    which the seed fixes. Each trains `epochs` epochs from the same start on the same images. A trial worse than the
+    median of those before it at the same epoch is given up (Golovin et al. 2017). When `minutes` are over, the epoch
+    under way is the last one; a trial cut off by that does not count, and where none was, the seed fixes the result.
+    Images of the training and the validation part are all that is read.
 
     In MLflow the search is a run and each trial a run below it. The result, with each trial, also stands as
     `search/best.json` in the artifacts and under the run's keys in the store; its `hyperparameters` are what a build
@@ -105,7 +105,7 @@ def search(
         best = _best(study)
         result = best | {"hyperparameters": {**params.hyperparameters, **best["hyperparameters"]}, **about}
         data = json.dumps(result, indent=1).encode()
-        services.registry.log_metrics(parent, {_BEST: result["val_macro_f1"]})
+        services.registry.log_metrics(parent, {_BEST: result["val_calibrated_loss"]})
         services.registry.log_bytes(parent, "search/best.json", data)
         done = True
     finally:
@@ -117,7 +117,7 @@ def search(
 def new_study(seed: int, epochs: int) -> optuna.Study:
     """A study without trials, in memory: what it draws is fixed by `seed`, what it gives up by the median rule."""
     return optuna.create_study(
-        direction="maximize",
+        direction="minimize",
         sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=5),
         # In the first third of the epochs the learning rate has hardly fallen, and the order of scores says little.
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=epochs // 3),
@@ -143,7 +143,7 @@ class Objective:
         return {name: config[name] for name in SEARCHED}
 
     def __call__(self, trial: optuna.Trial) -> float:
-        """The trial's best macro-F1 on validation. Raises `TrialPruned` where it is hopeless or out of time."""
+        """The trial's lowest calibrated loss on validation. Raises `TrialPruned` if it is hopeless or out of time."""
         defaults = self.defaults()
         values = {name: _suggest(trial, name, each, defaults[name]) for name, each in SEARCHED.items()}
         registry = self.services.registry
@@ -163,18 +163,18 @@ class Objective:
             raise
         finally:
             registry.close_run(run, failed=failed)
-        log.info("trial %d: validation macro-F1 %.4f with %s", trial.number, best, json.dumps(values))
+        log.info("trial %d: calibrated validation loss %.4f with %s", trial.number, best, json.dumps(values))
         return best
 
     def _score(self, trial: optuna.Trial, run: str, values: Mapping[str, float]) -> float:
         from neuroloop.model import devices, network, training  # TensorFlow: only where a model is trained
 
-        scores: list[float] = []
+        losses: list[float] = []
 
         def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
             self.services.registry.log_metrics(run, epoch_metrics("grouped", metrics), step=epoch)
-            scores.append(metrics["val_macro_f1"])
-            trial.report(scores[-1], epoch)
+            losses.append(metrics["val_calibrated_loss"])
+            trial.report(losses[-1], epoch)
             if epoch + 1 == self.epochs:
                 return
             if time.monotonic() > self.deadline:
@@ -182,7 +182,7 @@ class Objective:
                     raise _TimeOver
                 raise optuna.TrialPruned(f"the time was over after epoch {epoch + 1} of {self.epochs}")
             if trial.should_prune():
-                raise optuna.TrialPruned(f"below the median of earlier trials in epoch {epoch + 1}")
+                raise optuna.TrialPruned(f"worse than the median of earlier trials in epoch {epoch + 1}")
 
         devices.prepare()
         strategy = devices.strategy(self.services.settings.distribution)
@@ -199,7 +199,7 @@ class Objective:
                 self._config(values),
                 on_epoch=on_epoch,
             )
-        return max(scores)
+        return min(losses)
 
     def _config(self, values: Mapping[str, float]) -> Any:
         from neuroloop.model.hyperparameters import configure
@@ -232,7 +232,7 @@ def _best(study: optuna.Study) -> Result:
         {
             "number": trial.number,
             "state": trial.state.name.lower(),
-            "val_macro_f1": trial.value if trial.state is optuna.trial.TrialState.COMPLETE else None,
+            "val_calibrated_loss": trial.value if trial.state is optuna.trial.TrialState.COMPLETE else None,
             "epochs": len(trial.intermediate_values),
             "hyperparameters": trial.params,
         }
@@ -240,7 +240,7 @@ def _best(study: optuna.Study) -> Result:
     ]
     return {
         "hyperparameters": study.best_params,
-        "val_macro_f1": study.best_value,
-        "default_val_macro_f1": trials[0]["val_macro_f1"],
+        "val_calibrated_loss": study.best_value,
+        "default_val_calibrated_loss": trials[0]["val_calibrated_loss"],
         "trials": trials,
     }

@@ -29,8 +29,11 @@ except InvalidSetting as fault:
     st.error(layout.plain(str(fault)), icon=":material/settings:")
     st.stop()
 logs.configure(settings.log_format, "ui")
-person = signin.current(settings)
-guard.note(person is not None)
+person = None
+try:
+    person = signin.current(settings)  # ends the drawing where somebody has no access
+finally:
+    guard.note(person is not None)
 signin.forget_unless(person)
 st.session_state["person"] = person
 if person is None:

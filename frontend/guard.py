@@ -28,11 +28,13 @@ def note(signed_in: bool) -> None:
     context = get_script_run_ctx()
     if context is None:
         return
-    _signed_in.pop(context.session_id, None)
     if signed_in:
         _signed_in[context.session_id] = None
+        _signed_in.move_to_end(context.session_id)
         while len(_signed_in) > _MOST:
             _signed_in.popitem(last=False)
+    else:
+        _signed_in.pop(context.session_id, None)
 
 
 class Guard:

@@ -98,21 +98,6 @@ def test_a_large_offset_costs_no_levels_in_whole_numbers_of_32_bits():
     assert np.abs(deep.astype(int) - decode(encoded(Image.fromarray(ramp + 30_000, mode="I"), "TIFF"))).max() <= 1
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_a_jpeg_that_was_cut_and_got_an_end_again_is_damaged(mode):
-    whole = encoded(Image.fromarray(picture(200)).convert(mode), "JPEG", quality=90)
-    assert decode(whole).shape == (200, 60)
-    with pytest.raises(InvalidImage, match="data end early"):
-        decode(whole[: len(whole) // 3] + b"\xff\xd9")
-
-
-@pytest.mark.parametrize("below", [0, 40, 128])
-def test_an_even_rest_or_whole_of_a_jpeg_is_not_taken_for_one_without_data(below):
-    above = 128 if below == 128 else 90
-    pixels = np.where(np.indices((64, 64))[0] < 32, above, below).astype(np.uint8)
-    assert np.abs(decode(encoded(Image.fromarray(pixels), "JPEG", quality=95)).astype(int) - pixels).max() < 4
-
-
 def test_signed_bytes_of_a_tiff_are_read_as_such():
     grey = np.tile(np.arange(256, dtype=np.uint8), (40, 1))
     signed = encoded(Image.fromarray(grey ^ 0x80), "TIFF", tiffinfo={339: 2})

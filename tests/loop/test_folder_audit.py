@@ -159,8 +159,9 @@ def test_names_that_any_data_set_uses_are_classes_of_ours_among_ours_only(tmp_pa
     assert report["classes"] == {"Healthy": 5, "Ill": 4, "NORMAL": 4}
     assert report["label_conflicts"] == [["train/Healthy/same.png", "train/NORMAL/0.png"]]
     ours = {path.replace("notumor", "normal"): data for path, data in four_classes(4).items()}
+    ours["unsorted/stray.png"] = encode_png(picture(905))
     report = json.loads(audit_folder(FolderStore(str(write(tmp_path / "brains", ours))), "here").json_report)
-    assert report["classes"] == {"glioma": 4, "meningioma": 4, "notumor": 4, "pituitary": 4}
+    assert report["classes"] == {"glioma": 4, "meningioma": 4, "notumor": 4, "pituitary": 4, "unsorted": 1}
 
 
 def test_images_in_no_part_beside_a_test_part_leak_too(tmp_path):

@@ -248,6 +248,22 @@ def test_of_twins_in_two_batches_the_first_decides_whether_they_are_learned_or_t
         assert (kept, held_out) == ([], [held])
 
 
+def test_a_correction_that_was_never_learned_keeps_no_later_twin_from_testing(platform, built):
+    split = handoff.read_split(platform, built["download_data"]["version"])
+    pixels = decode(handoff.image_reader(platform)(split.of("validation")[0]))
+    never, held = (
+        feedback.Correction(
+            key=f"{keys.DATA}tests/never-learned-{n}.png", label="glioma", sha256=str(n), held_out=bool(n), batch=n + 1
+        )
+        for n in range(2)
+    )
+    for correction in (never, held):
+        platform.store.put(correction.key, encode_png(pixels))
+    kept, held_out, left_out = retraining._divided(platform, split.version, [never, held])
+    assert (kept, held_out) == ([], [held])
+    assert "(validation), which is held out" in left_out[never.key]
+
+
 def test_a_simulated_scan_is_learned_from_by_models_of_such_only_and_one_picture_counts_once(platform, built):
     split = handoff.read_split(platform, built["download_data"]["version"])
     real = split.model_copy(update={"version": "real-scans", "simulated": False})

@@ -248,7 +248,9 @@ def serving(services: Services, *, model: bool = True) -> Iterator[Api]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         app = create_app(services, first_key=key)
-        server = uvicorn.Server(uvicorn.Config(app, http=BoundedHttp, log_config=None, access_log=False))
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=BoundedHttp, log_config=None, access_log=False, timeout_keep_alive=75)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

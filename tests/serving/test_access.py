@@ -18,6 +18,7 @@ from starlette.routing import Mount
 
 from neuroloop.bootstrap import Services
 from neuroloop.core.credentials import Role, new_key, parted, recorded
+from neuroloop.core.errors import Unavailable
 from neuroloop.core.schemas import now
 from neuroloop.core.settings import Settings
 from neuroloop.serving import access, keyring
@@ -427,6 +428,20 @@ def test_valid_keys_at_their_first_use_cost_nothing_of_what_strangers_may():
 
     asyncio.run(play())
     assert database.asked == 30 + 10
+
+
+def test_a_database_slower_than_the_wait_lets_a_new_key_in_at_its_next_try(monkeypatch):
+    monkeypatch.setattr(access, "LOOK_UP_SECONDS", 0.01)
+    key = new_key()
+    door = access.Access(lambda: SlowKeys(key))
+
+    async def play() -> list[int]:
+        with pytest.raises(Unavailable):
+            await outcomes(door, [key])
+        await asyncio.sleep(0.5)
+        return await outcomes(door, [key])
+
+    assert asyncio.run(play()) == [200]
 
 
 def test_only_a_key_that_was_seen_valid_is_known_without_asking():

@@ -143,7 +143,7 @@ def test_a_decoder_that_breaks_down_is_a_refusal_and_the_next_image_is_read():
 
 
 def test_a_fork_that_gets_no_processor_is_not_the_images_fault():
-    one = decoder(seconds=1)
+    one = decoder(seconds=3)
     process = worker(one)
     wait(lambda: not children(process))
     with ThreadPoolExecutor(1) as pool:

@@ -42,7 +42,7 @@ DEFINITIONS: Mapping[str, str] = {
     "groups": "connected components of correlation 0.95 or more between those thumbnails over flips and quarter turns, "
     "that hold an image which is not quarantined",
     "groups_of_all_readable": "the same, counted before anything readable was quarantined",
-    "group_of": "path -> number of its group, for images that are not quarantined",
+    "group_of": "path -> number of its group, for images that are not quarantined, or only for lying between two parts",
     "shortcuts": "name -> accuracy of a classifier that sees only this, trained and tested on the source's own parts "
     "(source) and on a split in which no group stands in two parts (grouped); null where there is no such split",
 }

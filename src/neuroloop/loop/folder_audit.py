@@ -14,7 +14,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from neuroloop.core.errors import InvalidSource, NotFound
 from neuroloop.core.ports import ObjectStore
-from neuroloop.core.schemas import LABELS, Label, Record
+from neuroloop.core.schemas import LABELS, NO_TUMOUR, Label, Record
 from neuroloop.data import audit_report, shortcuts
 from neuroloop.data.audit import Audit, Looks, judge, look, own_split
 from neuroloop.data.findings import Finding, findings
@@ -120,7 +120,7 @@ def list_folder(store: ObjectStore, name: str) -> Folder:
 
     folders = [key.split("/")[:-1] for key in images]
     placed = _placed(folders, label_of)
-    if any(label not in LABELS for _, label in placed):
+    if not any(label in LABELS and label != NO_TUMOUR for _, label in placed):  # a set of something else
         placed = _placed(folders, partial(label_of, among_others=True))
     levels = zip(*(above for above, _ in placed), strict=False)
     shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, levels))

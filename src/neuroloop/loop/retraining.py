@@ -210,24 +210,23 @@ def _divided(
     found = [correction for correction in found if correction.key not in unfit]
     held_out = [correction for correction in found if correction.held_out]
     candidates = [correction for correction in found if not correction.held_out]
-    came = {correction.key: correction.batch for correction in candidates}
-    late = {
-        correction.key: f"twin of {key}, which an earlier batch has trained on"
-        for correction, key in _known(services, held_out, {key: key for key in came})
-        if came[key] < correction.batch
-    }
-    held_out = [correction for correction in held_out if correction.key not in late]
 
     def of(*parts: Part) -> dict[str, str]:
         return {keys.image(entry.md5): f"{entry.path} ({entry.part})" for entry in split.of(*parts)}
 
     closed = splitting.closed(splitting.decisions(services.store), simulated=split.simulated)
-    closed |= of("validation", "calibration", "test") | {correction.key: correction.key for correction in held_out}
-    left_out = unfit | late
-    left_out |= {
+    closed |= of("validation", "calibration", "test")
+    left_out = unfit | {
         correction.key: f"twin of {name}, which is {role}"
         for some, others, role in ((held_out, of("train"), "trained on"), (candidates, closed, "held out"))
         for correction, name in _known(services, some, others)
+    }
+    # Of twins among the corrections, the batch that came first decides.
+    came = {correction.key: correction.batch for correction in candidates}
+    pairs = list(_known(services, held_out, {key: key for key in came}))
+    left_out |= {key: f"twin of {held.key}, which is held out" for held, key in pairs if held.batch <= came[key]}
+    left_out |= {
+        held.key: f"twin of {key}, which an earlier batch has trained on" for held, key in pairs if key not in left_out
     }
     for key, reason in left_out.items():
         log.info("%s is left out: %s", key, reason)

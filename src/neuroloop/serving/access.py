@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import unquote
 
 from fastapi import FastAPI
@@ -204,20 +205,26 @@ class Access:
         if asking is None:
             asking = asyncio.ensure_future(asyncio.to_thread(self._find, key_id))
             self._asking[key_id] = asking
-            asking.add_done_callback(lambda _: self._asking.pop(key_id, None))
+            asking.add_done_callback(partial(self._heard, key_id, self._clock()))
         at = self._clock()
         counts = known if known and at - known.asked_at < STALE_SECONDS else None
         try:
-            key = await asyncio.wait_for(asyncio.shield(asking), LOOK_UP_SECONDS)
+            return await asyncio.wait_for(asyncio.shield(asking), LOOK_UP_SECONDS)
         except (Unavailable, TimeoutError) as error:
             if counts:
                 return counts.key
             raise Busy("Keys cannot be checked", why="the database does not answer", fix="try again shortly") from error
+
+    def _heard(self, key_id: str, asked_at: float, asking: "asyncio.Task[ApiKey | None]") -> None:
+        """Note what a look-up found, also where nobody waits for it any more: the next request then need not ask."""
+        self._asking.pop(key_id, None)
+        if asking.cancelled() or asking.exception() is not None:
+            return
+        key = asking.result()
         if key is None:
             self._known.pop(key_id, None)
         else:
-            self._known[key_id] = _Known(key, at)
-        return key
+            self._known[key_id] = _Known(key, asked_at)
 
     def _find(self, key_id: str) -> ApiKey | None:
         keys, first = self._keys(), self._first

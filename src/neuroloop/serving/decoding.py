@@ -97,6 +97,7 @@ class Decoder:
 
     def _elsewhere(self, data: bytes, frame: int | None) -> Decoded:
         ours, theirs = socket.socketpair()
+        handed_over, limit = time.monotonic(), self._seconds * decode_worker.PATIENCE  # the worker counts from later on
         with ours:
             with theirs:
                 self._hand_over(theirs)
@@ -107,22 +108,22 @@ class Decoder:
                 begun = False
             if not begun:
                 raise _starved("the process that reads such files did not begin")
-            started, limit = time.monotonic(), self._seconds * decode_worker.PATIENCE + _GRACE_SECONDS
-            ours.settimeout(limit)
+            started = time.monotonic()
+            ours.settimeout(limit + _GRACE_SECONDS)
             try:
                 ours.sendall((-1 if frame is None else min(max(frame, 0), 2**31 - 1)).to_bytes(4, "big", signed=True))
                 ours.sendall(data)
                 ours.shutdown(socket.SHUT_WR)
-                answer = self._receive(ours, started + limit)
+                answer = self._receive(ours, started + limit + _GRACE_SECONDS)
             except OSError:  # a timeout as well: the fork was killed, or broke, while it was spoken to
                 answer = b""
         read = self._understood(answer)
         if read is not None:
             return read
-        took = time.monotonic() - started
-        if took >= self._seconds * decode_worker.PATIENCE:  # had it used its time, it would have ended before
-            raise _starved(f"it got less than {self._seconds:g} s of the processor within {took:.0f} s")
-        if took >= self._seconds:
+        ended = time.monotonic()
+        if ended - handed_over >= limit:  # had it used its time, it would have ended before
+            raise _starved(f"it got less than {self._seconds:g} s of the processor within {limit:g} s")
+        if ended - started >= self._seconds:
             why = f"it takes longer than the {self._seconds:g} s that are set aside for one image"
             raise InvalidImage("The image cannot be read in time", why=why, fix="upload a single slice as JPEG or PNG")
         raise InvalidImage(

@@ -9,11 +9,14 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from neuroloop.core.settings import Settings
+from neuroloop.serving.intake import UPLOAD_SECONDS
 
 MOST_SILENT = 65_536
 """Bytes that a connection may send without a header section coming to its end or a body going on."""
 HEADER_SECONDS = 20.0
 """Longest time from the first byte of a request, or from the connection, to the end of its header section."""
+LEFTOVER_SECONDS = UPLOAD_SECONDS
+"""Longest time that the rest of a body may take to come that was answered before it had."""
 MOST_CONNECTIONS = 2_000
 """Open at once, where the system allows that many files; beyond it, one that asks for nothing makes room."""
 _SPARE_FILES = 200  # for store, database, registry and decoding
@@ -34,7 +37,7 @@ class BoundedHttp(HttpToolsProtocol):
         """Begin to wait for a request; where there are too many connections, the longest idle one is closed."""
         super().connection_made(transport)
         self._last = self.loop.time()
-        self._expect_headers()
+        self._expect_headers(HEADER_SECONDS)
         if len(self.connections) > self.most:
             idle = [each for each in self.connections if isinstance(each, BoundedHttp) and each._idle()]
             min(idle, key=lambda each: each._last).transport.close()  # this new one, where all others are at work
@@ -54,16 +57,16 @@ class BoundedHttp(HttpToolsProtocol):
         self._silent = 0 if self._heard else self._silent + len(data)
         if self._silent > MOST_SILENT and not self.transport.is_closing():
             self.send_400_response("The headers are too long.")
-        if self._idle():
-            self._expect_headers()
+        if self._idle() and self.timeout_keep_alive_task is None:
+            self._expect_headers(LEFTOVER_SECONDS if self._heard else HEADER_SECONDS)
 
     def _idle(self) -> bool:
         return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
 
-    def _expect_headers(self) -> None:
+    def _expect_headers(self, seconds: float) -> None:
         """From now on, unless there is a clock running already: bytes that complete nothing win no time."""
         if self._late is None:
-            self._late = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+            self._late = self.loop.call_later(seconds, self.transport.close)
 
     def _got_headers(self) -> None:
         if self._late is not None:
@@ -82,9 +85,15 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Noted."""
+        """Noted; what was answered long before is now an idle connection like any other."""
         self._heard = True
         super().on_message_complete()
+        if self._idle():
+            self._got_headers()
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
 
 def main() -> None:

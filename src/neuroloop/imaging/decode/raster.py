@@ -33,7 +33,6 @@ PLAIN_BYTES, PLAIN_PIXELS, PLAIN_METADATA = 2_000_000, 2_000_000, 65_536
 """Up to these, a plain picture (see `is_plain`) costs at most some 0.1 s and 50 MB, whatever its bytes are."""
 
 _PIECE = 64  # bytes of metadata that a piece of a file costs, however small it is
-_BLOCK, _NO_DATA = 8, 128  # rows of a JPEG's block, and its grey where all coefficients are 0
 _MOST_PIECES = PLAIN_METADATA // _PIECE
 _FEWEST_LEVELS = 64  # that 16-bit colours must keep in 8 bits
 _ORIENTATION_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 0x0112, 0x0106, 0
@@ -107,10 +106,7 @@ def read(data: bytes, kind: str, frame: int | None, limits: Limits) -> tuple[NDA
             if frames > 1:
                 image.seek(chosen - 1)
             check_size(image.width, image.height, limits)
-            pixels = _grey(image)
-            if kind == "JPEG" and _is_unfilled(pixels):
-                raise damaged("it begins as JPEG, but its data end early: the rest is the grey of blocks without any")
-            return _upright(pixels, _orientation(image)), frames, chosen
+            return _upright(_grey(image), _orientation(image)), frames, chosen
     except InvalidImage:
         raise
     except Image.UnidentifiedImageError:
@@ -129,11 +125,6 @@ def read(data: bytes, kind: str, frame: int | None, limits: Limits) -> tuple[NDA
         early = kind == "JPEG" and jpeg_end(data) == len(data) and not data.endswith(b"\xff\xd9")
         why = "its data end early" if early else "its data end early or contradict themselves"
         raise damaged(f"it begins as {kind}, but {why}") from None
-
-
-def _is_unfilled(pixels: NDArray[np.uint8]) -> bool:
-    """Whether the lowest row of blocks is as decoders leave it where a JPEG has no data, and not all of the image."""
-    return bool((pixels[-_BLOCK:] == _NO_DATA).all()) and not bool((pixels == _NO_DATA).all())
 
 
 def _png_intact(data: bytes) -> bool:

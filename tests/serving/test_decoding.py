@@ -65,6 +65,16 @@ def passes(count: int, side: int) -> bytes:
     return data[:-2] + last * count + b"\xff\xd9"
 
 
+def struck(one: Decoder, process: int, sent: signal.Signals) -> None:
+    """Read a slow image, whose fork of the worker `process` gets this signal in the middle of it."""
+    wait(lambda: not children(process))  # the fork that read the image before
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(one.read, passes(9_000, 5000))
+        wait(lambda: decoding(process))
+        os.kill(decoding(process), sent)
+        slow.result(30)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -131,13 +141,8 @@ def test_an_image_that_needs_too_much_memory_is_refused():
 def test_a_decoder_that_breaks_down_is_a_refusal_and_the_next_image_is_read():
     one = decoder(seconds=60)
     process = worker(one)
-    wait(lambda: not children(process))  # the fork that read the image before
-    with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(one.read, passes(9_000, 5000))
-        wait(lambda: decoding(process))
-        os.kill(decoding(process), signal.SIGSEGV)
-        with pytest.raises(InvalidImage, match="broke down"):
-            slow.result(30)
+    with pytest.raises(InvalidImage, match="broke down"):
+        struck(one, process, signal.SIGSEGV)
     assert worker(one) == process
     one.close()
 
@@ -145,13 +150,8 @@ def test_a_decoder_that_breaks_down_is_a_refusal_and_the_next_image_is_read():
 def test_a_fork_that_gets_no_processor_is_not_the_images_fault():
     one = decoder(seconds=3)
     process = worker(one)
-    wait(lambda: not children(process))
-    with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(one.read, passes(9_000, 5000))
-        wait(lambda: decoding(process))
-        os.kill(decoding(process), signal.SIGSTOP)
-        with pytest.raises(Unavailable, match="of the processor"):
-            slow.result(30)
+    with pytest.raises(Unavailable, match="of the processor"):
+        struck(one, process, signal.SIGSTOP)
     wait(lambda: not children(process))  # it is ended all the same
     one.close()
 

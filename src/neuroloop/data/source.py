@@ -207,13 +207,15 @@ def passed_over(keys: Iterable[str]) -> dict[str, int]:
     """In words, what is not looked at of all files of a source: what is no image, and images that are hidden."""
     found = Counter[str]()
     for key in keys:
-        image = key.lower().endswith(IMAGE_SUFFIXES)
-        if image and hidden(key):
-            shadow = key.startswith("__MACOSX/") or "/__MACOSX/" in key or key.rsplit("/", 1)[-1].startswith("._")
-            found["hidden images"] += not shadow
-        elif not image and not hidden(key):
+        image, pieces = key.lower().endswith(IMAGE_SUFFIXES), key.split("/")
+        shadow = "__MACOSX" in pieces or pieces[-1].startswith(
+            "._"
+        )  # of a Mac archive: no image whatever its name says
+        if not image and not hidden(key):
             found[f"{suffix_of(key)} files"] += 1
-    return dict(sorted((+found).items()))
+        elif image and hidden(key) and not shadow:
+            found["hidden images"] += 1
+    return dict(sorted(found.items()))
 
 
 def suffix_of(key: str) -> str:

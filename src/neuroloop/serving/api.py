@@ -31,7 +31,6 @@ from neuroloop.core.schemas import (
     Verdict,
 )
 from neuroloop.imaging import decode
-from neuroloop.imaging.decode import FORMATS
 from neuroloop.serving import (
     access,
     admission,
@@ -118,7 +117,9 @@ _UPLOAD = {
             "schema": {
                 "type": "object",
                 "required": ["file"],
-                "properties": {"file": {"type": "string", "format": "binary", "description": ", ".join(FORMATS)}},
+                "properties": {
+                    "file": {"type": "string", "format": "binary", "description": ", ".join(decode.FORMATS)}
+                },
             }
         },
         "image/*": {"schema": {"type": "string", "format": "binary"}},

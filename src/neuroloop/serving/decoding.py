@@ -97,10 +97,10 @@ class Decoder:
 
     def _elsewhere(self, data: bytes, frame: int | None) -> Decoded:
         ours, theirs = socket.socketpair()
-        handed_over, limit = time.monotonic(), self._seconds * decode_worker.PATIENCE  # the worker counts from later on
+        limit = self._seconds * decode_worker.PATIENCE
         with ours:
             with theirs:
-                self._hand_over(theirs)
+                handed_over = self._hand_over(theirs)
             ours.settimeout(_BEGIN_SECONDS)
             try:
                 begun = ours.recv(1) == decode_worker.BEGUN
@@ -160,17 +160,18 @@ class Decoder:
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def _hand_over(self, job: socket.socket) -> None:
-        """Give a job to the worker; where that has gone, to a new one."""
-        for last in (False, True):
+    def _hand_over(self, job: socket.socket) -> float:
+        """Give a job to the worker; where that has gone, to a new one. Returns the time just before."""
+        for _ in range(2):
             worker = self._current()
+            before = time.monotonic()
             try:
-                return worker.hand_over(job)
+                worker.hand_over(job)
+                return before
             except OSError:
                 _LOG.warning("the decoding worker ended (exit status %s) and is started anew", worker.status())
                 self._forget(worker)
-                if last:
-                    raise _no_worker() from None
+        raise _no_worker()
 
     def _try_to_start(self) -> None:
         with contextlib.suppress(Busy):  # closed meanwhile, or said to the first who needs it

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
 from neuroloop.core.errors import InvalidBundle
@@ -15,6 +17,7 @@ from neuroloop.model import export, gate_training, network
 from neuroloop.model.bundle import Bundle, Manifest, OnnxModel, with_card, write
 from neuroloop.model.calibration import Calibration
 from neuroloop.model.card import as_markdown
+from neuroloop.model.onnx_session import open_session
 
 CALIBRATION = Calibration(temperature=1.0, conformal={"0.90": dict.fromkeys(LABELS, 0.5)}, refer_below=0.6)
 MEGABYTE = 1_000_000
@@ -141,6 +144,28 @@ def test_a_network_that_is_none_is_refused_before_anything_is_written(tiny_model
             metrics={},
         )
     assert not (tmp_path / "new").exists()
+
+
+def test_a_network_that_would_read_another_file_is_refused(tmp_path, monkeypatch):
+    """ONNX may keep weights in files of their own; of bytes, those of the process's own folder would be read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "env").write_bytes(b"a password")
+    weights = onnx.TensorProto(name="w", data_type=onnx.TensorProto.UINT8, dims=[10])
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "env"), ("offset", "0"), ("length", "10")):
+        weights.external_data.add(key=key, value=value)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Cast", ["w"], ["told"], to=onnx.TensorProto.FLOAT)],
+        "reads",
+        [],
+        [onnx.helper.make_tensor_value_info("told", onnx.TensorProto.FLOAT, [10])],
+        [weights],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    told = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {})
+    assert bytes(told[0].astype(np.uint8)) == b"a password"  # it would be
+    with pytest.raises(InvalidBundle, match="cannot be loaded"):
+        open_session(model.SerializeToString(), "the network", threads=1)
 
 
 def test_prediction_sets_and_referrals_are_those_of_the_calibration(tiny_model):

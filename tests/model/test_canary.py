@@ -1,5 +1,8 @@
 """Reference images with known answers."""
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -43,6 +46,26 @@ def test_they_come_back_from_their_bytes_as_they_were(canary: Canary):
 def test_bytes_that_are_none_are_refused(data: bytes):
     with pytest.raises(InvalidBundle):
         Canary.from_bytes(data)
+
+
+def test_canaries_that_unpack_to_more_than_any_are_refused_unread():
+    vast = Canary(np.zeros((4, 4096, 4096), np.uint8), np.arange(4), sure(np.arange(4))).to_bytes()
+    assert len(vast) < 100_000
+    with pytest.raises(InvalidBundle, match="unpack to"):
+        Canary.from_bytes(vast)
+
+
+def test_a_header_that_promises_what_no_memory_holds_is_refused(canary: Canary):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**13, 8, 8)})
+    buffer = io.BytesIO(canary.to_bytes())
+    with zipfile.ZipFile(buffer) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in (members | {"images.npy": header.getvalue()}).items():
+            archive.writestr(name, data)
+    with pytest.raises(InvalidBundle):
+        Canary.from_bytes(buffer.getvalue())
 
 
 def test_arrays_that_do_not_fit_together_are_refused(canary: Canary):

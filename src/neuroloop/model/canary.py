@@ -17,6 +17,8 @@ from neuroloop.core.schemas import LABELS
 PER_CLASS = 4
 TOLERANCE = 0.02
 """Another processor rounds otherwise, in the fifth decimal; what a reader would notice begins at about this."""
+_MOST_BYTES = 16_000_000
+"""Of the arrays unpacked: 16 images of 512 pixels a side take 4 MB."""
 _LOST = 1 / 3
 """Another model that gets fewer of a class right does not know the class: its predecessor got every one right."""
 
@@ -41,9 +43,12 @@ class Canary(NamedTuple):
     def from_bytes(cls, data: bytes) -> "Canary":
         """The inverse of `to_bytes`. Raises `InvalidBundle`; nothing in the file is run."""
         try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                if (unpacked := sum(each.file_size for each in archive.infolist())) > _MOST_BYTES:
+                    raise ValueError(f"they unpack to {unpacked:,} bytes, more than {_MOST_BYTES:,}")
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 found = cls(*(arrays[name] for name in cls._fields))
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
             raise InvalidBundle("the canaries cannot be read", why=str(error)) from error
         n, classes = len(found.images), len(LABELS)
         shapes = found.images.ndim == 3 and found.labels.shape == (n,) and found.probabilities.shape == (n, classes)

@@ -45,6 +45,15 @@ def test_stamped_text_and_grey_air_outside_the_head_are_blanked():
     assert np.abs(canonicalize(stamped, 96).astype(int) - canonicalize(clean, 96)).mean() < 3
 
 
+@pytest.mark.parametrize("number", range(8))
+def test_a_white_caption_hardly_changes_a_dim_head(number):
+    """Its white makes the image's bright end, and most of a dim head is below a tenth of the way to that."""
+    dim = (framed(scan("glioma", number).pixels, 40, 0, 0, 0) * 0.4).astype(np.uint8)
+    captioned = dim.copy()
+    captioned[4:16] = 255
+    assert np.abs(canonicalize(captioned, 96).astype(int) - canonicalize(dim, 96)).mean() < 8
+
+
 def test_dark_holes_inside_the_head_stay_inside():
     head = disc(160)
     head[70:90, 70:90] = 0

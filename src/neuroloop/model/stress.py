@@ -25,6 +25,8 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import f1_score
 
+from neuroloop.imaging.canonical import MARGIN
+
 Images = NDArray[np.uint8]
 Greys = NDArray[np.floating]
 Integers = NDArray[np.integer]
@@ -33,7 +35,7 @@ MOST_IMAGES = 600
 """A larger set is subsampled: seven stressors at two levels are 14 passes over it, and 600 images still show a drop of
 two points."""
 LEVELS = ("mild", "strong")
-_HEAD_MM = 190.0  # length of an adult head, which fills the canonical frame
+_HEAD_MM = 190.0  # length of an adult head, the longer side of the canonical frame but for its margins
 
 
 def suite(
@@ -76,8 +78,9 @@ def noise(images: Images, sigma: float, generator: np.random.Generator) -> Image
 
 
 def blur(images: Images, width: float, generator: np.random.Generator) -> Images:
-    """A Gaussian `width` mm wide at half its maximum, in a head of 190 mm that fills the frame. Draws nothing."""
-    sigma = width / math.sqrt(8 * math.log(2)) / _HEAD_MM * images.shape[1]
+    """A Gaussian `width` mm wide at half its maximum, in a head of 190 mm within the frame's margins. Draws nothing."""
+    pixels_a_mm = images.shape[1] / (1 + 2 * MARGIN) / _HEAD_MM
+    sigma = width / math.sqrt(8 * math.log(2)) * pixels_a_mm
     return _finished(ndimage.gaussian_filter(images.astype(np.float32), (0, sigma, sigma)), images)
 
 

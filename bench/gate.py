@@ -91,9 +91,9 @@ def main() -> None:
     widened = outliers.widen(parts["calibration"], np.random.default_rng(1))
     accepted = {
         f"{what}, validation part (sets the threshold)": facts.accepted_brains,
-        "the same in unfamiliar contrasts (sets the threshold)": facts.accepted_widened,
+        "the same in changed contrasts (sets the threshold)": facts.accepted_widened,
         f"{what}, calibration part": float((gate.scores(parts["calibration"]) >= 0.5).mean()),
-        "the same in unfamiliar contrasts": float((gate.scores(widened) >= 0.5).mean()),
+        "the same in changed contrasts": float((gate.scores(widened) >= 0.5).mean()),
         "simulated heads of any contrast and plane": facts.accepted_rendered,
     }
     rejected = {

@@ -80,7 +80,7 @@ def comparison(versions: list[ModelVersion], metrics: dict[str, str]) -> None:
         if any(metric in v.metrics for v in shown)
     }
     st.table(pd.DataFrame.from_dict(rows, orient="index", columns=[f"Version {v.version}" for v in shown]))
-    note = "In brackets: 95 % interval, bootstrapped over groups of near-identical images."
+    note = "In brackets: 95 % interval, over groups of near-identical images."
     if len(versions) > SHOWN:
         note += f" {len(versions) - SHOWN} older versions are in MLflow."
     st.caption(note)

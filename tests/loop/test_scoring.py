@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -51,11 +52,26 @@ def test_the_scores_are_those_of_the_images_with_their_twins(bundle):
     assert result["test"]["accuracy"] == pytest.approx(36 / 40)
     assert result["test"] == scores_on(bundle, test)
     assert result["test"]["accuracy_low"] < 0.85  # the four errors lie in four of twenty groups
-    assert result["risk_coverage"]["answered"] + bundle.predict(test.images).refer.mean() == pytest.approx(1)
+    answered = bundle.gate.accepts(test.images) & ~bundle.predict(test.images).refer
+    assert result["risk_coverage"]["answered"] == pytest.approx(answered.mean())
     assert result["risk_coverage"].keys() >= {"accuracy_at_85", "accuracy_at_90", "answered_accuracy"}
     assert result["stress"].keys() == {"clean", *STRESSORS}
     for level in ("0.90", "0.95"):
         assert {name.removesuffix("_resplit") for name in result["coverage"][level] if "resplit" in name} == set(LABELS)
+
+
+def test_what_the_gate_refuses_of_the_test_part_is_told_and_not_counted_as_answered(bundle):
+    split, test = Split(version="v1", simulated=True, entries=()), part("test", 10)
+    assert bundle.gate.accepts(test.images).all()
+    noise = np.random.default_rng(0).integers(0, 256, test.images[:8].shape).astype(np.uint8)
+    refused = dataclasses.replace(test, images=np.concatenate([noise, test.images[8:]]))
+    probabilities = bundle.predict(refused.images).probabilities
+    result = scores_of(bundle, probabilities, split, part("train", 6), part("calibration", 6), refused)
+    share = result["gate"]["test_refused"]
+    assert share["share"] == pytest.approx(8 / 40)
+    assert share["share_low"] < 8 / 40 < share["share_high"]
+    assert result["risk_coverage"]["answered"] <= 32 / 40
+    assert metrics_of(result)["grouped_test_refused_share"] == share["share"]
 
 
 def test_every_metric_carries_the_name_of_its_split_and_part(bundle):

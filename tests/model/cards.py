@@ -84,6 +84,8 @@ FACTS: dict[str, Any] = {
             "novel_rendered": 0.9,
             "missed_widened": 0.05,
             "rejected": {"noise": 1.0, "round_bodies": 0.95},
+            "measured": 80,
+            "test_refused": {"share": 0.012, "share_low": 0.004, "share_high": 0.021},
         },
     },
     "trained": {"epochs": 60, "best_epoch": 55, "settings": {"learning_rate": 0.003, "batch": 64}},

@@ -57,10 +57,21 @@ def test_the_interval_of_a_recall_is_that_of_a_share_of_its_images():
     deviation = 1.96 * np.sqrt(0.8 * 0.2 / 100)
     assert scores["recall_glioma_low"] == pytest.approx(0.8 - deviation, abs=0.01)
     assert scores["recall_glioma_high"] == pytest.approx(0.8 + deviation, abs=0.01)
-    assert (scores["recall_notumor_low"], scores["recall_notumor_high"]) == (1, 1)
+    assert scores["recall_notumor_low"] == pytest.approx(100 / (100 + 1.96**2))  # Wilson's, of 100 in 100
+    assert scores["recall_notumor_high"] == 1
 
 
-@pytest.mark.parametrize(("groups", "recall"), [(4, 0.9), (8, 0.95), (20, 0.9)])
+def test_even_without_an_error_no_interval_is_a_point():
+    labels = np.repeat(np.arange(3), 40)
+    scores = evaluate(np.eye(4)[labels], labels, np.arange(120), bootstrap=100, generator=np.random.default_rng(0))
+    assert (scores["macro_f1"], scores["macro_f1_high"]) == (1, 1)
+    assert scores["macro_f1_low"] == pytest.approx(40 / (40 + 1.96**2))
+    assert scores["macro_f1_low"] < scores["accuracy_low"] < 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "recall"), [(4, 0.9), (8, 0.95), (20, 0.9), (30, 0.96), (42, 0.96), (42, 0.98), (60, 0.98)]
+)
 def test_the_interval_of_a_small_class_holds_the_truth_as_often_as_it_says(groups, recall):
     generator, held = np.random.default_rng(0), 0
     for _ in range(300):
@@ -245,4 +256,6 @@ def test_the_grid_shows_the_errors_and_nothing_else():
 
 def test_a_model_without_an_error_has_an_empty_grid():
     labels = np.arange(4)
-    assert pixels(error_grid(np.zeros((4, 8, 8), np.uint8), np.eye(4), labels)).size
+    grid = pixels(error_grid(np.full((4, 8, 8), 90, np.uint8), np.eye(4), labels))
+    assert (grid == 255).mean() > 0.9  # paper and a line of words: none of the grey images
+    assert (np.abs(grid.astype(int) - 90).max(axis=2) > 3).mean() > 0.99

@@ -42,16 +42,28 @@ def test_what_is_no_brain_is_rejected(bundle, tiny_model, kind):
 def test_the_rates_of_every_kind_are_kept(bundle):
     facts = bundle.gate.facts
     assert facts.rejected.keys() == outliers.KINDS.keys()
+    assert facts.measured == 10  # a quarter of the 40 that it learned of each, and so many at least
     assert np.mean(list(facts.rejected.values())) >= 0.5
     assert min(facts.accepted_brains, facts.accepted_widened) >= 0.95  # of 60
 
 
 def test_a_rejection_says_why_and_an_acceptance_needs_no_reason(bundle, tiny_model):
-    photo = outliers.make("photograph", tiny_model.validation.images, 1, np.random.default_rng(5))
-    rejected = bundle.gate.judge(photo[0], 0.5)
+    photos = outliers.make("photograph", tiny_model.validation.images, 8, np.random.default_rng(5))
+    rejected = min((bundle.gate.judge(photo, 0.5) for photo in photos), key=lambda judged: judged.score)
     assert rejected.reason.startswith("The image does not look like a brain MRI")
     assert rejected.score < rejected.threshold
     assert bundle.gate.judge(tiny_model.validation.images[0], 0.5).reason == ""
+
+
+@pytest.mark.parametrize("theme", ["scene", "texture"])
+def test_no_picture_is_both_learned_from_and_measured_with(theme):
+    learned, aside = outliers._photos(theme, False), outliers._photos(theme, True)
+    assert len(learned) >= 2 * len(aside) >= 4
+    assert not {photo.tobytes() for photo in learned} & {photo.tobytes() for photo in aside}
+    brains = np.zeros((1, 64, 64), np.uint8)
+    kind = {"scene": "photograph", "texture": "texture or micrograph"}[theme]
+    made = [outliers.make(kind, brains, 8, np.random.default_rng(0), aside=each) for each in (False, True)]
+    assert not np.array_equal(*made)
 
 
 @pytest.mark.parametrize("grey", [0, 128, 255])

@@ -14,7 +14,7 @@ from neuroloop.model.bundle import Bundle, OnnxModel
 Result = dict[str, Any]
 _GATE = (
     *("accepted_brains", "accepted_widened", "accepted_rendered", "novel_widened", "novel_rendered"),
-    *("missed_widened", "rejected", "threshold_origin"),
+    *("missed_widened", "rejected", "measured", "threshold_origin"),
 )
 
 
@@ -32,6 +32,8 @@ def scores_of(
     the candidate was calibrated on. Keys: split, data_version, simulated, test, baselines, coverage, risk_coverage,
     stress, gate, for the legacy split leaked, and for simulated scans explanation. Deterministic.
     """
+    accepted = candidate.gate.accepts(test.images)
+    refused = evaluation.share(~accepted, test.groups, generator=np.random.default_rng(0))
     result: Result = {
         "split": split.name,
         "data_version": split.version,
@@ -39,7 +41,7 @@ def scores_of(
         "test": _scores(probabilities, test),
         "baselines": evaluation.baselines(train.images, train.labels, test.images, test.labels),
         "coverage": _rounded(_coverage(candidate, calibration, test, probabilities)),
-        "risk_coverage": _rounded(_risk_coverage(candidate, test, probabilities)),
+        "risk_coverage": _rounded(_risk_coverage(candidate, test, probabilities, accepted)),
         "stress": _rounded(
             stress.suite(
                 lambda images: candidate.predict(images).probabilities,
@@ -49,7 +51,7 @@ def scores_of(
                 groups=test.groups,
             )
         ),
-        "gate": {name: getattr(candidate.gate.facts, name) for name in _GATE},
+        "gate": {name: getattr(candidate.gate.facts, name) for name in _GATE} | {"test_refused": _rounded(refused)},
     }
     if split.name == "legacy":
         result["leaked"] = _leaked(probabilities, test, split)
@@ -58,9 +60,10 @@ def scores_of(
     return result
 
 
-def scores_on(bundle: Bundle, arrays: Arrays) -> dict[str, float]:
-    """A model's scores on images of its own size, as `evaluation.evaluate` gives them."""
-    return _scores(bundle.predict(arrays.images).probabilities, arrays)
+def scores_on(bundle: Bundle, arrays: Arrays, *, count: bool = False) -> dict[str, float]:
+    """A model's scores on images of its own size, as `evaluation.evaluate` gives them; with `count`, images as well."""
+    scores = _scores(bundle.predict(arrays.images).probabilities, arrays)
+    return {"images": len(arrays.labels), **scores} if count else scores
 
 
 def plots_of(candidate: Bundle, probabilities: NDArray[np.float32], split: Split, test: Arrays) -> dict[str, bytes]:
@@ -88,6 +91,7 @@ def metrics_of(evaluated: Result) -> dict[str, float]:
         "test": evaluated["test"],
         "test_baseline": evaluated["baselines"],
         "test_selective": evaluated["risk_coverage"],
+        "test_refused": evaluated["gate"]["test_refused"],
         "feedback": evaluated.get("feedback", {}),
     }
     groups |= {f"test_coverage_{level[2:]}": figures for level, figures in evaluated["coverage"].items()}
@@ -134,11 +138,13 @@ def _coverage(
     return measured
 
 
-def _risk_coverage(candidate: Bundle, test: Arrays, probabilities: NDArray[np.float32]) -> dict[str, float]:
-    """Points of the risk-coverage curve, and where the candidate's own limit puts it."""
+def _risk_coverage(
+    candidate: Bundle, test: Arrays, probabilities: NDArray[np.float32], accepted: NDArray[np.bool_]
+) -> dict[str, float]:
+    """Points of the risk-coverage curve, and where the candidate's own limits and its gate put it."""
     calibration = candidate.manifest.calibration
     curve = evaluation.risk_coverage(probabilities, test.labels)
-    answered = ~candidate.predict(test.images).refer  # what is served also refers what is unlike the training images
+    answered = accepted & ~candidate.predict(test.images).refer  # as served: also not too unlike what was learned
     found = {
         "accuracy_at_85": curve.at(0.85),
         "accuracy_at_90": curve.at(0.90),

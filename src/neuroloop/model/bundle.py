@@ -269,8 +269,8 @@ class Bundle:
             )
         return (
             f"The largest probability, {100 * largest:.1f} %, is below "
-            f"{100 * self.manifest.calibration.refer_below:.1f} %: where the model was this uncertain, it was wrong "
-            "too often in calibration."
+            f"{100 * self.manifest.calibration.refer_below:.1f} %: this is among the least certain answers, which are "
+            "left to a reader."
         )
 
     def heat(self, cam: NDArray[np.float32], class_index: int) -> NDArray[np.float32]:

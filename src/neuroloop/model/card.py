@@ -24,7 +24,7 @@ BASELINES = {
     "nearest": "most alike training image at 32x32 pixels",
 }
 SELECTIVE = {
-    "answered": "share answered: neither below the limit above nor too unlike the training images",
+    "answered": "share answered: taken for a brain, not below the limit above, not too unlike the training images",
     "answered_accuracy": "accuracy of what is answered",
     "accuracy_at_85": "accuracy if the most certain 85 % were answered",
     "accuracy_at_90": "accuracy if the most certain 90 % were answered",
@@ -208,7 +208,7 @@ def _scores(card: Card) -> str:
         if key in scores
     ]
     images = card.data.parts.get("test")
-    note = "Intervals: 95 %, bootstrapped over groups of twins, or Wilson's where there are fewer than 30 of them."
+    note = "Intervals: 95 %, bootstrapped over groups of twins; no narrower than Wilson's where few are wrong."
     note += f" {images:,} images; this test part has been looked at {_times(card.test_openings)} so far."
     text = f"## {title}\n\n{_table(['score', 'value', '95 % interval'], rows)}\n\n{note if images else ''}".rstrip()
     halves = {"leaked": "with a twin outside of the test part", "unleaked": "without one"}
@@ -221,7 +221,9 @@ def _scores(card: Card) -> str:
         text += f"\n\n**{card.leaked.get('notice', 'legacy')}.** Of these test images, those\n\n"
         text += _table(["", "accuracy", "macro-F1"], rows)
     if card.feedback:
-        text += f"\n\nOn held-out corrections: accuracy {_number(card.feedback.get('accuracy'))}."
+        count = f" {card.feedback['images']:.0f}" if "images" in card.feedback else ""
+        text += f"\n\nOn{count} held-out corrections, which an earlier model erred on: accuracy "
+        text += f"{_with_interval(card.feedback, 'accuracy')}."
     return text
 
 
@@ -311,23 +313,28 @@ def _gate(card: Card) -> str:
         return ""
     brains = {
         "accepted_brains": "brains of the validation part, refused",
-        "accepted_widened": "the same in unfamiliar contrasts, refused",
+        "accepted_widened": "the same in changed contrasts, refused",
         "accepted_rendered": "simulated heads in any contrast and plane, refused",
     }
-    rows = [[words, _percent(1 - gate[name])] for name, words in brains.items() if name in gate]
+    refused = gate.get("test_refused") or {}
+    rows = [["**brains of the test part, refused**", _shares(refused, "share")]] if refused else []
+    rows += [[words, _percent(1 - gate[name])] for name, words in brains.items() if name in gate]
     novel = {
-        "novel_widened": "brains in unfamiliar contrasts, left to a reader as beyond what was learned",
+        "novel_widened": "brains in changed contrasts, left to a reader as beyond what was learned",
         "novel_rendered": "simulated heads in any contrast and plane, left to a reader likewise",
-        "missed_widened": "tumours in unfamiliar contrasts, called no tumour and not left to a reader for it",
+        "missed_widened": "tumours in changed contrasts, called no tumour and not left to a reader for it",
     }
     rows += [[words, _percent(gate[name])] for name, words in novel.items() if name in gate]
     rows += [[f"{_words(kind)}, let through", _percent(1 - share)] for kind, share in gate.get("rejected", {}).items()]
-    origin = gate.get("threshold_origin") or "The brains set the gate's threshold."
+    origin = gate.get("threshold_origin") or "The validation brains set the gate's threshold."
+    count = f"{gate['measured']} fresh" if gate.get("measured") else "fresh"
     return (
         "## Input gate: how often it errs\n\n"
         + _table(["images", "share"], rows)
-        + f"\n\n{origin} The other kinds are made-up images, and it has learned from more "
-        "of each: what is unlike them may pass more often."
+        + f"\n\n{origin} So their own rows say what was asked for; the test part's says what came of it. Contrasts are "
+        "changed in the ways that it has learned from: in another way it errs more often. The other kinds are "
+        f"{count} made-up images each (photographs and textures of pictures that it has not seen), and it has learned "
+        "from more of each kind: what is unlike them may pass more often."
     )
 
 
@@ -461,6 +468,11 @@ def _with_interval(figures: Mapping[str, float], key: str) -> str:
         return ""
     interval = _interval(figures, key)
     return _number(figures[key]) + (f" ({interval})" if interval else "")
+
+
+def _shares(figures: Mapping[str, float], key: str) -> str:
+    """As `_with_interval`, in percent."""
+    return f"{_percent(figures[key])} ({100 * figures[f'{key}_low']:.1f} to {100 * figures[f'{key}_high']:.1f})"
 
 
 def _percent(share: float) -> str:

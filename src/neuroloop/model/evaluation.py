@@ -21,8 +21,9 @@ Floats = NDArray[np.floating]
 Integers = NDArray[np.integer]
 
 _INTERVAL = (0.025, 0.975)  # the 95 % between
-_FEW = 30  # groups below which a bootstrap alone is too narrow: of four groups, all right, it says 1 to 1
 _Z = 1.96
+_FEW = 10  # right or wrong groups, below which a bootstrap is too narrow: where all are right, it says 1 to 1
+_RECALL_LOWS = frozenset(f"recall_{label}_low" for label in LABELS)
 
 
 def evaluate(
@@ -34,8 +35,9 @@ def evaluate(
     together by the bootstrap, or the intervals would be too narrow. Keys: accuracy, macro_f1, ece, ece_floor and
     ece_chance (what chance gives a perfectly calibrated model here, on average and in 95 of 100 cases at most), nll,
     precision_<class> (0 where the class is never predicted), recall_<class> (left out where the set has no image of
-    it), and <name>_low, <name>_high, the 95 % interval of accuracy, macro_f1 and each recall. With fewer than 30 groups
-    that of a share is at least as wide as Wilson's of so many (JASA 1927). Macro-F1 is the mean over the classes that
+    it), and <name>_low, <name>_high, the 95 % interval of accuracy, macro_f1 and each recall. With fewer
+    than 10 groups right, or wrong, that of a share is at least as wide as Wilson's of so many groups (JASA 1927), and
+    where nothing at all is wrong, macro_f1_low is the mean of the recalls'. Macro-F1 is the mean over the classes that
     occur as a label or a prediction.
     Raises `ValueError` on an empty set.
     """
@@ -68,7 +70,17 @@ def evaluate(
             drawn = resampled[:, index].sum(axis=1)
             recalls = resampled[drawn > 0, index, index] / drawn[drawn > 0]
             scores |= _share_bounds(f"recall_{label}", recalls, scores[f"recall_{label}"], own_groups[index])
+    if scores["macro_f1"] == 1:
+        scores["macro_f1_low"] = float(np.mean([v for name, v in scores.items() if name in _RECALL_LOWS]))
     return scores
+
+
+def share(hits: NDArray[np.bool_], groups: Integers, *, generator: np.random.Generator) -> dict[str, float]:
+    """Of the images, those that are `hits` (n,), with an interval as in `evaluate`: share, share_low, share_high."""
+    per_group = _per_group(groups, np.stack([hits, np.ones(len(hits))], axis=1).astype(np.float64))
+    drawn = _draws(len(per_group), 1000, generator) @ per_group
+    found = float(hits.mean())
+    return {"share": found} | _share_bounds("share", drawn[:, 0] / drawn[:, 1], found, len(per_group))
 
 
 def coverage(
@@ -323,9 +335,9 @@ def _bounds(name: str, resampled: Floats) -> dict[str, float]:
 
 
 def _share_bounds(name: str, resampled: Floats, share: float, groups: int) -> dict[str, float]:
-    """As `_bounds`; of few groups no narrower than Wilson's score interval of `share` in so many."""
+    """As `_bounds`; with few groups right or wrong no narrower than Wilson's score interval of `share` in so many."""
     bounds = _bounds(name, resampled)
-    if groups >= _FEW:
+    if min(share, 1 - share) * groups >= _FEW:
         return bounds
     centre = (share + _Z**2 / (2 * groups)) / (1 + _Z**2 / groups)
     reach = _Z * np.sqrt(share * (1 - share) / groups + _Z**2 / (4 * groups**2)) / (1 + _Z**2 / groups)

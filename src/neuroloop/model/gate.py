@@ -66,14 +66,15 @@ class Gate(Record):
     doubtful: float = Field(gt=0, le=1, description="Probability of being wrong at which the novelty is 1")
     far_origin: str = Field(description="Where both limits come from, in words")
     accepted_brains: float = Field(description="Share of validation brains accepted")
-    accepted_widened: float = Field(description="Share of validation brains in unfamiliar contrasts accepted")
+    accepted_widened: float = Field(description="Share of validation brains in changed contrasts accepted")
     accepted_rendered: float = Field(description="Share of simulated heads of any contrast and plane accepted")
-    novel_widened: float = Field(description="Share of validation brains in unfamiliar contrasts beyond a novelty of 1")
+    novel_widened: float = Field(description="Share of validation brains in changed contrasts beyond a novelty of 1")
     novel_rendered: float = Field(description="Share of simulated heads of any contrast and plane beyond it")
     missed_widened: float = Field(
-        description="Of validation tumours in unfamiliar contrasts, those called no tumour within a novelty of 1"
+        description="Of validation tumours in changed contrasts, those called no tumour within a novelty of 1"
     )
     rejected: dict[str, float] = Field(description="kind, see `outliers` -> share of fresh images of it rejected")
+    measured: int = Field(default=0, description="How many fresh images of each kind; 0 where it was not kept")
 
     @functools.cached_property
     def _arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
@@ -126,6 +127,10 @@ class InputGate:
         """Scores in 0..1 of n canonical images, uint8 (n, s, s)."""
         raw = (self.logits(images) - self.facts.offset) / self.facts.width
         return 1 / (1 + np.exp(-np.clip(raw, -50, 50)))
+
+    def accepts(self, images: Images) -> NDArray[np.bool_]:
+        """Which of n canonical images, uint8 (n, s, s), reach the threshold: (n,)."""
+        return self.scores(images) >= self.facts.threshold
 
     def judge(self, pixels: Images, novelty: float) -> GateResult:
         """Judge one canonical image, uint8 (s, s), whose features have that `novelty`."""

@@ -51,7 +51,7 @@ _PER_KIND = 320
 _MAX_VALIDATION = 400  # brains of each sort that the threshold rests on
 _KEEP, _KEEP_WIDENED = 0.99, 0.97  # shares of validation brains, plain and widened, that the threshold must accept
 _FAMILIAR = 0.99  # share of validation brains that must lie within a novelty of 1
-_DOUBTED, _COPIES = 1500, 2  # brains that the doubt is learned from at most, and copies in unfamiliar contrasts of each
+_DOUBTED, _COPIES = 1500, 2  # brains that the doubt is learned from at most, and copies in changed contrasts of each
 _STRENGTH = 0.01  # inverse regularisation of the doubt
 _PLACES = AugmentParams(rotation_degrees=20, shift=0.08, shear_degrees=8, zoom=0.2)
 _ROWS, _COLUMNS = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j].astype(np.float32)
@@ -119,8 +119,10 @@ def fit_gate(
     moved = float(np.quantile(both, _FAMILIAR, method="higher"))
     far, doubtful = far * moved, min(doubtful * moved, 1.0)
 
+    measured = max(per_kind // 4, 10)
+
     def refused(kind: str) -> float:
-        fresh = outliers.make(kind, validation, max(per_kind // 4, 10), generator)
+        fresh = outliers.make(kind, validation, measured, generator, aside=True)
         return float((raw.logits(fresh) < offset).mean())
 
     facts = Gate(
@@ -129,7 +131,7 @@ def fit_gate(
         threshold=0.5,
         threshold_origin=(
             f"A score of 0.5 is where at least {100 * _KEEP:.0f} % of {len(validation)} validation brains and "
-            f"{100 * _KEEP_WIDENED:.0f} % of the same brains in unfamiliar contrasts are accepted."
+            f"{100 * _KEEP_WIDENED:.0f} % of the same brains in changed contrasts are accepted."
         ),
         usual=tuple(map(tuple, np.quantile(measure(brains_train), (0.01, 0.99), axis=0).T.tolist())),
         centre=tuple(centre.tolist()),
@@ -146,6 +148,7 @@ def fit_gate(
         novel_rendered=0,
         missed_widened=0,
         rejected={kind: refused(kind) for kind in outliers.KINDS},
+        measured=measured,
     )
     novel = {name: facts.novelty(found) > 1 for name, (_, found) in answers.items()}
     tumours = known != LABELS.index(NO_TUMOUR)
@@ -170,9 +173,10 @@ def _learn_doubt(
 ) -> tuple[NDArray[np.float64], float]:
     """Weights (f,) and bias of the logit that the classifier is wrong, for the `deviations` of its features.
 
-    Learned from brains of the training part, plain and in unfamiliar contrasts, whose class is known: on the latter a
-    classifier is often wrong, and most often by seeing no tumour. As ConfidNet (Corbiere et al., NeurIPS 2019) learns
-    where a classifier fails, but from a shift that was made, since on what it has learned it hardly fails.
+    Learned from brains of the training part, plain and in changed contrasts (`outliers.widen`), whose class is known:
+    on the latter a classifier is often wrong, and most often by seeing no tumour. As ConfidNet (Corbiere et al.,
+    NeurIPS 2019) learns where a classifier fails, but from a shift that was made, since on what it has learned it
+    hardly fails.
     """
     chosen = generator.permutation(len(brains))[:_DOUBTED]
     away = [deviations(features[chosen], centre, scale)]

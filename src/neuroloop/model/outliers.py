@@ -9,7 +9,7 @@ import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,13 +83,26 @@ def render(count: int, size: int, generator: np.random.Generator) -> Images:
 # --- images that are no brain -------------------------------------------------------------------
 
 
-def make(kind: str, brains: Images, count: int, generator: np.random.Generator) -> Images:
-    """`count` canonical images uint8 (count, s, s) of a `kind` of the table below; some are made of `brains`."""
-    size = brains.shape[1]
-    return np.stack([canonicalize(KINDS[kind](brains, generator), size) for _ in range(count)])
+class Material(NamedTuple):
+    """What some images are made of."""
+
+    brains: Images
+    """(n, s, s)"""
+    scenes: tuple[Images, ...]
+    textures: tuple[Images, ...]
+    """Grey photographs (H, W)"""
 
 
-def _uniform(_: Images, generator: np.random.Generator) -> Images:
+def make(kind: str, brains: Images, count: int, generator: np.random.Generator, *, aside: bool = False) -> Images:
+    """`count` canonical images uint8 (count, s, s) of a `kind` of the table below; some are made of `brains`.
+
+    Where photographs are wanted, of those to learn from, or of those that are set `aside` to measure with.
+    """
+    size, material = brains.shape[1], Material(brains, _photos("scene", aside), _photos("texture", aside))
+    return np.stack([canonicalize(KINDS[kind](material, generator), size) for _ in range(count)])
+
+
+def _uniform(_: Material, generator: np.random.Generator) -> Images:
     y, x = np.mgrid[-1:1:160j, -1:1:160j]
     a, b, c = generator.normal(0, 1, 3)
     shape = (a * x + b * y, c * np.hypot(x - a / 2, y - b / 2), 0 * x, np.where(a * x + b * y > c / 2, 1.0, 0.0))
@@ -97,7 +110,7 @@ def _uniform(_: Images, generator: np.random.Generator) -> Images:
     return _grey(level + generator.normal(0, generator.uniform(0, 4), x.shape))
 
 
-def _noise(_: Images, generator: np.random.Generator) -> Images:
+def _noise(_: Material, generator: np.random.Generator) -> Images:
     side = int(generator.integers(96, 224))
     draw = (
         generator.normal(0, 1, (side, side)),
@@ -110,7 +123,7 @@ def _noise(_: Images, generator: np.random.Generator) -> Images:
     return _windowed(draw, generator)
 
 
-def _text(_: Images, generator: np.random.Generator) -> Images:
+def _text(_: Material, generator: np.random.Generator) -> Images:
     width, height = (int(v) for v in generator.integers(150, 420, 2))
     paper, ink = (
         (255, int(generator.integers(0, 90))) if generator.random() < 0.7 else (int(generator.integers(40)), 255)
@@ -129,7 +142,7 @@ def _text(_: Images, generator: np.random.Generator) -> Images:
     return np.asarray(page)
 
 
-def _drawing(_: Images, generator: np.random.Generator) -> Images:
+def _drawing(_: Material, generator: np.random.Generator) -> Images:
     """Charts, diagrams, logos: flat shapes and lines."""
     size = 224
     dark = generator.random() < 0.5
@@ -154,7 +167,7 @@ def _drawing(_: Images, generator: np.random.Generator) -> Images:
     return np.asarray(page)
 
 
-def _body(_: Images, generator: np.random.Generator) -> Images:
+def _body(_: Material, generator: np.random.Generator) -> Images:
     """A dark field with one large round thing full of smaller round things: a limb, a trunk, a dish, a noise disc."""
     size = 200
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
@@ -172,13 +185,13 @@ def _body(_: Images, generator: np.random.Generator) -> Images:
     return _grey(ndimage.gaussian_filter(image, generator.uniform(0, 2)))
 
 
-def _photo(_: Images, generator: np.random.Generator) -> Images:
-    return _crop(_photos("scene"), generator)
+def _photo(of: Material, generator: np.random.Generator) -> Images:
+    return _crop(of.scenes, generator)
 
 
-def _texture(_: Images, generator: np.random.Generator) -> Images:
+def _texture(of: Material, generator: np.random.Generator) -> Images:
     """Surfaces, skies, tissue under a microscope."""
-    return _crop(_photos("texture"), generator)
+    return _crop(of.textures, generator)
 
 
 def _crop(photos: tuple[Images, ...], generator: np.random.Generator) -> Images:
@@ -189,18 +202,18 @@ def _crop(photos: tuple[Images, ...], generator: np.random.Generator) -> Images:
     return np.ascontiguousarray(np.rot90(crop, int(generator.integers(4)) if generator.random() < 0.3 else 0))
 
 
-def _framed(brains: Images, generator: np.random.Generator) -> Images:
+def _framed(of: Material, generator: np.random.Generator) -> Images:
     """A texture or noise inside the outline of a head: the right shape alone is not enough."""
-    head = brains[generator.integers(len(brains))]
+    head = of.brains[generator.integers(len(of.brains))]
     mask = ndimage.binary_fill_holes(head > 5)
-    filling = _texture(brains, generator) if generator.random() < 0.6 else _noise(brains, generator)
+    filling = _texture(of, generator) if generator.random() < 0.6 else _noise(of, generator)
     resized = np.asarray(Image.fromarray(filling).resize(head.shape[::-1], Image.Resampling.BILINEAR))
     return np.where(mask, np.maximum(resized, 20), 0).astype(np.uint8)
 
 
-def _shuffled(brains: Images, generator: np.random.Generator) -> Images:
+def _shuffled(of: Material, generator: np.random.Generator) -> Images:
     """A brain cut into tiles that are dealt out anew."""
-    head = brains[generator.integers(len(brains))]
+    head = of.brains[generator.integers(len(of.brains))]
     tiles = int(generator.choice([3, 4, 6, 8, 16, len(head)]))
     step = len(head) // tiles
     cut = head[: tiles * step, : tiles * step].reshape(tiles, step, tiles, step).swapaxes(1, 2).reshape(-1, step, step)
@@ -208,25 +221,25 @@ def _shuffled(brains: Images, generator: np.random.Generator) -> Images:
     return np.ascontiguousarray(dealt.reshape(tiles * step, tiles * step))
 
 
-def _phases(brains: Images, generator: np.random.Generator) -> Images:
+def _phases(of: Material, generator: np.random.Generator) -> Images:
     """A brain's spectrum with random phases: its texture without its form."""
-    head = brains[generator.integers(len(brains))].astype(np.float64)
+    head = of.brains[generator.integers(len(of.brains))].astype(np.float64)
     random = np.fft.rfft2(generator.normal(size=head.shape))
     phase = random / np.maximum(np.abs(random), 1e-9)
     return _windowed(np.fft.irfft2(np.abs(np.fft.rfft2(head)) * phase, head.shape), generator)
 
 
-def _head_ct(brains: Images, generator: np.random.Generator) -> Images:
+def _head_ct(of: Material, generator: np.random.Generator) -> Images:
     if generator.random() < 0.5:
         return ct_head(generator)
-    return anatomy.head_ct(brains[generator.integers(len(brains))], generator)
+    return anatomy.head_ct(of.brains[generator.integers(len(of.brains))], generator)
 
 
-def _drawn(part: Callable[[np.random.Generator], Images]) -> Callable[[Images, np.random.Generator], Images]:
+def _drawn(part: Callable[[np.random.Generator], Images]) -> Callable[[Material, np.random.Generator], Images]:
     return lambda _, generator: part(generator)
 
 
-KINDS: dict[str, Callable[[Images, np.random.Generator], Images]] = {
+KINDS: dict[str, Callable[[Material, np.random.Generator], Images]] = {
     "uniform or gradient": _uniform,
     "noise": _noise,
     "text": _text,
@@ -270,16 +283,18 @@ _PHOTO_FILES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }  # fmt: skip
+_ASIDE = frozenset({"astronaut.png", "china.jpg", "coffee.png", "gravel.png", "ihc.png", "retina.jpg"})
+"""Pictures that a gate is measured with and never learns from: a face, a place, things; a surface, cells, an eye."""
 _PHOTO_FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "matplotlib": "mpl-data/sample_data"}
 
 
 @functools.cache
-def _photos(theme: str) -> tuple[Images, ...]:
+def _photos(theme: str, aside: bool) -> tuple[Images, ...]:
     """Grey photographs that lie inside the installed packages, at most 512 px; what a release dropped is left out."""
     found = []
     for package, names in _PHOTO_FILES[theme].items():
         root = Path(cast(str, importlib.import_module(package).__file__)).parent / _PHOTO_FOLDERS[package]
-        for path in (root / name for name in names):
+        for path in (root / name for name in names if (name in _ASIDE) == aside):
             if path.is_file():
                 with Image.open(path) as photo:
                     grey = photo.convert("L")

@@ -15,7 +15,7 @@ from neuroloop.core.schemas import LABELS, PARTS, Split, SplitEntry
 from neuroloop.core.settings import Settings
 from neuroloop.imaging.decode import decode, encode_png
 from neuroloop.imaging.phantom import scan
-from neuroloop.loop import feedback, handoff, pipeline, preparation, retraining, splitting, versions
+from neuroloop.loop import corrected, feedback, handoff, pipeline, preparation, retraining, splitting, versions
 from neuroloop.loop.params import Params
 from neuroloop.model.bundle import Bundle
 
@@ -222,7 +222,7 @@ def test_a_held_out_correction_that_was_learned_from_the_data_tests_nothing(plat
     ]
     for correction, pixels in zip(found, pictures.values(), strict=True):
         platform.store.put(correction.key, encode_png(np.ascontiguousarray(pixels)))
-    kept, held_out, left_out = retraining._divided(platform, split.version, found)
+    kept, held_out, left_out = corrected.divided(platform, split.version, found)
     assert (kept, [correction.sha256 for correction in held_out]) == ([], ["new"])
     assert "which is trained on" in left_out[found[0].key]
 
@@ -240,7 +240,7 @@ def test_of_twins_in_two_batches_the_first_decides_whether_they_are_learned_or_t
     )
     platform.store.put(learned.key, encode_png(pixels))
     platform.store.put(held.key, encode_png(np.ascontiguousarray(pixels[:, ::-1])))
-    kept, held_out, left_out = retraining._divided(platform, version, [learned, held])
+    kept, held_out, left_out = corrected.divided(platform, version, [learned, held])
     if learned_first:
         assert (kept, held_out) == ([learned], [])
         assert "an earlier batch has trained on" in left_out[held.key]
@@ -259,7 +259,7 @@ def test_a_correction_that_was_never_learned_keeps_no_later_twin_from_testing(pl
     )
     for correction in (never, held):
         platform.store.put(correction.key, encode_png(pixels))
-    kept, held_out, left_out = retraining._divided(platform, split.version, [never, held])
+    kept, held_out, left_out = corrected.divided(platform, split.version, [never, held])
     assert (kept, held_out) == ([], [held])
     assert "(validation), which is held out" in left_out[never.key]
 
@@ -275,9 +275,9 @@ def test_a_simulated_scan_is_learned_from_by_models_of_such_only_and_one_picture
         key = f"{keys.DATA}tests/{row.id}.png"
         platform.store.put(key, encode_png(scan("glioma", 91 + min(n, 1), seed=5, scanner="B", size=96).pixels))
         found.append(feedback.Correction(key=key, label="glioma", sha256=str(min(n, 1)), held_out=False))
-    kept, _, left_out = retraining._divided(platform, split.version, found)
+    kept, _, left_out = corrected.divided(platform, split.version, found)
     assert (kept, list(left_out)) == (found[:2], [found[2].key])
-    kept, _, left_out = retraining._divided(platform, real.version, found)
+    kept, _, left_out = corrected.divided(platform, real.version, found)
     assert kept == found[1:2]
     assert left_out[found[0].key] == "a simulated scan"
 
@@ -289,8 +289,8 @@ def test_similar_corrections_are_one_group_when_a_score_s_interval_is_drawn(plat
         key = f"{keys.DATA}tests/{name}.png"
         platform.store.put(key, encode_png(np.ascontiguousarray(pixels)))
         found.append(feedback.Correction(key=key, label="glioma", sha256=name, held_out=True))
-    assert retraining.corrections_arrays(platform, found, 32).groups.tolist() == [0, 0, 2]
-    assert len(retraining.corrections_arrays(platform, [], 32).groups) == 0
+    assert corrected.arrays_of(platform, found, 32).groups.tolist() == [0, 0, 2]
+    assert len(corrected.arrays_of(platform, [], 32).groups) == 0
 
 
 def test_a_correction_whose_twin_is_frozen_in_another_data_versions_test_part_is_not_trained_on(platform, built):
@@ -307,7 +307,7 @@ def test_a_correction_whose_twin_is_frozen_in_another_data_versions_test_part_is
     for correction, image in zip(found, pixels, strict=True):
         platform.store.put(correction.key, encode_png(image))
     try:
-        kept, _, left_out = retraining._divided(platform, version, found)
+        kept, _, left_out = corrected.divided(platform, version, found)
     finally:
         platform.store.delete(keys.split_decisions(number))
     assert [correction.sha256 for correction in kept] == ["1"]
@@ -414,6 +414,10 @@ def test_at_the_threshold_nothing_is_retrained_and_one_more_trains_evaluates_and
     (mail,) = (mail for mail in mails if mail.subject == sent["subject"])
     assert re.search(r"Rules that never look at a lesion, macro-F1: always the largest class 0\.\d+, ", mail.body)
     assert "What falls short:" in mail.body
+    # A build meets the champion on the held-out corrections, too, though it has learned from none.
+    anew = pipeline.evaluate_model(platform, RUN)
+    assert anew["feedback"]["images"] == result["held_out"] >= 1
+    assert anew["champion"]["feedback"].keys() == anew["feedback"].keys()
     assert platform.store.list(keys.run(AGAIN, "shards/x")[:-1]) == []
     assert not platform.store.exists(keys.run(AGAIN, "train.npz"))  # uploads, which no erasure would find there
 

@@ -9,7 +9,8 @@ RULES = {f"{name}_macro_f1": 0.5 for name in BASELINES}
 def scores(macro_f1=0.9, accuracy=0.9, recall=0.9, feedback=None, simulated=False, **recalls):
     test = {"macro_f1": macro_f1, "accuracy": accuracy, **{f"recall_{label}": recall for label in LABELS}}
     test |= {f"recall_{label}": value for label, value in recalls.items()}
-    return Scores(test=test, feedback={} if feedback is None else {"accuracy": feedback}, simulated=simulated)
+    corrected = {} if feedback is None else {"accuracy": feedback, "images": 20}
+    return Scores(test=test, feedback=corrected, simulated=simulated)
 
 
 def failed(checks):
@@ -83,6 +84,18 @@ def test_of_a_small_test_part_two_images_of_a_class_may_be_lost_by_chance(images
 def test_a_rebuild_must_be_better_than_the_champion_on_the_same_test():
     assert decide(scores(macro_f1=0.91), scores(macro_f1=0.9), RULES, retraining=False)[0]
     assert failed(decide(scores(macro_f1=0.9), scores(macro_f1=0.9), RULES, retraining=False)[1]) == ["macro_f1"]
+
+
+@pytest.mark.parametrize(("remembered", "promoted"), [(0.9, True), (0.8, True), (0.79, False), (0.0, False)])
+def test_a_rebuild_may_not_lose_what_retrainings_have_learned(remembered, promoted):
+    """Of 20 held-out corrections, two may change sides by chance."""
+    found, checks = decide(
+        scores(macro_f1=0.91, feedback=remembered), scores(macro_f1=0.9, feedback=0.9), RULES, retraining=False
+    )
+    assert found is promoted
+    assert failed(checks) == ([] if promoted else ["feedback"])
+    assert f"{remembered:.3f} against the champion's 0.900" in checks[-1].reason
+    assert ("would lose what retrainings have learned" in checks[-1].reason) is not promoted
 
 
 def test_a_model_of_real_scans_replaces_one_of_simulated_scans():

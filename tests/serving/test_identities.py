@@ -9,7 +9,7 @@ from adapters.test_data_versions import fill, with_the_extra_aws
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.rights import Identity, Right, allowed
-from neuroloop.loop import feedback, housekeeping, retraining
+from neuroloop.loop import corrected, feedback, housekeeping, retraining
 from serving.running import head, noise, serving
 
 
@@ -52,7 +52,7 @@ def test_scans_are_taken_corrected_and_retrained_on_with_no_more_rights_than_nee
         assert retraining.check_source_flag(trainer, "run-2")["go"]
         assert retraining.flag_true(trainer, "run-2")["corrections"] == 4
         used = feedback.allowed(trainer.log, feedback.used(trainer.store))
-        assert retraining.corrections_arrays(trainer, used, 64).images.shape[0] == 4
+        assert corrected.arrays_of(trainer, used, 64).images.shape[0] == 4
         with_the_extra_aws(monkeypatch)
         version, _ = trainer.versions.commit(fill(tmp_path / "work", {"Training/glioma/1.jpg": b"scan"}))
         assert trainer.store.exists(keys.image(f"{version}.dir"))

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from neuroloop.core.schemas import (
 from neuroloop.data import dataset
 from neuroloop.data.dataset import Arrays
 from neuroloop.imaging.augment import AugmentParams
-from neuroloop.loop import hosts, promotion
+from neuroloop.loop import corrected, hosts, promotion
 from neuroloop.loop.handoff import (
     BUILD,
     RETRAINING,
@@ -286,13 +287,17 @@ def evaluate_model(
     """Score the candidate, the trivial baselines and the champion on the same test part.
 
     `corrections` gives the held-out corrections at an image size, where there are any; both models are scored on them
-    too. A run on the legacy split meets no champion: that one may have trained on the very test images.
+    too. A build, which learns from the source alone, finds them by itself: what earlier retrainings have learned must
+    not be lost unseen. A run on the legacy split meets no champion: that one may have trained on the very test images.
     """
     from neuroloop.loop import scoring  # plots and forests: slow to load, and only this step needs them
 
     held_out = kept(services, run_id, "held_out")
     split = read_split(services, held_out["version"], held_out["split"])
     run = tracked(services, run_id, experiment)
+    if experiment == BUILD and split.name == "grouped":
+        _, tested_on, _ = corrected.divided(services, split.version, corrected.known(services))
+        corrections = partial(corrected.arrays_of, services, tested_on) if tested_on else None
     with open_bundle(services, run_id) as candidate:
         why = "score the candidate, the baselines and the champion"
         test = open_test(services, run_id, why, experiment, subject=candidate.manifest.files[MODEL])
@@ -304,7 +309,7 @@ def evaluate_model(
         result = scoring.scores_of(candidate, probabilities, split, train, calibration, test)
         plots = scoring.plots_of(candidate, probabilities, split, test)
         if corrections is not None:
-            result["feedback"] = scoring.scores_on(candidate, corrections(candidate.image_size))
+            result["feedback"] = scoring.scores_on(candidate, corrections(candidate.image_size), count=True)
     champion = services.registry.by_alias("champion") if split.name == "grouped" else None
     result["test_images"] = dict(zip(LABELS, np.bincount(test.labels, minlength=len(LABELS)).tolist(), strict=True))
     result["champion"] = result["outdated"] = None
@@ -359,7 +364,7 @@ def score_champion(
         test = dataset.canonical_arrays(split.of("test"), image_reader(services), champion.image_size)
     result: Result = {"test": scoring.scores_on(champion, test), "simulated": champion.manifest.simulated}
     if corrections is not None:
-        result["feedback"] = scoring.scores_on(champion, corrections(champion.image_size))
+        result["feedback"] = scoring.scores_on(champion, corrections(champion.image_size), count=True)
     return result
 
 

@@ -49,7 +49,8 @@ def decide(
     frozen test part (`ACCURACY_LOSS`, `RECALL_LOSS`, and `IMAGES_LOST` of a class's `images` in it), nor than `best`,
     the test scores of the best champion that there was on it: or many retrainings, each a little worse, would add up.
     And they must be better where it counts: a retraining on the held-out corrections, a new build, or a retraining of
-    whose corrections none is held out, in test macro-F1. A model trained on
+    whose corrections none is held out, in test macro-F1. A build, which has learned from no correction, must also not
+    lose what retrainings have learned of the held-out ones (but for `IMAGES_LOST`). A model trained on
     simulated scans never replaces one trained on real ones. A model of the legacy split is never promoted: its test
     part leaks, and it may have trained on images of the frozen one. `baselines` has `<name>_macro_f1` for each of
     `BASELINES`. `outdated` says why a champion that is there cannot be compared: no server of this version can serve it
@@ -70,8 +71,11 @@ def decide(
             for label in LABELS
             if f"recall_{label}" in bars
         ]
-        learned = retraining and candidate.feedback
-        checks.append(_learned(candidate, champion) if learned else _better(candidate, champion))
+        if retraining and candidate.feedback:
+            checks.append(_learned(candidate, champion))
+        else:
+            checks.append(_better(candidate, champion))
+            checks += [_remembers(candidate, champion)] if candidate.feedback and champion.feedback else []
     return all(check.passed for check in checks), tuple(checks)
 
 
@@ -125,6 +129,16 @@ def _learned(candidate: Scores, champion: Scores) -> Check:
     verb = "better than" if now > before else "not better than"
     reason = f"Accuracy on the held-out corrections {now:.3f}, {verb} the champion's {before:.3f}."
     return Check(name="feedback", passed=now > before, reason=reason)
+
+
+def _remembers(candidate: Scores, champion: Scores) -> Check:
+    now, before = candidate.feedback["accuracy"], champion.feedback["accuracy"]
+    passed = now >= before - IMAGES_LOST / max(candidate.feedback["images"], 1) - 1e-9
+    reason = f"Accuracy on the held-out corrections {now:.3f} against the champion's {before:.3f}"
+    if not passed:
+        reason += ": it would lose what retrainings have learned. Add the corrected images to the source, or make it "
+        reason += "the champion by hand (neuroloop rollback --to)"
+    return Check(name="feedback", passed=passed, reason=f"{reason}.")
 
 
 def _better(candidate: Scores, champion: Scores) -> Check:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,14 @@ from typing import Any
 import numpy as np
 
 from neuroloop.bootstrap import Services
-from neuroloop.core import keys
 from neuroloop.core.errors import Forbidden, NotFound
-from neuroloop.core.schemas import LABELS, Part, PipelineEnd
-from neuroloop.data import dataset, similarity
-from neuroloop.data.audit import twins
+from neuroloop.core.schemas import PipelineEnd
+from neuroloop.data import dataset
 from neuroloop.data.dataset import Arrays
-from neuroloop.imaging.canonical import canonicalize
-from neuroloop.imaging.decode import decode
-from neuroloop.loop import feedback, handoff, pipeline, preparation, splitting
-from neuroloop.loop.feedback import Correction
+from neuroloop.loop import corrected, feedback, handoff, pipeline, preparation
 from neuroloop.loop.handoff import RETRAINING, Result, log
 from neuroloop.model.bundle import BUNDLE_TAG, Bundle
 from neuroloop.records import erasure, orphans
-
-_AT_ONCE = 4096  # images that are compared with corrections at a time
 
 
 def check_source_flag(services: Services, run_id: str) -> Result:
@@ -81,7 +74,7 @@ def flag_true(services: Services, run_id: str) -> Result:
 
 def _worth(services: Services, batch: feedback.Batch) -> bool:
     """Whether any correction of this batch is of use: new, not contradicted, no simulated one for a real model."""
-    found = feedback.allowed(services.log, feedback.used(services.store))
+    found = corrected.known(services)
     out = set(feedback.repeated(found))
     if simulated := feedback.simulated(services.log, found):
         champion = services.registry.by_alias("champion")
@@ -104,13 +97,13 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
         statistics_json, weights = bundle.statistics, bundle.weights
         architecture, chosen = bundle.manifest.architecture, _known_settings(bundle.manifest.hyperparameters)
         gate_network = bundle.fitted_gate.onnx  # what a brain looks like has not changed
-    found = feedback.allowed(services.log, feedback.used(services.store))
-    kept, held_out, left_out = _divided(services, version, found)
+    found = corrected.known(services)
+    kept, held_out, left_out = corrected.divided(services, version, found)
     preparation.write_held_out(services, run_id, version, size)
     split = handoff.read_split(services, version)
     base = dataset.canonical_arrays(split.of("train"), handoff.image_reader(services), size)
     times = feedback.repeats(len(kept), len(set(base.groups.tolist())))
-    arrays = _joined(base, corrections_arrays(services, kept, size), times)
+    arrays = _joined(base, corrected.arrays_of(services, kept, size), times)
     preparation.write_shards(services, run_id, arrays, seed, simulated=split.simulated)
     run = handoff.tracked(services, run_id, RETRAINING)
     counts = {"trained_on": len(kept), "held_out": len(held_out), "left_out": len(left_out)}
@@ -166,89 +159,12 @@ def _start(services: Services) -> Result:
 
 def evaluate_model(services: Services, run_id: str) -> Result:
     """As in the build, and champion and candidate on the held-out corrections too."""
-    used = feedback.allowed(services.log, feedback.used(services.store))
-    held_out = [correction for correction in used if correction.held_out]
+    held_out = [correction for correction in corrected.known(services) if correction.held_out]
     with contextlib.suppress(NotFound):  # of a training by a version before this list was kept
         names = handoff.kept(services, run_id, "held_out_corrections")["names"]
         held_out = [correction for correction in held_out if correction.name in names]
-    corrections = partial(corrections_arrays, services, held_out) if held_out else None
+    corrections = partial(corrected.arrays_of, services, held_out) if held_out else None
     return pipeline.evaluate_model(services, run_id, RETRAINING, corrections=corrections)
-
-
-def corrections_arrays(services: Services, found: list[Correction], size: int) -> Arrays:
-    """Canonical arrays of corrected images; what is similar shares a group."""
-    images = np.empty((len(found), size, size), np.uint8)
-    thumbnails = np.empty((len(found), similarity.SIDE**2), np.float32)
-    for number, correction in enumerate(found):  # one at a time: uploads may be large
-        pixels = decode(services.store.get(correction.key))
-        images[number], thumbnails[number] = canonicalize(pixels, size), similarity.thumbnail(pixels)
-    groups, _, _ = similarity.connect(thumbnails, [correction.label for correction in found])
-    return Arrays(
-        images=images,
-        labels=np.array([LABELS.index(correction.label) for correction in found], np.int64),
-        groups=groups,
-        paths=tuple(correction.key for correction in found),
-    )
-
-
-def _divided(
-    services: Services, version: str, found: list[Correction]
-) -> tuple[list[Correction], list[Correction], dict[str, str]]:
-    """The corrections to train on, those to test on, and why others serve for neither: path -> reason.
-
-    One picture counts once, and not at all where it has been corrected to several classes, cannot be read or, in a
-    model of real scans, is a simulated one. What is trained on has no twin in what is held out, and a held-out
-    correction none in the training part or in an earlier batch, which champion and candidate have both learned:
-    otherwise remembering would look like learning.
-    """
-    split = handoff.read_split(services, version)
-    unfit = feedback.repeated(found)
-    if not split.simulated:
-        unfit |= dict.fromkeys(feedback.simulated(services.log, found), "a simulated scan")
-    readable = splitting.thumbnails(services.store, [correction.key for correction in found])
-    unfit |= {correction.key: "it cannot be read" for correction in found if correction.key not in readable}
-    found = [correction for correction in found if correction.key not in unfit]
-    held_out = [correction for correction in found if correction.held_out]
-    candidates = [correction for correction in found if not correction.held_out]
-
-    def of(*parts: Part) -> dict[str, str]:
-        return {keys.image(entry.md5): f"{entry.path} ({entry.part})" for entry in split.of(*parts)}
-
-    closed = splitting.closed(splitting.decisions(services.store), simulated=split.simulated)
-    closed |= of("validation", "calibration", "test")
-    left_out = unfit | {
-        correction.key: f"twin of {name}, which is {role}"
-        for some, others, role in ((held_out, of("train"), "trained on"), (candidates, closed, "held out"))
-        for correction, name in _known(services, some, others)
-    }
-    # Of twins among the corrections, the batch that came first decides.
-    came = {correction.key: correction.batch for correction in candidates}
-    pairs = list(_known(services, held_out, {key: key for key in came}))
-    left_out |= {key: f"twin of {held.key}, which is held out" for held, key in pairs if held.batch <= came[key]}
-    left_out |= {
-        held.key: f"twin of {key}, which an earlier batch has trained on" for held, key in pairs if key not in left_out
-    }
-    for key, reason in left_out.items():
-        log.info("%s is left out: %s", key, reason)
-    return (
-        [correction for correction in candidates if correction.key not in left_out],
-        [correction for correction in held_out if correction.key not in left_out],
-        left_out,
-    )
-
-
-def _known(
-    services: Services, corrections: list[Correction], images: Mapping[str, str]
-) -> Iterator[tuple[Correction, str]]:
-    """Those of the corrections that have a twin among these images (store key -> in words), each with one of them."""
-    by_key, names = {correction.key: correction for correction in corrections}, list(images)
-    mine = splitting.thumbnails(services.store, by_key)
-    for at in range(0, len(names) if mine else 0, _AT_ONCE):
-        theirs = splitting.thumbnails(services.store, names[at : at + _AT_ONCE])
-        if theirs:
-            ours, others = list(mine), list(theirs)
-            for i, j in twins(np.stack(list(mine.values())), np.stack(list(theirs.values()))):
-                yield by_key[ours[i]], images[others[j]]
 
 
 def _joined(base: Arrays, corrections: Arrays, times: int) -> Arrays:

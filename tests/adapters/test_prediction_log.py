@@ -253,6 +253,20 @@ def test_an_erased_prediction_leaves_a_mark_without_content_in_the_database(log:
     assert row.id in dumped
 
 
+def test_marks_come_newest_first_and_the_unfinished_ones_oldest_first(log: PostgresLog):
+    marks = []
+    for minute in (1, 2, 3):
+        row = prediction()
+        log.record_prediction(row)
+        at = START + timedelta(minutes=minute)
+        marks.append(log.mark_erased(Erasure(prediction_id=row.id, requested_at=at, reason="mistake", by="ann")))
+    assert log.erasures() == marks[::-1]
+    assert log.erasures(unfinished=True) == marks
+    assert log.erasures(unfinished=True, limit=2) == marks[:2]
+    log.finish_erasure(marks[0].prediction_id)
+    assert log.erasures(unfinished=True, limit=2) == marks[1:]
+
+
 def test_what_was_never_recorded_cannot_be_erased(log: PostgresLog):
     with pytest.raises(NotFound):
         log.mark_erased(Erasure(prediction_id="none", reason="mistake", by="ann"))

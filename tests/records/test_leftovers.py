@@ -6,12 +6,13 @@ import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psycopg2
 import pytest
 
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.adapters.postgres import PostgresLog
 from neuroloop.core import keys
-from neuroloop.core.errors import Erased, NeuroLoopError, NotFound
+from neuroloop.core.errors import Erased, NeuroLoopError, NotFound, Unavailable
 from neuroloop.core.schemas import Erasure, Feedback, GateResult, Prediction, Verdict, now
 from neuroloop.records import corrections, erasure, orphans
 
@@ -172,6 +173,48 @@ def test_erasures_that_broke_off_are_finished(log: PostgresLog, store: FolderSto
     assert store.list("InferenceLogs/") == [other.object_key]
     assert log.erasures(unfinished=True) == []
     assert erasure.finish_all(log, store) == 0
+
+
+class Refusing(FolderStore):
+    """The same folder; it deletes nothing of what is kept."""
+
+    kept: tuple[str, ...] = ("",)
+
+    def delete(self, key: str) -> None:
+        if any(name in key for name in self.kept):
+            raise Unavailable("the store is away")
+        super().delete(key)
+
+
+def test_erasures_that_broke_off_are_finished_however_many_and_one_that_cannot_be_holds_up_no_other(
+    log: PostgresLog, tmp_path: Path, postgres_url: str
+):
+    store = Refusing(str(tmp_path / "store"))
+    stuck, last = recorded(log, store), recorded(log, store)
+    store.kept = (stuck.id,)
+    for number, row in enumerate((stuck, last)):
+        at = now() + timedelta(hours=2 * number)
+        log.mark_erased(Erasure(prediction_id=row.id, requested_at=at, reason="requested", by="ann"))
+    with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO erasures SELECT gen_random_uuid()::text, now() + interval '1 hour', 'retention', 'retention'"
+            " FROM generate_series(1, 1100)"
+        )
+    assert erasure.finish_all(log, store) == 1101
+    assert [mark.prediction_id for mark in log.erasures(unfinished=True)] == [stuck.id]
+    assert store.list("InferenceLogs/") == [stuck.object_key]
+
+
+def test_while_the_store_is_away_the_retention_marks_one_image_counts_none_and_goes_on_later(
+    log: PostgresLog, tmp_path: Path
+):
+    away, back = Refusing(str(tmp_path / "store")), FolderStore(str(tmp_path / "store"))
+    oldest, *_ = (recorded(log, away, at=now() - timedelta(days=40 - n)) for n in range(3))
+    assert erasure.expire(log, away, now() - timedelta(days=30)) == 0
+    assert [mark.prediction_id for mark in log.erasures(unfinished=True)] == [oldest.id]
+    assert erasure.finish_all(log, back) == 1
+    assert erasure.expire(log, back, now() - timedelta(days=30)) == 2
+    assert back.list("InferenceLogs/") == []
 
 
 def test_what_is_older_than_the_retention_is_erased_with_its_reason(log: PostgresLog, store: FolderStore):

@@ -322,12 +322,10 @@ class PostgresLog:
             return _mark(cursor, prediction_id)
 
     def erasures(self, *, unfinished: bool = False, limit: int = 1000) -> list[Erasure]:
-        """The marks, newest first."""
-        which = "WHERE finished_at IS NULL " if unfinished else ""
+        """The marks, newest first; those that are `unfinished` alone, oldest first: who waits longest comes first."""
+        which = "WHERE finished_at IS NULL ORDER BY requested_at" if unfinished else "ORDER BY requested_at DESC"
         with self._transaction() as cursor:
-            cursor.execute(
-                f"SELECT * FROM erasures {which}ORDER BY requested_at DESC, prediction_id LIMIT %s", (limit,)
-            )
+            cursor.execute(f"SELECT * FROM erasures {which}, prediction_id LIMIT %s", (limit,))
             return [Erasure(**row) for row in cursor.fetchall()]
 
     def erased(self, prediction_ids: Collection[str]) -> set[str]:

@@ -102,7 +102,7 @@ class PredictionLog(Protocol):
         """Remove all content of a marked prediction from the database; a repeat changes nothing. Raises `NotFound`."""
 
     def erasures(self, *, unfinished: bool = False, limit: int = 1000) -> list[Erasure]:
-        """The marks, newest first."""
+        """The marks, newest first; those that are `unfinished` alone, oldest first: who waits longest comes first."""
 
     def erased(self, prediction_ids: Collection[str]) -> set[str]:
         """Those of the ids that are marked as erased."""

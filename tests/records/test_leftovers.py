@@ -163,6 +163,51 @@ def test_a_reader_who_says_later_that_it_is_no_brain_mri_takes_the_copy_away(log
     assert store.list(keys.CORRECTIONS) == [keys.correction("glioma", row.id)]
 
 
+def test_a_standing_correction_whose_copy_is_missing_gets_it_back_and_counts_as_used_if_it_was(
+    log: PostgresLog, store: FolderStore
+):
+    from neuroloop.loop import feedback
+
+    used, waiting, placed, fresh = (recorded(log, store) for _ in range(4))
+
+    def doubted(row: Prediction) -> None:
+        """Another reader says that it is no brain MRI, and takes it back while the store is away."""
+        log.record_feedback(Feedback(prediction_id=row.id, reader="ben", verdict=Verdict.NOT_BRAIN_MRI))
+        corrections.settle(log, store, row)
+        log.record_feedback(Feedback(prediction_id=row.id, reader="ben", verdict=Verdict.NOT_SURE))
+
+    for row in (used, waiting, placed):
+        correct(log, row, "pituitary")
+        corrections.settle(log, store, row)
+        if row is used:
+            assert feedback.claim(store, "run-1", 0)
+    doubted(used)
+    doubted(waiting)
+    correct(log, fresh, "notumor")  # and the server was killed before the copy
+    assert orphans.settle_corrections(log, store) == 0
+    assert orphans.bring_back_corrections(log, store) == 3
+    kept = [keys.correction("pituitary", row.id) for row in (used, waiting, placed)]
+    assert store.list(keys.CORRECTIONS) == sorted([*kept, keys.correction("notumor", fresh.id)])
+    assert store.get(keys.correction("notumor", fresh.id)) == fresh.id.encode()
+    assert corrections.waiting(store) == sorted([*kept[1:], keys.correction("notumor", fresh.id)])
+    assert orphans.bring_back_corrections(log, store) == 0
+
+
+def test_no_copy_comes_back_of_what_is_erased_for_the_record_only_no_brain_mri_or_gone(
+    log: PostgresLog, store: FolderStore
+):
+    erased, kept_only, knee, gone, last = (
+        recorded(log, store, consent=consent) for consent in ("training", "record", "training", "training", "training")
+    )
+    for row in (erased, kept_only, knee, gone, last):
+        correct(log, row, "pituitary")
+    log.mark_erased(Erasure(prediction_id=erased.id, reason="mistake", by="ann"))
+    log.record_feedback(Feedback(prediction_id=knee.id, reader="ben", verdict=Verdict.NOT_BRAIN_MRI))
+    store.delete(gone.object_key)
+    assert orphans.bring_back_corrections(log, store) == 1
+    assert store.list(keys.CORRECTIONS) == [keys.correction("pituitary", last.id)]
+
+
 # --- erasure and retention ----------------------------------------------------------------------
 
 

@@ -247,6 +247,17 @@ class PostgresLog:
             cursor.execute(f"{_KNOWN} AND created_at < %s ORDER BY created_at LIMIT %s", (before, limit))
             return [row["id"] for row in cursor.fetchall()]
 
+    def corrected(self, after: str = "", limit: int = 1000) -> list[str]:
+        """Ids of predictions not being erased that some reader corrects, by id: those that come after this one."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                "SELECT DISTINCT prediction_id FROM feedback WHERE verdict = 'correct' AND prediction_id > %s"
+                " AND NOT EXISTS (SELECT FROM erasures WHERE prediction_id = feedback.prediction_id)"
+                " ORDER BY prediction_id LIMIT %s",
+                (after, limit),
+            )
+            return [row["prediction_id"] for row in cursor.fetchall()]
+
     def clock(self) -> datetime:
         """The database's time, one for all servers."""
         with self._transaction() as cursor:

@@ -86,6 +86,9 @@ class PredictionLog(Protocol):
     def older(self, before: datetime, limit: int = 1000) -> list[str]:
         """Ids of predictions made before this time, oldest first."""
 
+    def corrected(self, after: str = "", limit: int = 1000) -> list[str]:
+        """Ids of predictions not being erased that some reader corrects, by id: those that come after this one."""
+
     def record_feedback(self, feedback: Feedback) -> bool:
         """Insert or replace this reader's verdict; whether it was news.
 

@@ -198,6 +198,15 @@ def test_what_is_erased_while_the_backup_is_made_is_not_in_it(small, tmp_path):
     assert not [key for key in target.list("objects/") if name in key]
 
 
+def test_the_logs_of_tasks_are_not_in_a_backup(small, tmp_path):
+    databases, store, _ = small
+    before = store.list("")
+    store.put(keys.task_log("model_retraining/run-1/retrain_model/attempt=1.log"), b"what a task said")
+    target = FolderStore(str(tmp_path / "backup"))
+    assert sorted(backup(databases, store, target, say=silent).objects) == before
+    assert [key.removeprefix("objects/") for key in target.list("objects/")] == before
+
+
 def test_an_image_that_was_lost_before_is_named_and_costs_no_backup(small, tmp_path):
     databases, store, _ = small
     lost = store.list(keys.INVALID)[0]

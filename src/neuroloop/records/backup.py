@@ -9,8 +9,8 @@
 The databases are dumped first, each as of one moment, then the objects are copied: the platform stores an object
 before the row that names it, so what the rows name is there. What is erased or moved while the copying goes on would be
 missed: then the databases are dumped anew, until rows and objects agree. The prediction log is dumped before MLflow's
-database, so that the ledger names no version that the registry lacks. Airflow's own database is not in it: its history
-of runs is no part of the loop, whose steps and batches stand in the store.
+database, so that the ledger names no version that the registry lacks. Airflow's own database is not in it, nor are the
+logs of its tasks: its history of runs is no part of the loop, whose steps and batches stand in the store.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from datetime import datetime
 from pydantic import Field, ValidationError
 
 from neuroloop import __version__
+from neuroloop.core import keys
 from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound
 from neuroloop.core.ports import Database, ObjectStore
 from neuroloop.core.schemas import DatabaseDump, Record, now
@@ -82,10 +83,10 @@ def backup(databases: Mapping[str, Database], store: ObjectStore, target: Object
             target.delete(key)
         dumps = {name: _dumped(name, database, target) for name, database in databases.items()}
         say(f"databases: {sum(table.rows for dump in dumps.values() for table in dump.tables):,} rows")
-        there = set(store.list(""))
+        there = _kept(store)
         copied |= _copy(store, target, sorted(there - copied.keys()))
         # Away in between, such as one that was erased: it must not live on in the backup.
-        for key in copied.keys() - set(store.list("")):
+        for key in copied.keys() - _kept(store):
             target.delete(_object(key))
             del copied[key]
         say(f"objects: {len(copied):,}")
@@ -171,6 +172,11 @@ def _begun(databases: Mapping[str, Database], store: ObjectStore, manifest: Mani
             )
     store.put(UNFINISHED, progress.model_dump_json().encode())
     return progress
+
+
+def _kept(store: ObjectStore) -> set[str]:
+    """The keys of all that a backup holds of the store."""
+    return {key for key in store.list("") if not key.startswith(keys.TASK_LOGS)}
 
 
 def _dumped(name: str, database: Database, target: ObjectStore) -> DatabaseDump:

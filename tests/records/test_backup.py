@@ -198,6 +198,42 @@ def test_what_is_erased_while_the_backup_is_made_is_not_in_it(small, tmp_path):
     assert not [key for key in target.list("objects/") if name in key]
 
 
+@pytest.mark.parametrize("moment", ["before it is read", "once it was read", "while it is listed"])
+def test_a_corrected_copy_that_moves_to_another_class_while_the_backup_is_made_is_in_it(small, tmp_path, moment: str):
+    databases, store, _ = small
+    old, new = keys.correction("glioma", "x"), keys.correction("meningioma", "x")
+    store.put(old, b"a corrected scan")
+
+    class Moving(FolderStore):
+        """The same folder; a reader changes the class of a correction at this moment."""
+
+        def move(self) -> None:
+            if self.exists(old):
+                self.put(new, super().get(old))
+                self.delete(old)
+
+        def get(self, key: str) -> bytes:
+            if key == old and moment == "before it is read":
+                self.move()
+            data = super().get(key)
+            if key == old and moment == "once it was read":
+                self.move()
+            return data
+
+        def list(self, prefix: str) -> list[str]:
+            found = super().list(prefix)
+            if moment == "while it is listed" and target.exists(f"objects/{old}") and old in found:
+                found.remove(old)  # the listing has passed the new class, then it moves, then comes the old class
+                self.move()
+            return found
+
+    target = FolderStore(str(tmp_path / "backup"))
+    manifest = backup(databases, Moving(str(tmp_path / "store")), target, say=silent)
+    assert sorted(manifest.objects) == store.list("")
+    assert target.get(f"objects/{new}") == b"a corrected scan"
+    assert not target.exists(f"objects/{old}")
+
+
 def test_the_logs_of_tasks_are_not_in_a_backup(small, tmp_path):
     databases, store, _ = small
     before = store.list("")

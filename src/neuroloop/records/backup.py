@@ -7,10 +7,12 @@
 ```
 
 The databases are dumped first, each as of one moment, then the objects are copied: the platform stores an object
-before the row that names it, so what the rows name is there. What is erased or moved while the copying goes on would be
-missed: then the databases are dumped anew, until rows and objects agree. The prediction log is dumped before MLflow's
-database, so that the ledger names no version that the registry lacks. Airflow's own database is not in it, nor are the
-logs of its tasks: its history of runs is no part of the loop, whose steps and batches stand in the store.
+before the row that names it, so what the rows name is there. What is erased while the copying goes on would be missed:
+then the databases are dumped anew, until rows and objects agree. No row names a corrected copy, and it moves when a
+reader changes the class: the copies are listed again after the copying, a few times at most, until none has moved or
+come meanwhile. The prediction log is dumped before MLflow's database, so that the ledger names no version that the
+registry lacks. Airflow's own database is not in it, nor are the logs of its tasks: its history of runs is no part of
+the loop, whose steps and batches stand in the store.
 """
 
 import hashlib
@@ -83,12 +85,7 @@ def backup(databases: Mapping[str, Database], store: ObjectStore, target: Object
             target.delete(key)
         dumps = {name: _dumped(name, database, target) for name, database in databases.items()}
         say(f"databases: {sum(table.rows for dump in dumps.values() for table in dump.tables):,} rows")
-        there = _kept(store)
-        copied |= _copy(store, target, sorted(there - copied.keys()))
-        # Away in between, such as one that was erased: it must not live on in the backup.
-        for key in copied.keys() - _kept(store):
-            target.delete(_object(key))
-            del copied[key]
+        _copy_all(store, target, copied)
         say(f"objects: {len(copied):,}")
         missing = {key for dump_key in dumps for key in _named(dumps[dump_key], dump_key, target)} - copied.keys()
         if missing <= lost:  # nobody moved them: they were not there before either
@@ -193,6 +190,26 @@ def _named(dump: DatabaseDump, name: str, target: ObjectStore) -> Iterable[str]:
                 for line in target.get(_part(name, part.name)).decode().split("\n"):
                     if line:
                         yield line.split("\t")[index]
+
+
+def _copy_all(store: ObjectStore, target: ObjectStore, copied: dict[str, CopiedObject]) -> None:
+    """Bring `copied`, and what lies in the target, up to what the store holds.
+
+    A corrected copy is put under its new class before the old one goes, so one that moves, even while a listing is
+    made, is in the next.
+    """
+    wanted = there = _kept(store)
+    for _ in range(_ATTEMPTS):
+        copied |= _copy(store, target, sorted(wanted - copied.keys()))
+        before, there = there, _kept(store)
+        # Away in between, such as one that was erased: it must not live on in the backup.
+        for key in copied.keys() - there:
+            target.delete(_object(key))
+            del copied[key]
+        wanted = {key for key in (before - there) | (there - copied.keys()) if key.startswith(keys.CORRECTIONS)}
+        if not wanted:
+            return
+    _LOG.warning("corrected copies kept moving; after a restore, housekeeping brings back those that were missed")
 
 
 def _copy(store: ObjectStore, target: ObjectStore, wanted: list[str]) -> dict[str, CopiedObject]:

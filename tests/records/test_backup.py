@@ -293,6 +293,35 @@ def test_a_restore_that_broke_off_goes_on_and_another_one_is_refused(small, tmp_
     assert PostgresLog(url).monitoring() == log.monitoring()
 
 
+def test_a_restore_killed_once_a_database_was_loaded_goes_on_unless_it_has_changed_since(
+    small, tmp_path, postgres_server
+):
+    databases, store, log = small
+    target = FolderStore(str(tmp_path / "backup"))
+    backup(databases, store, target, say=silent)
+
+    class Killed(PostgresDump):
+        """The same database; the process ends as soon as the rows are in it."""
+
+        def load(self, dump, read) -> None:
+            super().load(dump, read)
+            raise KeyboardInterrupt
+
+    url, empty = postgres_server.new_database(), FolderStore(str(tmp_path / "empty"))
+    with pytest.raises(KeyboardInterrupt):
+        restore({"neuroloop": Killed(url)}, empty, target, say=silent)
+    assert empty.exists(UNFINISHED)
+    stranger = prediction()
+    PostgresLog(url).record_prediction(stranger)
+    with pytest.raises(AlreadyExists, match="holds other rows than the backup"):
+        restore({"neuroloop": PostgresDump(url)}, empty, target, say=silent)
+    with contextlib.closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
+        cursor.execute("DELETE FROM predictions WHERE id = %s", (stranger.id,))
+    restore({"neuroloop": PostgresDump(url)}, empty, target, say=silent)
+    assert empty.list("") == store.list("")
+    assert PostgresLog(url).monitoring() == log.monitoring()
+
+
 def test_a_folder_without_a_whole_backup_is_told_from_one(small, tmp_path, postgres_server):
     databases, store, _ = small
     target = FolderStore(str(tmp_path / "backup"))

@@ -335,6 +335,24 @@ def test_a_folder_without_a_whole_backup_is_told_from_one(small, tmp_path, postg
         restore(fresh, empty, target, say=silent)
 
 
+@pytest.mark.parametrize(("place", "told"), [("models", True), ("old/store/artifacts", False)])
+def test_that_a_backup_is_without_models_which_lie_outside_of_the_store_is_said_by_it_and_by_its_restore(
+    new_stack, tmp_path, place: str, told: bool
+):
+    old, new, url = new_stack("old"), new_stack("new"), f"file://{tmp_path / place}"
+    FolderStore(url.removeprefix("file://")).put("1/bundle.onnx", b"a model")
+    outside = old.variables() | {"NEUROLOOP_MLFLOW_ARTIFACTS_URL": url}
+    made = CliRunner().invoke(cli, ["backup", str(tmp_path / "backups")], env=outside)
+    (folder,) = (tmp_path / "backups").iterdir()
+    done = CliRunner().invoke(cli, ["restore", str(folder)], env=new.variables())
+    for each in (made, done):
+        assert each.exit_code == 0, each.output + str(each.exception)
+        assert ("WITHOUT THE MODELS" in each.output and url in each.output) == told
+    manifest = read_manifest(FolderStore(str(folder)))
+    assert manifest.mlflow_elsewhere == (url if told else "")
+    assert list(manifest.objects) == ([] if told else ["artifacts/1/bundle.onnx"])
+
+
 def test_a_backup_cannot_lie_in_its_own_store(new_stack):
     stack = new_stack("old")
     done = CliRunner().invoke(cli, ["backup", str(stack.home / "store" / "backups")], env=stack.variables())

@@ -55,6 +55,7 @@ class Manifest(Record):
     databases: dict[str, DatabaseDump]
     objects: dict[str, CopiedObject]
     missing: tuple[str, ...] = Field(description="what rows name and the store had not: lost before the backup")
+    mlflow_elsewhere: str = Field("", description="where MLflow kept its files, if outside of the store: not in it")
 
     @property
     def rows(self) -> int:
@@ -74,8 +75,13 @@ class _Progress(Record):
     loaded: tuple[str, ...] = ()
 
 
-def backup(databases: Mapping[str, Database], store: ObjectStore, target: ObjectStore, *, say: Say) -> Manifest:
-    """Copy everything into the empty `target`, while the platform runs. Raises `AlreadyExists`, `Unavailable`."""
+def backup(
+    databases: Mapping[str, Database], store: ObjectStore, target: ObjectStore, *, say: Say, mlflow_elsewhere: str = ""
+) -> Manifest:
+    """Copy everything into the empty `target`, while the platform runs. Raises `AlreadyExists`, `Unavailable`.
+
+    `mlflow_elsewhere` is where MLflow keeps its files, if outside of the store: noted, not copied.
+    """
     if target.list(""):
         raise AlreadyExists("the backup's folder is not empty", fix="name another one")
     copied: dict[str, CopiedObject] = {}
@@ -92,7 +98,9 @@ def backup(databases: Mapping[str, Database], store: ObjectStore, target: Object
             break
         lost = missing
         say(f"{len(missing)} objects went while they were copied: once more (attempt {attempt})")
-    manifest = Manifest(databases=dumps, objects=copied, missing=tuple(sorted(missing)))
+    manifest = Manifest(
+        databases=dumps, objects=copied, missing=tuple(sorted(missing)), mlflow_elsewhere=mlflow_elsewhere
+    )
     for key in manifest.missing:
         _LOG.warning("%s is named by a row and was not in the store", key)
     target.create(MANIFEST, manifest.model_dump_json(indent=1).encode(), content_type="application/json")

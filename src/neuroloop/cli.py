@@ -283,10 +283,15 @@ def backup(
     if f"{url}/".startswith(f"{outside.settings.store}/"):
         raise NeuroLoopError("a backup cannot lie in the store it is of", fix="name another folder or bucket")
     os.umask(0o077)  # it is as confidential as what it holds
-    made = backups.backup(outside.databases, outside.store, bootstrap.open_store(url), say=_progress())
+    target, elsewhere = bootstrap.open_store(url), outside.settings.mlflow_elsewhere
+    made = backups.backup(outside.databases, outside.store, target, say=_progress(), mlflow_elsewhere=elsewhere)
     print(f"{url}: {made.rows:,} rows, {len(made.objects):,} objects, {made.size / 1e6:,.1f} MB")
     if made.missing:
         print(f"{len(made.missing)} images that rows name were not in the store, such as {made.missing[0]}")
+    if elsewhere:
+        print(
+            f"WITHOUT THE MODELS: MLflow keeps its files in {elsewhere}, outside of the store; back that up by itself"
+        )
 
 
 @app.command()
@@ -300,6 +305,11 @@ def restore(
     outside = _logged()
     held = backups.restore(outside.databases, outside.store, bootstrap.open_store(_url(source)), say=_progress())
     print(f"restored as of {held.made_at:%Y-%m-%d %H:%M:%S} UTC: {held.rows:,} rows, {len(held.objects):,} objects")
+    if held.mlflow_elsewhere:
+        print(
+            f"WITHOUT THE MODELS: MLflow kept its files in {held.mlflow_elsewhere}, outside of the store;"
+            " NEUROLOOP_MLFLOW_ARTIFACTS_URL has to name that place, or a copy of it"
+        )
 
 
 @app.command()

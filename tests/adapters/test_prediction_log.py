@@ -151,6 +151,23 @@ def test_a_later_verdict_of_the_same_reader_replaces_the_earlier_one(log: Postgr
     assert log.feedback(row.id) == [bob, changed]
 
 
+def test_the_predictions_that_readers_correct_come_page_by_page_each_once_and_without_the_erased(log: PostgresLog):
+    rows = [prediction() for _ in range(7)]
+    for row in rows:
+        log.record_prediction(row)
+    for row in rows[:5]:
+        for reader, label in (("ann", "pituitary"), ("bob", "notumor")):
+            log.record_feedback(Feedback(prediction_id=row.id, reader=reader, verdict=Verdict.CORRECT, label=label))
+    log.record_feedback(Feedback(prediction_id=rows[0].id, reader="eve", verdict=Verdict.NOT_BRAIN_MRI))
+    log.record_feedback(Feedback(prediction_id=rows[5].id, reader="ann", verdict=Verdict.AGREE))
+    log.mark_erased(Erasure(prediction_id=rows[4].id, reason="mistake", by="ann"))
+    pages = [log.corrected(limit=3)]
+    while pages[-1]:
+        pages.append(log.corrected(pages[-1][-1], limit=3))
+    assert [len(page) for page in pages] == [3, 1, 0]
+    assert sorted(pages[0] + pages[1]) == sorted(row.id for row in rows[:4])
+
+
 def test_a_class_goes_only_with_the_verdict_correct(log: PostgresLog):
     row = prediction()
     log.record_prediction(row)
@@ -251,6 +268,20 @@ def test_an_erased_prediction_leaves_a_mark_without_content_in_the_database(log:
             dumped += cursor.fetchone()[0]
     assert "secret" not in dumped
     assert row.id in dumped
+
+
+def test_marks_come_newest_first_and_the_unfinished_ones_oldest_first(log: PostgresLog):
+    marks = []
+    for minute in (1, 2, 3):
+        row = prediction()
+        log.record_prediction(row)
+        at = START + timedelta(minutes=minute)
+        marks.append(log.mark_erased(Erasure(prediction_id=row.id, requested_at=at, reason="mistake", by="ann")))
+    assert log.erasures() == marks[::-1]
+    assert log.erasures(unfinished=True) == marks
+    assert log.erasures(unfinished=True, limit=2) == marks[:2]
+    log.finish_erasure(marks[0].prediction_id)
+    assert log.erasures(unfinished=True, limit=2) == marks[1:]
 
 
 def test_what_was_never_recorded_cannot_be_erased(log: PostgresLog):

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from neuroloop.adapters.folder import FolderStore
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
-from neuroloop.core.schemas import Erasure, GateResult, Prediction, now
+from neuroloop.core.errors import Forbidden
+from neuroloop.core.schemas import Erasure, Feedback, GateResult, Prediction, Verdict, now
 from neuroloop.core.settings import Settings
+from neuroloop.loop import retraining
 from neuroloop.loop.housekeeping import tidy
+from neuroloop.records import corrections
 
 
 @pytest.fixture
@@ -91,3 +95,36 @@ def test_without_a_retention_nothing_expires(services: Services):
     forever = Services(services.settings.model_copy(update={"retention_days": 0.0}))
     assert tidy(forever)["expired"] == 0
     assert services.log.prediction(row.id) == row
+
+
+def test_the_command_and_a_retraining_bring_back_the_copy_that_a_correction_lacks(services: Services):
+    for check in (lambda: tidy(services), lambda: retraining.check_source_flag(services, "run-1")):
+        row = recorded(services)
+        services.log.record_feedback(
+            Feedback(prediction_id=row.id, reader="ann", verdict=Verdict.CORRECT, label="glioma")
+        )
+        check()
+        assert services.store.exists(keys.correction("glioma", row.id))
+
+
+def test_a_retraining_that_may_not_bring_copies_back_goes_on_with_those_there_are(services: Services):
+    class AsTrainer(FolderStore):
+        """The same folder, for an identity that reads no upload."""
+
+        def get(self, key: str) -> bytes:
+            if key.startswith((keys.PREDICTIONS, keys.INVALID)):
+                raise Forbidden(f"cannot read {key}")
+            return super().get(key)
+
+    *whole, lacking = (recorded(services) for _ in range(3))
+    for row in (*whole, lacking):
+        services.log.record_feedback(
+            Feedback(prediction_id=row.id, reader="ann", verdict=Verdict.CORRECT, label="glioma")
+        )
+    for row in whole:
+        corrections.settle(services.log, services.store, row)
+    trainer = Services(services.settings.model_copy(update={"feedback_threshold": 1}))
+    trainer.__dict__["store"] = AsTrainer(str(services.settings.home / "store"))
+    found = retraining.check_source_flag(trainer, "run-1")
+    assert (found["go"], found["waiting"]) == (True, 2)
+    assert not services.store.exists(keys.correction("glioma", lacking.id))

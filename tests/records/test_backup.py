@@ -198,6 +198,51 @@ def test_what_is_erased_while_the_backup_is_made_is_not_in_it(small, tmp_path):
     assert not [key for key in target.list("objects/") if name in key]
 
 
+@pytest.mark.parametrize("moment", ["before it is read", "once it was read", "while it is listed"])
+def test_a_corrected_copy_that_moves_to_another_class_while_the_backup_is_made_is_in_it(small, tmp_path, moment: str):
+    databases, store, _ = small
+    old, new = keys.correction("glioma", "x"), keys.correction("meningioma", "x")
+    store.put(old, b"a corrected scan")
+
+    class Moving(FolderStore):
+        """The same folder; a reader changes the class of a correction at this moment."""
+
+        def move(self) -> None:
+            if self.exists(old):
+                self.put(new, super().get(old))
+                self.delete(old)
+
+        def get(self, key: str) -> bytes:
+            if key == old and moment == "before it is read":
+                self.move()
+            data = super().get(key)
+            if key == old and moment == "once it was read":
+                self.move()
+            return data
+
+        def list(self, prefix: str) -> list[str]:
+            found = super().list(prefix)
+            if moment == "while it is listed" and target.exists(f"objects/{old}") and old in found:
+                found.remove(old)  # the listing has passed the new class, then it moves, then comes the old class
+                self.move()
+            return found
+
+    target = FolderStore(str(tmp_path / "backup"))
+    manifest = backup(databases, Moving(str(tmp_path / "store")), target, say=silent)
+    assert sorted(manifest.objects) == store.list("")
+    assert target.get(f"objects/{new}") == b"a corrected scan"
+    assert not target.exists(f"objects/{old}")
+
+
+def test_the_logs_of_tasks_are_not_in_a_backup(small, tmp_path):
+    databases, store, _ = small
+    before = store.list("")
+    store.put(keys.task_log("model_retraining/run-1/retrain_model/attempt=1.log"), b"what a task said")
+    target = FolderStore(str(tmp_path / "backup"))
+    assert sorted(backup(databases, store, target, say=silent).objects) == before
+    assert [key.removeprefix("objects/") for key in target.list("objects/")] == before
+
+
 def test_an_image_that_was_lost_before_is_named_and_costs_no_backup(small, tmp_path):
     databases, store, _ = small
     lost = store.list(keys.INVALID)[0]
@@ -248,6 +293,35 @@ def test_a_restore_that_broke_off_goes_on_and_another_one_is_refused(small, tmp_
     assert PostgresLog(url).monitoring() == log.monitoring()
 
 
+def test_a_restore_killed_once_a_database_was_loaded_goes_on_unless_it_has_changed_since(
+    small, tmp_path, postgres_server
+):
+    databases, store, log = small
+    target = FolderStore(str(tmp_path / "backup"))
+    backup(databases, store, target, say=silent)
+
+    class Killed(PostgresDump):
+        """The same database; the process ends as soon as the rows are in it."""
+
+        def load(self, dump, read) -> None:
+            super().load(dump, read)
+            raise KeyboardInterrupt
+
+    url, empty = postgres_server.new_database(), FolderStore(str(tmp_path / "empty"))
+    with pytest.raises(KeyboardInterrupt):
+        restore({"neuroloop": Killed(url)}, empty, target, say=silent)
+    assert empty.exists(UNFINISHED)
+    stranger = prediction()
+    PostgresLog(url).record_prediction(stranger)
+    with pytest.raises(AlreadyExists, match="holds other rows than the backup"):
+        restore({"neuroloop": PostgresDump(url)}, empty, target, say=silent)
+    with contextlib.closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
+        cursor.execute("DELETE FROM predictions WHERE id = %s", (stranger.id,))
+    restore({"neuroloop": PostgresDump(url)}, empty, target, say=silent)
+    assert empty.list("") == store.list("")
+    assert PostgresLog(url).monitoring() == log.monitoring()
+
+
 def test_a_folder_without_a_whole_backup_is_told_from_one(small, tmp_path, postgres_server):
     databases, store, _ = small
     target = FolderStore(str(tmp_path / "backup"))
@@ -259,6 +333,24 @@ def test_a_folder_without_a_whole_backup_is_told_from_one(small, tmp_path, postg
     target.put(MANIFEST, json.dumps(document).encode())
     with pytest.raises(NeuroLoopError, match="later version"):
         restore(fresh, empty, target, say=silent)
+
+
+@pytest.mark.parametrize(("place", "told"), [("models", True), ("old/store/artifacts", False)])
+def test_that_a_backup_is_without_models_which_lie_outside_of_the_store_is_said_by_it_and_by_its_restore(
+    new_stack, tmp_path, place: str, told: bool
+):
+    old, new, url = new_stack("old"), new_stack("new"), f"file://{tmp_path / place}"
+    FolderStore(url.removeprefix("file://")).put("1/bundle.onnx", b"a model")
+    outside = old.variables() | {"NEUROLOOP_MLFLOW_ARTIFACTS_URL": url}
+    made = CliRunner().invoke(cli, ["backup", str(tmp_path / "backups")], env=outside)
+    (folder,) = (tmp_path / "backups").iterdir()
+    done = CliRunner().invoke(cli, ["restore", str(folder)], env=new.variables())
+    for each in (made, done):
+        assert each.exit_code == 0, each.output + str(each.exception)
+        assert ("WITHOUT THE MODELS" in each.output and url in each.output) == told
+    manifest = read_manifest(FolderStore(str(folder)))
+    assert manifest.mlflow_elsewhere == (url if told else "")
+    assert list(manifest.objects) == ([] if told else ["artifacts/1/bundle.onnx"])
 
 
 def test_a_backup_cannot_lie_in_its_own_store(new_stack):

@@ -6,12 +6,13 @@ import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psycopg2
 import pytest
 
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.adapters.postgres import PostgresLog
 from neuroloop.core import keys
-from neuroloop.core.errors import Erased, NeuroLoopError, NotFound
+from neuroloop.core.errors import Erased, NeuroLoopError, NotFound, Unavailable
 from neuroloop.core.schemas import Erasure, Feedback, GateResult, Prediction, Verdict, now
 from neuroloop.records import corrections, erasure, orphans
 
@@ -162,6 +163,51 @@ def test_a_reader_who_says_later_that_it_is_no_brain_mri_takes_the_copy_away(log
     assert store.list(keys.CORRECTIONS) == [keys.correction("glioma", row.id)]
 
 
+def test_a_standing_correction_whose_copy_is_missing_gets_it_back_and_counts_as_used_if_it_was(
+    log: PostgresLog, store: FolderStore
+):
+    from neuroloop.loop import feedback
+
+    used, waiting, placed, fresh = (recorded(log, store) for _ in range(4))
+
+    def doubted(row: Prediction) -> None:
+        """Another reader says that it is no brain MRI, and takes it back while the store is away."""
+        log.record_feedback(Feedback(prediction_id=row.id, reader="ben", verdict=Verdict.NOT_BRAIN_MRI))
+        corrections.settle(log, store, row)
+        log.record_feedback(Feedback(prediction_id=row.id, reader="ben", verdict=Verdict.NOT_SURE))
+
+    for row in (used, waiting, placed):
+        correct(log, row, "pituitary")
+        corrections.settle(log, store, row)
+        if row is used:
+            assert feedback.claim(store, "run-1", 0)
+    doubted(used)
+    doubted(waiting)
+    correct(log, fresh, "notumor")  # and the server was killed before the copy
+    assert orphans.settle_corrections(log, store) == 0
+    assert orphans.bring_back_corrections(log, store) == 3
+    kept = [keys.correction("pituitary", row.id) for row in (used, waiting, placed)]
+    assert store.list(keys.CORRECTIONS) == sorted([*kept, keys.correction("notumor", fresh.id)])
+    assert store.get(keys.correction("notumor", fresh.id)) == fresh.id.encode()
+    assert corrections.waiting(store) == sorted([*kept[1:], keys.correction("notumor", fresh.id)])
+    assert orphans.bring_back_corrections(log, store) == 0
+
+
+def test_no_copy_comes_back_of_what_is_erased_for_the_record_only_no_brain_mri_or_gone(
+    log: PostgresLog, store: FolderStore
+):
+    erased, kept_only, knee, gone, last = (
+        recorded(log, store, consent=consent) for consent in ("training", "record", "training", "training", "training")
+    )
+    for row in (erased, kept_only, knee, gone, last):
+        correct(log, row, "pituitary")
+    log.mark_erased(Erasure(prediction_id=erased.id, reason="mistake", by="ann"))
+    log.record_feedback(Feedback(prediction_id=knee.id, reader="ben", verdict=Verdict.NOT_BRAIN_MRI))
+    store.delete(gone.object_key)
+    assert orphans.bring_back_corrections(log, store) == 1
+    assert store.list(keys.CORRECTIONS) == [keys.correction("pituitary", last.id)]
+
+
 # --- erasure and retention ----------------------------------------------------------------------
 
 
@@ -172,6 +218,48 @@ def test_erasures_that_broke_off_are_finished(log: PostgresLog, store: FolderSto
     assert store.list("InferenceLogs/") == [other.object_key]
     assert log.erasures(unfinished=True) == []
     assert erasure.finish_all(log, store) == 0
+
+
+class Refusing(FolderStore):
+    """The same folder; it deletes nothing of what is kept."""
+
+    kept: tuple[str, ...] = ("",)
+
+    def delete(self, key: str) -> None:
+        if any(name in key for name in self.kept):
+            raise Unavailable("the store is away")
+        super().delete(key)
+
+
+def test_erasures_that_broke_off_are_finished_however_many_and_one_that_cannot_be_holds_up_no_other(
+    log: PostgresLog, tmp_path: Path, postgres_url: str
+):
+    store = Refusing(str(tmp_path / "store"))
+    stuck, last = recorded(log, store), recorded(log, store)
+    store.kept = (stuck.id,)
+    for number, row in enumerate((stuck, last)):
+        at = now() + timedelta(hours=2 * number)
+        log.mark_erased(Erasure(prediction_id=row.id, requested_at=at, reason="requested", by="ann"))
+    with psycopg2.connect(postgres_url) as connection, connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO erasures SELECT gen_random_uuid()::text, now() + interval '1 hour', 'retention', 'retention'"
+            " FROM generate_series(1, 1100)"
+        )
+    assert erasure.finish_all(log, store) == 1101
+    assert [mark.prediction_id for mark in log.erasures(unfinished=True)] == [stuck.id]
+    assert store.list("InferenceLogs/") == [stuck.object_key]
+
+
+def test_while_the_store_is_away_the_retention_marks_one_image_counts_none_and_goes_on_later(
+    log: PostgresLog, tmp_path: Path
+):
+    away, back = Refusing(str(tmp_path / "store")), FolderStore(str(tmp_path / "store"))
+    oldest, *_ = (recorded(log, away, at=now() - timedelta(days=40 - n)) for n in range(3))
+    assert erasure.expire(log, away, now() - timedelta(days=30)) == 0
+    assert [mark.prediction_id for mark in log.erasures(unfinished=True)] == [oldest.id]
+    assert erasure.finish_all(log, back) == 1
+    assert erasure.expire(log, back, now() - timedelta(days=30)) == 2
+    assert back.list("InferenceLogs/") == []
 
 
 def test_what_is_older_than_the_retention_is_erased_with_its_reason(log: PostgresLog, store: FolderStore):

@@ -1,12 +1,16 @@
 """Several files in one request."""
 
+import asyncio
+import logging
 import uuid
 
 import numpy as np
 import pytest
 
 from neuroloop.core.schemas import LABELS
+from neuroloop.serving import batch
 from neuroloop.serving.batch import FILES
+from neuroloop.serving.inference import Answer
 from serving.running import Api, encoded, head, noise, serving
 
 
@@ -96,3 +100,25 @@ def test_answers_of_a_batch_belong_to_their_own_files_whatever_their_sizes(api: 
     items = send(api, [encoded(head(label, height=height)) for label, height in wanted], images="false").json()
     found = [(item["answer"]["label"], item["answer"]["height"]) for item in items["results"]]
     assert found == wanted
+
+
+def test_an_unexpected_fault_in_one_file_is_a_problem_of_that_file_and_the_rest_is_answered(
+    api: Api, caplog: pytest.LogCaptureFixture
+):
+    said = send(api, [encoded(head("glioma"))], images="false").json()["results"][0]["answer"]
+
+    async def ask(index: int, data: bytes):
+        if data == b"broken":
+            raise RuntimeError("a fault nobody thought of")
+        return Answer.model_validate(said)
+
+    with caplog.at_level(logging.ERROR, logger="neuroloop.serving.batch"):
+        answered = asyncio.run(batch.answer([b"fine", b"broken", b"fine", b"fine"], ask))
+    assert isinstance(answered, batch.BatchAnswer)
+    assert [item.status for item in answered.results] == [201, 500, 201, 201]
+    problem = answered.results[1].problem
+    assert problem["type"] == "urn:neuroloop:problem:internal-error"
+    assert "nobody thought of" not in str(problem)
+    (line,) = caplog.records
+    assert "file 2 of a batch" in line.getMessage()
+    assert "nobody thought of" in str(line.exc_info[1])

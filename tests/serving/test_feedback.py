@@ -8,7 +8,9 @@ from datetime import datetime, timedelta
 
 import pytest
 
+from neuroloop.adapters.folder import FolderStore
 from neuroloop.core import keys, schemas
+from neuroloop.core.errors import Unavailable
 from neuroloop.core.schemas import LABELS
 from serving.running import Api, encoded, head, noise, serving
 
@@ -222,6 +224,33 @@ def test_without_the_database_a_correction_leaves_no_image(services, champion, p
         assert corrections(api, prediction_id) == []
         assert api.feedback(prediction_id, "correct", "pituitary").status_code == 200
         assert corrections(api, prediction_id) == ["pituitary"]
+
+
+def test_a_verdict_whose_copy_could_not_be_put_in_order_is_recorded_and_counted_and_its_repeat_succeeds(
+    services, champion
+):
+    class Refusing(FolderStore):
+        """A folder that goes away once the verdict is recorded: what it outdated cannot be removed."""
+
+        away = False
+
+        def delete(self, key: str) -> None:
+            if self.away:
+                raise Unavailable("the store is away")
+            super().delete(key)
+
+    store = Refusing(str(services.settings.home / "store"))
+    services.__dict__["store"] = store
+    with serving(services) as api:
+        prediction_id = api.predict(head("glioma")).json()["id"]
+        store.away = True
+        assert api.feedback(prediction_id, "correct", "pituitary").status_code == 503
+        assert said(api, prediction_id) == [("ann", "correct", "pituitary")]
+        assert 'neuroloop_feedback_total{verdict="correct"} 1.0' in api.client.get("/metrics").text
+        store.away = False
+        assert api.feedback(prediction_id, "correct", "pituitary").status_code == 200
+        assert corrections(api, prediction_id) == ["pituitary"]
+        assert 'neuroloop_feedback_total{verdict="correct"} 1.0' in api.client.get("/metrics").text
 
 
 def test_every_class_can_be_corrected_to_every_other(api: Api):

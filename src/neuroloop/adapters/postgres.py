@@ -247,6 +247,17 @@ class PostgresLog:
             cursor.execute(f"{_KNOWN} AND created_at < %s ORDER BY created_at LIMIT %s", (before, limit))
             return [row["id"] for row in cursor.fetchall()]
 
+    def corrected(self, after: str = "", limit: int = 1000) -> list[str]:
+        """Ids of predictions not being erased that some reader corrects, by id: those that come after this one."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                "SELECT DISTINCT prediction_id FROM feedback WHERE verdict = 'correct' AND prediction_id > %s"
+                " AND NOT EXISTS (SELECT FROM erasures WHERE prediction_id = feedback.prediction_id)"
+                " ORDER BY prediction_id LIMIT %s",
+                (after, limit),
+            )
+            return [row["prediction_id"] for row in cursor.fetchall()]
+
     def clock(self) -> datetime:
         """The database's time, one for all servers."""
         with self._transaction() as cursor:
@@ -322,12 +333,10 @@ class PostgresLog:
             return _mark(cursor, prediction_id)
 
     def erasures(self, *, unfinished: bool = False, limit: int = 1000) -> list[Erasure]:
-        """The marks, newest first."""
-        which = "WHERE finished_at IS NULL " if unfinished else ""
+        """The marks, newest first; those that are `unfinished` alone, oldest first: who waits longest comes first."""
+        which = "WHERE finished_at IS NULL ORDER BY requested_at" if unfinished else "ORDER BY requested_at DESC"
         with self._transaction() as cursor:
-            cursor.execute(
-                f"SELECT * FROM erasures {which}ORDER BY requested_at DESC, prediction_id LIMIT %s", (limit,)
-            )
+            cursor.execute(f"SELECT * FROM erasures {which}, prediction_id LIMIT %s", (limit,))
             return [Erasure(**row) for row in cursor.fetchall()]
 
     def erased(self, prediction_ids: Collection[str]) -> set[str]:

@@ -86,6 +86,9 @@ class PredictionLog(Protocol):
     def older(self, before: datetime, limit: int = 1000) -> list[str]:
         """Ids of predictions made before this time, oldest first."""
 
+    def corrected(self, after: str = "", limit: int = 1000) -> list[str]:
+        """Ids of predictions not being erased that some reader corrects, by id: those that come after this one."""
+
     def record_feedback(self, feedback: Feedback) -> bool:
         """Insert or replace this reader's verdict; whether it was news.
 
@@ -102,7 +105,7 @@ class PredictionLog(Protocol):
         """Remove all content of a marked prediction from the database; a repeat changes nothing. Raises `NotFound`."""
 
     def erasures(self, *, unfinished: bool = False, limit: int = 1000) -> list[Erasure]:
-        """The marks, newest first."""
+        """The marks, newest first; those that are `unfinished` alone, oldest first: who waits longest comes first."""
 
     def erased(self, prediction_ids: Collection[str]) -> set[str]:
         """Those of the ids that are marked as erased."""

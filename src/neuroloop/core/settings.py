@@ -285,6 +285,12 @@ class Settings(BaseSettings):
         return self.mlflow_artifacts_url or f"{self.store}/mlflow"
 
     @property
+    def mlflow_elsewhere(self) -> str:
+        """Where MLflow keeps its files, if that is outside of the object store. Else empty."""
+        inside = f"{self.mlflow_artifacts}/".startswith(f"{self.store.rstrip('/')}/")
+        return "" if inside else self.mlflow_artifacts
+
+    @property
     def audit_stops(self) -> frozenset[str]:
         """The findings of `AUDIT_STOP_ON`."""
         return frozenset(_listed(self.audit_stop_on))

@@ -22,7 +22,7 @@ def tidy(services: Services, *, force: bool = False) -> Result:
     log, store, days = services.log, services.store, services.settings.retention_days
     result: Result = {"erasures_finished": erasure.finish_all(log, store)}
     result["expired"] = erasure.expire(log, store, now() - timedelta(days=days)) if days else 0
-    result["corrections_mended"] = orphans.settle_corrections(log, store)
+    result["corrections_mended"] = orphans.settle_corrections(log, store) + orphans.bring_back_corrections(log, store)
     try:
         result["leftovers_removed"] = len(orphans.sweep(log, store, now() - LEFTOVER_AGE, force=force))
     except NeuroLoopError:

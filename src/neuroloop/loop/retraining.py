@@ -42,6 +42,10 @@ def _settled(services: Services) -> str:
         orphans.settle_corrections(services.log, services.store)
     except Forbidden as error:
         return f"Housekeeping, which may, has to put the corrections in order first: {error}"
+    try:
+        orphans.bring_back_corrections(services.log, services.store)
+    except Forbidden as error:  # nothing wrong is learned without them: they wait for a later retraining
+        log.warning("corrections without a copy are left to housekeeping, which may bring it back: %s", error)
     return ""
 
 

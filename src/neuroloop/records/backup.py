@@ -7,10 +7,12 @@
 ```
 
 The databases are dumped first, each as of one moment, then the objects are copied: the platform stores an object
-before the row that names it, so what the rows name is there. What is erased or moved while the copying goes on would be
-missed: then the databases are dumped anew, until rows and objects agree. The prediction log is dumped before MLflow's
-database, so that the ledger names no version that the registry lacks. Airflow's own database is not in it: its history
-of runs is no part of the loop, whose steps and batches stand in the store.
+before the row that names it, so what the rows name is there. What is erased while the copying goes on would be missed:
+then the databases are dumped anew, until rows and objects agree. No row names a corrected copy, and it moves when a
+reader changes the class: the copies are listed again after the copying, a few times at most, until none has moved or
+come meanwhile. The prediction log is dumped before MLflow's database, so that the ledger names no version that the
+registry lacks. Airflow's own database is not in it, nor are the logs of its tasks: its history of runs is no part of
+the loop, whose steps and batches stand in the store.
 """
 
 import hashlib
@@ -22,6 +24,7 @@ from datetime import datetime
 from pydantic import Field, ValidationError
 
 from neuroloop import __version__
+from neuroloop.core import keys
 from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound
 from neuroloop.core.ports import Database, ObjectStore
 from neuroloop.core.schemas import DatabaseDump, Record, now
@@ -52,6 +55,7 @@ class Manifest(Record):
     databases: dict[str, DatabaseDump]
     objects: dict[str, CopiedObject]
     missing: tuple[str, ...] = Field(description="what rows name and the store had not: lost before the backup")
+    mlflow_elsewhere: str = Field("", description="where MLflow kept its files, if outside of the store: not in it")
 
     @property
     def rows(self) -> int:
@@ -71,8 +75,13 @@ class _Progress(Record):
     loaded: tuple[str, ...] = ()
 
 
-def backup(databases: Mapping[str, Database], store: ObjectStore, target: ObjectStore, *, say: Say) -> Manifest:
-    """Copy everything into the empty `target`, while the platform runs. Raises `AlreadyExists`, `Unavailable`."""
+def backup(
+    databases: Mapping[str, Database], store: ObjectStore, target: ObjectStore, *, say: Say, mlflow_elsewhere: str = ""
+) -> Manifest:
+    """Copy everything into the empty `target`, while the platform runs. Raises `AlreadyExists`, `Unavailable`.
+
+    `mlflow_elsewhere` is where MLflow keeps its files, if outside of the store: noted, not copied.
+    """
     if target.list(""):
         raise AlreadyExists("the backup's folder is not empty", fix="name another one")
     copied: dict[str, CopiedObject] = {}
@@ -82,19 +91,16 @@ def backup(databases: Mapping[str, Database], store: ObjectStore, target: Object
             target.delete(key)
         dumps = {name: _dumped(name, database, target) for name, database in databases.items()}
         say(f"databases: {sum(table.rows for dump in dumps.values() for table in dump.tables):,} rows")
-        there = set(store.list(""))
-        copied |= _copy(store, target, sorted(there - copied.keys()))
-        # Away in between, such as one that was erased: it must not live on in the backup.
-        for key in copied.keys() - set(store.list("")):
-            target.delete(_object(key))
-            del copied[key]
+        _copy_all(store, target, copied)
         say(f"objects: {len(copied):,}")
         missing = {key for dump_key in dumps for key in _named(dumps[dump_key], dump_key, target)} - copied.keys()
         if missing <= lost:  # nobody moved them: they were not there before either
             break
         lost = missing
         say(f"{len(missing)} objects went while they were copied: once more (attempt {attempt})")
-    manifest = Manifest(databases=dumps, objects=copied, missing=tuple(sorted(missing)))
+    manifest = Manifest(
+        databases=dumps, objects=copied, missing=tuple(sorted(missing)), mlflow_elsewhere=mlflow_elsewhere
+    )
     for key in manifest.missing:
         _LOG.warning("%s is named by a row and was not in the store", key)
     target.create(MANIFEST, manifest.model_dump_json(indent=1).encode(), content_type="application/json")
@@ -149,7 +155,8 @@ def restore(databases: Mapping[str, Database], store: ObjectStore, source: Objec
 def _begun(databases: Mapping[str, Database], store: ObjectStore, manifest: Manifest) -> _Progress:
     """The marker of this restore, new or as it broke off. Raises `AlreadyExists`."""
     there = store.list("")
-    if UNFINISHED in there:
+    goes_on = UNFINISHED in there
+    if goes_on:
         progress = _Progress.model_validate_json(store.get(UNFINISHED))
         strangers = [key for key in there if key not in manifest.objects and key != UNFINISHED]
         if progress.made_at != manifest.made_at or strangers:
@@ -163,14 +170,34 @@ def _begun(databases: Mapping[str, Database], store: ObjectStore, manifest: Mani
             )
         progress = _Progress(made_at=manifest.made_at)
     for name, database in databases.items():
-        if name not in progress.loaded and not database.empty():
-            raise AlreadyExists(
-                f"the database {name} is not empty",
-                why="a part of the platform has started on it, or it is in use",
-                fix="stop all parts but PostgreSQL, and make the database anew",
-            )
+        if name in progress.loaded or database.empty():
+            continue
+        why = "a part of the platform has started on it, or it is in use"
+        if goes_on:  # perhaps it broke off between the rows, which come all or none, and their note in the marker
+            if _holds(database, manifest.databases[name]):
+                progress = progress.model_copy(update={"loaded": (*progress.loaded, name)})
+                continue
+            why = f"it holds other rows than the backup: {why}"
+        raise AlreadyExists(
+            f"the database {name} is not empty",
+            why=why,
+            fix="stop all parts but PostgreSQL, and make the database anew",
+        )
     store.put(UNFINISHED, progress.model_dump_json().encode())
     return progress
+
+
+def _holds(database: Database, dump: DatabaseDump) -> bool:
+    """Whether all tables of a database are, row by row, those of a dump."""
+    found = database.dump(lambda part, data: None)
+    return [(each.name, each.rows, each.sha256) for each in found.tables] == [
+        (each.name, each.rows, each.sha256) for each in dump.tables
+    ]
+
+
+def _kept(store: ObjectStore) -> set[str]:
+    """The keys of all that a backup holds of the store."""
+    return {key for key in store.list("") if not key.startswith(keys.TASK_LOGS)}
 
 
 def _dumped(name: str, database: Database, target: ObjectStore) -> DatabaseDump:
@@ -187,6 +214,26 @@ def _named(dump: DatabaseDump, name: str, target: ObjectStore) -> Iterable[str]:
                 for line in target.get(_part(name, part.name)).decode().split("\n"):
                     if line:
                         yield line.split("\t")[index]
+
+
+def _copy_all(store: ObjectStore, target: ObjectStore, copied: dict[str, CopiedObject]) -> None:
+    """Bring `copied`, and what lies in the target, up to what the store holds.
+
+    A corrected copy is put under its new class before the old one goes, so one that moves, even while a listing is
+    made, is in the next.
+    """
+    wanted = there = _kept(store)
+    for _ in range(_ATTEMPTS):
+        copied |= _copy(store, target, sorted(wanted - copied.keys()))
+        before, there = there, _kept(store)
+        # Away in between, such as one that was erased: it must not live on in the backup.
+        for key in copied.keys() - there:
+            target.delete(_object(key))
+            del copied[key]
+        wanted = {key for key in (before - there) | (there - copied.keys()) if key.startswith(keys.CORRECTIONS)}
+        if not wanted:
+            return
+    _LOG.warning("corrected copies kept moving; after a restore, housekeeping brings back those that were missed")
 
 
 def _copy(store: ObjectStore, target: ObjectStore, wanted: list[str]) -> dict[str, CopiedObject]:

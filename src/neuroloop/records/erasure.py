@@ -38,25 +38,32 @@ def finish(log: PredictionLog, store: ObjectStore, prediction_id: str) -> Erasur
 
 
 def finish_all(log: PredictionLog, store: ObjectStore) -> int:
-    """Finish what broke off half-way; how many were finished."""
-    done = 0
-    for mark in log.erasures(unfinished=True):
-        try:
-            finish(log, store, mark.prediction_id)
-            done += 1
-        except NeuroLoopError:
-            _LOG.exception("the erasure of prediction %s is still not finished", mark.prediction_id)
+    """Finish what broke off half-way, oldest first, however much it is; how many were finished."""
+    done, failed = 0, set[str]()
+    while marks := [mark for mark in log.erasures(unfinished=True) if mark.prediction_id not in failed]:
+        for mark in marks:
+            try:
+                finish(log, store, mark.prediction_id)
+                done += 1
+            except NeuroLoopError:
+                failed.add(mark.prediction_id)
+                _LOG.exception("the erasure of prediction %s is still not finished", mark.prediction_id)
     return done
 
 
 def expire(log: PredictionLog, store: ObjectStore, before: datetime) -> int:
-    """Erase every prediction made before this time; how many."""
+    """Erase every prediction made before this time; how many are gone.
+
+    Ends at the first one that cannot be finished: while the store is away, each would only be marked.
+    """
     count = 0
     while ids := log.older(before):
         for prediction_id in ids:
             try:
-                erase(log, store, prediction_id, reason="retention", by=RETENTION)
-                count += 1
+                mark = erase(log, store, prediction_id, reason="retention", by=RETENTION)
             except NotFound:  # another process was first
                 continue
+            if mark.finished_at is None:
+                return count
+            count += 1
     return count

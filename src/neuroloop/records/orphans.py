@@ -77,6 +77,26 @@ def settle_corrections(log: PredictionLog, store: ObjectStore) -> int:
     return mended
 
 
+def bring_back_corrections(log: PredictionLog, store: ObjectStore) -> int:
+    """Make the corrected copies that standing corrections lack; how many were made.
+
+    A copy is missing where a server was killed, or lost its store, between a verdict's row and the copy. Those whose
+    image is gone stay away.
+    """
+    there = {prediction_id(key) for key in store.list(keys.CORRECTIONS)}
+    made, after = 0, ""
+    while ids := log.corrected(after):
+        after = ids[-1]
+        for row in log.known([name for name in ids if name not in there]).values():
+            try:
+                if _explained(log, row):
+                    corrections.settle(log, store, row)
+                    made += 1
+            except (Erased, NotFound) as error:
+                _LOG.info("the corrected copy of prediction %s was not brought back: %s", row.id, error)
+    return made
+
+
 def _explained(log: PredictionLog, prediction: Prediction) -> list[str]:
     """The keys of the corrected copies there should be."""
     label = corrections.standing(log.feedback(prediction.id)) if corrections.may_train(prediction) else None

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ FILES = 32
 BODY_UPLOADS = 5
 """The body of a batch may be as large as this many of the largest uploads."""
 _AT_ONCE = 2  # half of the predicting threads: a batch must not keep single uploads waiting
+_LOG = logging.getLogger(__name__)
 
 REQUEST_BODY = {
     "required": True,
@@ -82,7 +84,8 @@ async def answer(
     """Ask for each file, a few at a time. Where nobody can answer any, the problem of a single request, 503 or 507.
 
     As soon as the service cannot answer one, the rest is not tried: each would wait as long again. With an
-    Idempotency-Key the same request again gets what there is and the rest.
+    Idempotency-Key the same request again gets what there is and the rest. An unexpected fault is the problem of its
+    file alone, for the others are recorded either way.
     """
     items: list[Item | None] = [None] * len(files)
     waiting = iter(range(len(files)))
@@ -100,6 +103,9 @@ async def answer(
                 items[index] = _item(away[-1])
             except NeuroLoopError as error:
                 items[index] = _item(problems.from_error(error))
+            except Exception:
+                _LOG.exception("unexpected fault in file %d of a batch", index + 1)
+                items[index] = _item(problems.internal_error())
             else:
                 if isinstance(said, Rejection):
                     items[index] = _item(problems.refusal(said))

@@ -1,6 +1,7 @@
 """What readers say of predictions; the corrected copies that follow from it are in `records.corrections`."""
 
 import contextlib
+from collections.abc import Callable
 
 from neuroloop.core import keys
 from neuroloop.core.errors import NeuroLoopError
@@ -38,28 +39,31 @@ def normalise(prediction: Prediction, verdict: Verdict, label: Label | None) -> 
     return verdict, label
 
 
-def record(log: PredictionLog, store: ObjectStore, prediction: Prediction, feedback: Feedback) -> bool:
+def record(
+    log: PredictionLog, store: ObjectStore, prediction: Prediction, feedback: Feedback, *, news: Callable[[], None]
+) -> None:
     """Record a normalised verdict: a correction's object first, then the row, then what it outdated is removed.
 
-    Returns whether it was news: the same verdict of the same reader again, even at the same moment, changes nothing.
-    Raises `Unavailable` where store or database is away; then no verdict has been recorded. Raises `NotFound` where
-    the prediction's image has been removed from the store, `Erased` where it was erased meanwhile.
+    Calls `news` as soon as the row is there, if it was news: the same verdict of the same reader again, even at the
+    same moment, changes nothing. Raises `Unavailable` where store or database is away; the verdict may be recorded by
+    then, and to give it again puts the copy in order, as housekeeping does. Raises `NotFound` where the prediction's
+    image has been removed from the store, `Erased` where it was erased meanwhile.
     """
     before = log.feedback(prediction.id)
-    news = False
     if not any((one.reader, one.verdict, one.label) == _said(feedback) for one in before):
         if feedback.label is not None and may_train(prediction):
             put_copy(store, prediction, keys.correction(feedback.label, prediction.id))
         try:
-            news = log.record_feedback(feedback)
+            recorded = log.record_feedback(feedback)
         except Exception:
             # Another request may have recorded the same verdict, and then the copy is its: the rows decide. Where they
             # cannot be read either, housekeeping and the next retraining ask them.
             with contextlib.suppress(NeuroLoopError):
                 settle(log, store, prediction)
             raise
+        if recorded:
+            news()
     settle(log, store, prediction)
-    return news
 
 
 def _said(feedback: Feedback) -> tuple[str, Verdict, Label | None]:

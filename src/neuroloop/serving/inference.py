@@ -238,14 +238,16 @@ class InferenceService:
         return erasure.erase(self._services.log, self._services.store, prediction_id, reason=reason, by=by)
 
     def give_feedback(self, prediction_id: str, verdict: Verdict, label: Label | None, reader: str) -> FeedbackReceipt:
-        """Record a reader's verdict (see `serving.feedback`). Raises `NotFound`, `InvalidFeedback`, `Unavailable`."""
+        """Record a reader's verdict (see `serving.feedback`). Raises `NotFound`, `InvalidFeedback`, `Unavailable`.
+
+        After `Unavailable` it may be recorded all the same; to give it again is safe.
+        """
         log, store = self._services.log, self._services.store
         at = log.clock()  # of a reader's verdicts the last one given counts, whichever server it is given to
         prediction = self._prediction(prediction_id)
         verdict, label = verdicts.normalise(prediction, verdict, label)
         given = Feedback(prediction_id=prediction.id, reader=reader, verdict=verdict, label=label, created_at=at)
-        if verdicts.record(log, store, prediction, given):
-            self._metrics.feedback.labels(verdict.value).inc()
+        verdicts.record(log, store, prediction, given, news=self._metrics.feedback.labels(verdict.value).inc)
         return FeedbackReceipt(
             prediction_id=prediction.id,
             verdict=verdict,

@@ -20,6 +20,7 @@ from neuroloop.adapters.postgres import PostgresLog
 from neuroloop.core.errors import (
     AlreadyExists,
     Erased,
+    InvalidSetting,
     KeyReused,
     NeuroLoopError,
     NotFound,
@@ -473,6 +474,13 @@ def test_an_unreachable_database_is_unavailable_and_its_password_stays_secret(fr
     with pytest.raises(Unavailable, match="NEUROLOOP_DATABASE_URL") as caught:
         log.check()
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rest", ["S3cr%et@host/name", "S3c/ret@host/name", "S3cret@[]/name", "S3cret@host/name?x=1"])
+def test_a_url_that_the_client_cannot_read_is_refused_and_its_password_stays_secret(rest):
+    with pytest.raises(InvalidSetting, match="percent-encoded") as caught:
+        PostgresLog(f"postgresql://user:{rest}")
+    assert "S3c" not in str(caught.value)
 
 
 def test_a_server_that_falls_silent_costs_no_thread(postgres_server, postgres_url: str, free_port):

@@ -16,11 +16,13 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import psycopg2
 import psycopg2.extras
 from psycopg2 import errors
+from psycopg2.extensions import parse_dsn
 
 from neuroloop.core.credentials import ApiKey
 from neuroloop.core.errors import (
     AlreadyExists,
     Erased,
+    InvalidSetting,
     KeyReused,
     NeuroLoopError,
     NotFound,
@@ -156,8 +158,7 @@ class PostgresLog:
 
     def __init__(self, url: str, *, connections: int = 8, timeout: float = 10.0) -> None:
         self._url = url
-        parts = urlsplit(url)
-        self._name = f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"  # for messages: no password
+        self._name = _name(url)
         self._timeout = timeout
         self._slots = threading.BoundedSemaphore(connections)
         self._idle: queue.LifoQueue[tuple[Any, float]] = queue.LifoQueue()  # and since when
@@ -548,6 +549,20 @@ class PostgresLog:
             why=" ".join(str(error).split()),
             fix="check that PostgreSQL runs and that NEUROLOOP_DATABASE_URL names it",
         ) from error
+
+
+def _name(url: str) -> str:
+    """The database for messages, without user and password. Raises `InvalidSetting`."""
+    try:
+        parse_dsn(url)
+        parts = urlsplit(url)
+        return f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"
+    except (psycopg2.ProgrammingError, ValueError):  # whose words may hold the password
+        raise InvalidSetting(
+            "NEUROLOOP_DATABASE_URL is not valid",
+            why="PostgreSQL's client cannot read it",
+            fix="write postgresql://user:password@host:port/name, the password percent-encoded",
+        ) from None
 
 
 class _Watch:

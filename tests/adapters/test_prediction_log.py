@@ -37,10 +37,12 @@ from neuroloop.core.schemas import (
     Prediction,
     Promotion,
     Verdict,
+    now,
 )
 from servers.relay import Relay
 
-START = datetime(2026, 1, 1, 12, tzinfo=UTC)
+# The morning of two days ago, within what monitoring looks at.
+START = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=2)
 
 
 @pytest.fixture
@@ -359,6 +361,31 @@ def test_monitoring_counts_classes_probabilities_latency_and_verdicts(log: Postg
     assert [point.at for point in figures.gate_scores] == [row.created_at for row in rows]
     assert [point.accepted for point in figures.gate_scores] == [True] * 4 + [False]
     assert figures.feedback == {"agree": 2, "correct": 0, "not_sure": 1, "not_brain_mri": 0, "brain_mri": 2}
+
+
+def test_monitoring_leaves_out_what_is_older_than_30_days(log: PostgresLog):
+    for label in ("glioma", None):
+        for days in (29, 31):
+            row = prediction(label).model_copy(update={"created_at": now() - timedelta(days=days)})
+            log.record_prediction(row)
+            verdict = Verdict.AGREE if label else Verdict.BRAIN_MRI
+            said = {"prediction_id": row.id, "reader": "ann", "verdict": verdict}
+            log.record_feedback(Feedback(**said, created_at=row.created_at))
+    figures = log.monitoring()
+    assert (figures.predictions, figures.accepted, figures.rejected, figures.contested) == (2, 1, 1, 1)
+    assert figures.per_class["glioma"].predictions == 1
+    assert len(figures.gate_scores) == 2
+    assert (figures.feedback["agree"], figures.feedback["brain_mri"]) == (1, 1)
+
+
+def test_monitoring_finds_the_days_it_looks_at_by_the_indices_on_created_at(log: PostgresLog):
+    with log._transaction() as cursor:
+        cursor.execute("SET LOCAL enable_seqscan = off")  # with a handful of rows the planner would read them all
+        cursor.execute(f"EXPLAIN {postgres._MONITORING}", {"points": 500, "days": 30})
+        plan = "\n".join(row["QUERY PLAN"] for row in cursor.fetchall())
+    assert "predictions_created_at" in plan
+    assert "feedback_created_at" in plan
+    assert "Seq Scan on predictions" not in plan
 
 
 def test_the_gate_time_line_holds_the_latest_500_only(log: PostgresLog):

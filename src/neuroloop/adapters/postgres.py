@@ -32,6 +32,7 @@ from neuroloop.core.errors import (
     unknown_prediction,
 )
 from neuroloop.core.schemas import (
+    MONITORING_DAYS,
     Claim,
     Erasure,
     Feedback,
@@ -69,15 +70,18 @@ _KNOWN = """SELECT * FROM predictions
 WHERE NOT EXISTS (SELECT FROM erasures WHERE prediction_id = predictions.id)"""
 
 _MONITORING = """
+WITH recent AS NOT MATERIALIZED (
+    SELECT * FROM predictions WHERE created_at > now() - make_interval(days => %(days)s)
+)
 SELECT json_build_object(
-    'predictions', (SELECT count(*) FROM predictions),
-    'accepted', (SELECT count(*) FROM predictions WHERE gate_accepted),
-    'rejected', (SELECT count(*) FROM predictions WHERE NOT gate_accepted),
+    'predictions', count(*),
+    'accepted', count(*) FILTER (WHERE gate_accepted),
+    'rejected', count(*) FILTER (WHERE NOT gate_accepted),
     'contested', (
-        SELECT count(DISTINCT prediction_id) FROM feedback JOIN predictions ON predictions.id = prediction_id
+        SELECT count(DISTINCT prediction_id) FROM feedback JOIN recent ON recent.id = prediction_id
         WHERE NOT gate_accepted AND verdict IN ('correct', 'brain_mri')
     ),
-    'referred', (SELECT count(*) FROM predictions WHERE refer),
+    'referred', count(*) FILTER (WHERE refer),
     'per_class', (
         SELECT coalesce(json_object_agg(label, json_build_object(
             'predictions', n, 'mean_probability', probability, 'mean_seconds', mean, 'p95_seconds', p95,
@@ -86,21 +90,25 @@ SELECT json_build_object(
             SELECT label, count(*) AS n, count(*) FILTER (WHERE refer) AS referred,
                 avg((probabilities ->> label)::float8) AS probability,
                 avg(seconds) AS mean, percentile_cont(0.95) WITHIN GROUP (ORDER BY seconds) AS p95
-            FROM predictions WHERE label IS NOT NULL GROUP BY label
+            FROM recent WHERE label IS NOT NULL GROUP BY label
         ) AS classes
     ),
     'gate_scores', (
         SELECT coalesce(json_agg(json_build_object('at', at, 'score', score, 'accepted', accepted) ORDER BY at), '[]')
         FROM (
             SELECT created_at AS at, gate_score AS score, gate_accepted AS accepted
-            FROM predictions ORDER BY created_at DESC LIMIT %(points)s
+            FROM recent ORDER BY created_at DESC LIMIT %(points)s
         ) AS latest
     ),
     'feedback', (
         SELECT coalesce(json_object_agg(verdict, n), '{}')
-        FROM (SELECT verdict, count(*) AS n FROM feedback GROUP BY verdict) AS verdicts
+        FROM (
+            SELECT verdict, count(*) AS n FROM feedback
+            WHERE created_at > now() - make_interval(days => %(days)s) GROUP BY verdict
+        ) AS verdicts
     )
 )::text
+FROM recent
 """
 
 _ANSWER = """json_build_object('label', label, 'gate_score', gate_score, 'largest_probability',
@@ -364,9 +372,9 @@ class PostgresLog:
             return [Promotion(**row) for row in cursor.fetchall()]
 
     def monitoring(self) -> Monitoring:
-        """Live figures over all rows, from one snapshot of the database."""
+        """Live figures of the last `MONITORING_DAYS`, from one snapshot of the database."""
         with self._transaction() as cursor:
-            cursor.execute(_MONITORING, {"points": _GATE_SCORES})
+            cursor.execute(_MONITORING, {"points": _GATE_SCORES, "days": MONITORING_DAYS})
             figures = Monitoring.model_validate_json(cursor.fetchone()["json_build_object"])
         return figures.model_copy(update={"feedback": dict.fromkeys(map(str, Verdict), 0) | figures.feedback})
 

@@ -126,6 +126,7 @@ def test_the_password_in_a_url_that_is_not_valid_is_not_repeated(bare, field, va
         ("postgres://app:S3cret@db:5432/neuroloop", "postgres://***@db:5432/neuroloop"),  # pragma: allowlist secret
         ("ftp://host:21/folder", "ftp://host:21/folder"),
         ("mail.example.org:587", "mail.example.org:587"),
+        ("http://[::1]:5000/x", "http://[::1]:5000/x"),
     ],
 )
 def test_of_a_url_that_is_not_valid_the_rest_is_shown(bare, value, shown):
@@ -165,6 +166,16 @@ def test_a_password_that_postgresqls_client_cannot_read_is_refused_at_the_start(
     assert password not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "field", ["mlflow_tracking_uri", "mlflow_url", "api_url", "airflow_url", "airflow_internal_url"]
+)
+def test_an_address_that_pages_and_mails_show_holds_no_password(bare, field):
+    value = "http://ann:S3cret@host:5000"  # pragma: allowlist secret
+    with pytest.raises(InvalidSetting, match="NEUROLOOP_MLFLOW_PASSWORD") as caught:
+        Settings.load({**bare, PREFIX + field.upper(): value})
+    assert "S3cret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("hosts", ["one,two", "one:5432,two:5432"])
 def test_a_database_of_several_hosts_is_refused_in_words_and_without_its_password(bare, hosts):
     value = f"postgresql://app:S3cret@{hosts}/name"  # pragma: allowlist secret
@@ -181,7 +192,7 @@ def test_a_database_of_several_hosts_is_refused_in_words_and_without_its_passwor
         ("database_url", "postgresql:///name?host=/run/postgresql"),
         ("notify_url", "smtp://ann@example.org:100%@mail.example.org:587"),  # as urlsplit and unquote read it
         ("airflow_broker_url", "redis://:S3cret@redis:6379/0"),
-        ("mlflow_tracking_uri", "http://ann:S3cret@mlflow:5000"),  # pragma: allowlist secret
+        ("airflow_url", "https://hub.example.org/user/ann@example.org/proxy/8080"),
     ],
 )
 def test_a_url_that_can_be_read_is_taken_as_it_is(bare, field, value):

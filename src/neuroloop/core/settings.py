@@ -237,7 +237,12 @@ class Settings(BaseSettings):
     @field_validator("mlflow_tracking_uri", "mlflow_url", "api_url", "airflow_url", "airflow_internal_url")
     @classmethod
     def _http(cls, value: str) -> str:
-        return _server(value, ("http", "https"), "http://127.0.0.1:5000").rstrip("/")
+        if "@" in urlsplit(_server(value, ("http", "https"), "http://127.0.0.1:5000")).netloc:
+            raise ValueError(
+                "it holds a user or a password, and it is shown on pages, in mails and in errors; MLflow's login goes "
+                "into NEUROLOOP_MLFLOW_USER and NEUROLOOP_MLFLOW_PASSWORD"
+            )
+        return value.rstrip("/")
 
     @field_validator("statsd_url")
     @classmethod
@@ -400,7 +405,9 @@ def masked(url: str) -> str:
     rest = url.removeprefix(scheme)
     if "@" in rest:
         rest = "***@" + rest.rpartition("@")[2]
-    elif re.search(r":(?!\d*(?:[/?#]|$))", rest):  # no port, so perhaps a password whose host was forgotten
+    elif not rest.startswith("[") and re.search(
+        r":(?!\d*(?:[/?#]|$))", rest
+    ):  # no port, so perhaps a password whose host was forgotten
         rest = rest.partition(":")[0] + ":***"
     return scheme + re.sub(r"(?is)([?&][^=&]*(?:pass|secret|token|key|sig)[^=&]*=)[^&]*", r"\1***", rest)
 

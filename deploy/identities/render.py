@@ -79,7 +79,7 @@ def azure(identity: Identity) -> dict[str, Any]:
             "DataActions": actions,
         },
         "conditionVersion": "2.0",
-        "condition": _azure_condition(rights, identity),  # empty: assigned without one
+        "condition": _azure_condition(actions, identity),  # empty: assigned without one
     }
 
 
@@ -113,11 +113,13 @@ def _azure_clause(right: Right, where: list[str]) -> str:
             concerned += " AND NOT SubOperationMatches{'Blob.List'}"
         named = f"@Resource[{BLOBS}:path]"
     tests = " OR ".join(f"{named} StringStartsWith '{prefix}'" for prefix in where)
-    return f"(!({concerned}) OR ({tests}))"
+    return f"(!({concerned}) OR ({tests}))" if tests else f"(!({concerned}))"
 
 
-def _azure_condition(rights: list[Right], identity: Identity) -> str:
-    where = {right: prefixes(identity, right) for right in rights}
+def _azure_condition(actions: list[str], identity: Identity) -> str:
+    """A clause for each right that an action opens: who may only list has the action that reads, too."""
+    opened = [right for right in Right if set(cloud.AZURE.actions[right]) & set(actions)]
+    where = {right: prefixes(identity, right) for right in opened}
     return "\nAND\n".join(_azure_clause(right, named) for right, named in where.items() if keys.EVERYTHING not in named)
 
 

@@ -9,7 +9,7 @@ import signin
 import streamlit as st
 from layout import CLASS_NAMES, VERDICT_NAMES
 
-from neuroloop.core.schemas import Monitoring
+from neuroloop.core.schemas import MONITORING_DAYS, Monitoring
 
 CHART_HEIGHT = 200
 
@@ -25,25 +25,29 @@ def totals(figures: Monitoring) -> None:
             (
                 "Predictions",
                 f"{figures.predictions}",
-                "All answered uploads, with those the gate refused",
+                f"All uploads answered in the last {MONITORING_DAYS} days, with those the gate refused",
             ),
             (
                 "Accepted by the gate",
-                f"{figures.accepted / asked:.0%}".replace("%", " %") if asked else "none yet",
+                f"{figures.accepted / asked:.0%}".replace("%", " %") if asked else "none",
                 f"{figures.accepted} accepted, {figures.rejected} refused as no brain MRI, of which readers contest "
                 f"{figures.contested}",
             ),
             (
                 "Referred to a reader",
-                f"{figures.referred / figures.accepted:.0%}".replace("%", " %") if figures.accepted else "none yet",
+                f"{figures.referred / figures.accepted:.0%}".replace("%", " %") if figures.accepted else "none",
                 f"{figures.referred} of {figures.accepted} accepted scans were too uncertain to answer",
             ),
             (
                 "Mean latency",
-                f"{1000 * seconds / answered:.0f} ms" if answered else "none yet",
+                f"{1000 * seconds / answered:.0f} ms" if answered else "none",
                 "From the decoded request to the stored scan",
             ),
-            ("Feedback received", f"{sum(figures.feedback.values())}", "Verdicts of readers"),
+            (
+                "Feedback received",
+                f"{sum(figures.feedback.values())}",
+                f"Verdicts of readers in the last {MONITORING_DAYS} days",
+            ),
         ),
         strict=True,
     ):
@@ -51,7 +55,7 @@ def totals(figures: Monitoring) -> None:
 
 
 def retraining(figures: Monitoring) -> None:
-    """How far the next retraining is."""
+    """How far the next retraining is; corrections wait however old they are."""
     waiting, needed = figures.corrections_waiting, figures.feedback_threshold
     with st.container(border=True, key="card-waiting", height="stretch"):
         st.subheader("Corrections waiting", anchor=False)
@@ -169,7 +173,7 @@ def gate_panel(figures: Monitoring) -> None:
     """What the gate made of the latest uploads."""
     st.subheader("Gate score over time", anchor=False)
     st.altair_chart(gate_chart(figures), width="stretch")
-    st.caption("How much each upload looks like a brain MRI; the latest 500.")
+    st.caption(f"How much each upload looks like a brain MRI; the latest 500 of the last {MONITORING_DAYS} days.")
 
 
 @st.fragment(run_every="10s")
@@ -193,11 +197,15 @@ def live() -> None:
     if figures.predictions:
         charts(figures)
     else:
-        layout.empty("No predictions yet", "Classify a scan, and its class, probability and latency show here.")
+        layout.empty(
+            f"No predictions in the last {MONITORING_DAYS} days",
+            "Classify a scan, and its class, probability and latency show here.",
+        )
 
 
 layout.heading(
     "Monitoring",
-    "What the platform answered, how sure and how fast it was, and what readers say. Renewed every ten seconds.",
+    f"The last {MONITORING_DAYS} days: what the platform answered, how sure and how fast it was, and what readers say. "
+    "The corrections waiting are of any age. Renewed every ten seconds.",
 )
 live()

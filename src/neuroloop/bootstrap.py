@@ -17,7 +17,7 @@ from neuroloop.core.ports import (
     PredictionLog,
     Registry,
 )
-from neuroloop.core.settings import Settings, endpoint_of
+from neuroloop.core.settings import Settings, endpoint_of, masked
 
 if TYPE_CHECKING:
     from neuroloop.adapters.postgres import PostgresLog
@@ -144,7 +144,7 @@ def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataS
             from neuroloop.core.errors import InvalidSource
 
             raise InvalidSource(
-                f"{url!r} cannot be read as a data source",
+                f"{masked(url)!r} cannot be read as a data source",
                 why=f"the scheme {other}:// is unknown",
                 fix="use phantom://, a folder, gs://, s3:// or az://bucket/prefix, or kaggle://owner/dataset",
             )

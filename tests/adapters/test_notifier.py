@@ -61,6 +61,46 @@ def test_a_line_break_in_the_subject_makes_no_header(smtp_sink):
     assert mail.subject == "run failed Bcc: eve@example.org"
 
 
+def test_a_text_with_half_a_surrogate_pair_is_sent_with_that_half_written_out(smtp_sink):
+    notifier = SmtpNotifier(smtp_sink.url, SENDER, "ann\udce4@example.org, bob@example.org")
+    notifier.send("Sch\udce4del.png failed", "of Sch\udce4del.png, größer", once="run \udce4")
+    (mail,) = smtp_sink.mails()
+    assert mail.subject == "Sch\\udce4del.png failed"
+    assert mail.body.splitlines()[0] == "of Sch\\udce4del.png, größer"
+
+
+def test_a_receiver_whom_the_server_refuses_is_told_in_a_warning_and_the_others_get_the_mail(free_port, caplog):
+    class Handler:
+        received: list[list[str]] = []  # noqa: RUF012
+
+        async def handle_RCPT(self, server, session, envelope, address, options):
+            if address.startswith("typo"):
+                return "550 5.1.1 no such user here"
+            envelope.rcpt_tos.append(address)
+            return "250 OK"
+
+        async def handle_DATA(self, server, session, envelope):
+            self.received.append(envelope.rcpt_tos)
+            return "250 OK"
+
+    port = free_port()
+    server = Controller(Handler(), "127.0.0.1", port)
+    server.start()
+    try:
+        url = f"smtp://127.0.0.1:{port}"
+        SmtpNotifier(url, SENDER, "ann@example.org, typo@example.org").send("Retrained", "b")
+        (warning,) = caplog.records
+        assert warning.levelname == "WARNING"
+        for part in ("'Retrained'", "typo@example.org", "550 5.1.1 no such user here", "NEUROLOOP_NOTIFY_TO"):
+            assert part in warning.getMessage()
+        assert "ann@" not in warning.getMessage()
+        assert Handler.received == [["ann@example.org"]]
+        with pytest.raises(Unavailable, match="no such user here"):
+            SmtpNotifier(url, SENDER, "typo@example.org").send("Retrained", "b")
+    finally:
+        server.stop()
+
+
 def test_a_server_that_is_down_is_unavailable_and_the_password_stays_secret(free_port):
     with pytest.raises(Unavailable, match="NEUROLOOP_NOTIFY_URL") as caught:
         SmtpNotifier(f"smtp://ann:hunter2@127.0.0.1:{free_port()}", SENDER, RECEIVERS).send("s", "b")

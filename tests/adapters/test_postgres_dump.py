@@ -8,7 +8,7 @@ import pytest
 from adapters.test_prediction_log import prediction, promotion
 from neuroloop.adapters.postgres import PostgresLog
 from neuroloop.adapters.postgres_dump import PostgresDump
-from neuroloop.core.errors import AlreadyExists, NeuroLoopError, Unavailable
+from neuroloop.core.errors import AlreadyExists, InvalidSetting, NeuroLoopError, Unavailable
 from neuroloop.core.schemas import DatabaseDump, Erasure, Feedback, PipelineEnd, Verdict
 
 AWKWARD = "tab\t, line\nfeed, back\\slash, \\N, \\., 'quotes', ünïcode \U0001f9e0"
@@ -167,3 +167,10 @@ def test_an_unreachable_database_is_unavailable_and_its_password_stays_secret(fr
     with pytest.raises(Unavailable) as caught:
         PostgresDump(f"postgresql://user:hunter2@127.0.0.1:{free_port()}/name").empty()  # pragma: allowlist secret
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rest", ["S3cr%et@host/name", "S3c/ret@host/name", "S3cret@[]/name", "S3cret@host/name?x=1"])
+def test_a_url_that_the_client_cannot_read_is_refused_and_its_password_stays_secret(rest):
+    with pytest.raises(InvalidSetting, match="percent-encoded") as caught:
+        PostgresDump(f"postgresql://user:{rest}")
+    assert "S3c" not in str(caught.value)

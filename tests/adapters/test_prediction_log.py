@@ -20,6 +20,7 @@ from neuroloop.adapters.postgres import PostgresLog
 from neuroloop.core.errors import (
     AlreadyExists,
     Erased,
+    InvalidSetting,
     KeyReused,
     NeuroLoopError,
     NotFound,
@@ -36,10 +37,12 @@ from neuroloop.core.schemas import (
     Prediction,
     Promotion,
     Verdict,
+    now,
 )
 from servers.relay import Relay
 
-START = datetime(2026, 1, 1, 12, tzinfo=UTC)
+# The morning of two days ago, within what monitoring looks at.
+START = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=2)
 
 
 @pytest.fixture
@@ -391,6 +394,31 @@ def test_monitoring_counts_classes_probabilities_latency_and_verdicts(log: Postg
     assert figures.feedback == {"agree": 2, "correct": 0, "not_sure": 1, "not_brain_mri": 0, "brain_mri": 2}
 
 
+def test_monitoring_leaves_out_what_is_older_than_30_days(log: PostgresLog):
+    for label in ("glioma", None):
+        for days in (29, 31):
+            row = prediction(label).model_copy(update={"created_at": now() - timedelta(days=days)})
+            log.record_prediction(row)
+            verdict = Verdict.AGREE if label else Verdict.BRAIN_MRI
+            said = {"prediction_id": row.id, "reader": "ann", "verdict": verdict}
+            log.record_feedback(Feedback(**said, created_at=row.created_at))
+    figures = log.monitoring()
+    assert (figures.predictions, figures.accepted, figures.rejected, figures.contested) == (2, 1, 1, 1)
+    assert figures.per_class["glioma"].predictions == 1
+    assert len(figures.gate_scores) == 2
+    assert (figures.feedback["agree"], figures.feedback["brain_mri"]) == (1, 1)
+
+
+def test_monitoring_finds_the_days_it_looks_at_by_the_indices_on_created_at(log: PostgresLog):
+    with log._transaction() as cursor:
+        cursor.execute("SET LOCAL enable_seqscan = off")  # with a handful of rows the planner would read them all
+        cursor.execute(f"EXPLAIN {postgres._MONITORING}", {"points": 500, "days": 30})
+        plan = "\n".join(row["QUERY PLAN"] for row in cursor.fetchall())
+    assert "predictions_created_at" in plan
+    assert "feedback_created_at" in plan
+    assert "Seq Scan on predictions" not in plan
+
+
 def test_the_gate_time_line_holds_the_latest_500_only(log: PostgresLog):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(log.record_prediction, [prediction(minute=n) for n in range(503)]))
@@ -504,6 +532,13 @@ def test_an_unreachable_database_is_unavailable_and_its_password_stays_secret(fr
     with pytest.raises(Unavailable, match="NEUROLOOP_DATABASE_URL") as caught:
         log.check()
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rest", ["S3cr%et@host/name", "S3c/ret@host/name", "S3cret@[]/name", "S3cret@host/name?x=1"])
+def test_a_url_that_the_client_cannot_read_is_refused_and_its_password_stays_secret(rest):
+    with pytest.raises(InvalidSetting, match="percent-encoded") as caught:
+        PostgresLog(f"postgresql://user:{rest}")
+    assert "S3c" not in str(caught.value)
 
 
 def test_a_server_that_falls_silent_costs_no_thread(postgres_server, postgres_url: str, free_port):

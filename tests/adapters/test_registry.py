@@ -18,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from neuroloop.adapters.mlflow_registry import MODEL, MlflowRegistry
+from neuroloop.adapters.mlflow_rest import MlflowRest
 from neuroloop.core.errors import InvalidBundle, NeuroLoopError, NotFound, Unavailable
 
 SIDE = 8
@@ -327,6 +328,45 @@ def test_an_answer_that_is_no_json_is_a_server_that_cannot_be_used(free_port):
         with pytest.raises(Unavailable, match="no JSON"):
             MlflowRegistry(f"http://127.0.0.1:{server.server_port}").by_alias("champion")
         server.shutdown()
+
+
+@pytest.mark.parametrize("body", [b"<html>404: no such route</html>", b'{"error": "not found"}', b"[]", b""])
+def test_a_404_that_is_not_mlflows_own_is_a_server_that_cannot_be_used(free_port, tmp_path: Path, body: bytes):
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        registry = MlflowRegistry(f"http://127.0.0.1:{server.server_port}")
+        for call in (
+            lambda: registry.by_alias("champion"),
+            registry.versions,
+            lambda: registry.download_bundle("1", tmp_path),
+        ):
+            with pytest.raises(Unavailable, match="it answered 404"):
+                call()
+        server.shutdown()
+
+
+def test_what_mlflow_itself_does_not_have_is_not_found(mlflow_uri: str, run: str, tmp_path: Path):
+    rest = MlflowRest(mlflow_uri)
+    where = rest.get("runs/get", run_id=run)["run"]["info"]["artifact_uri"].partition(":")[2].strip("/")
+    for call in (
+        lambda: rest.get("registered-models/alias", name="no such model", alias="champion"),
+        lambda: rest.get("registered-models/get", name="no such model"),
+        lambda: rest.get("model-versions/get", name="no such model", version="1"),
+        lambda: rest.get("runs/get", run_id="0" * 32),
+        lambda: rest.download(f"{where}/bundle", tmp_path),
+        lambda: rest._fetch(f"/api/2.0/mlflow-artifacts/artifacts/{where}/none.json", tmp_path / "none.json"),
+    ):
+        with pytest.raises(NotFound):
+            call()
 
 
 def test_the_registry_never_imports_tensorflow(mlflow_uri: str, tmp_path: Path):

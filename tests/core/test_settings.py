@@ -96,6 +96,109 @@ def test_a_secret_that_is_not_valid_is_not_repeated(bare):
     assert "almost" not in str(caught.value)
 
 
+URLS = [name for name in Settings.model_fields if name.endswith(("_url", "_uri")) and name != "data_url"]
+
+
+@pytest.mark.parametrize("field", URLS)
+@pytest.mark.parametrize(
+    "value",
+    [
+        "wrong://app:S3cret@db/neuroloop",  # pragma: allowlist secret
+        "wrong://app:S3cret@S3cret@db/neuroloop",  # pragma: allowlist secret
+        "wrong://app:S3c/S3cret@db/neuroloop",
+        "wrong://app:S3cret",
+        "wrong://:S3cret/0",
+        "wrong://db/neuroloop?password=S3cret&user=app",
+        "app:S3cret@db/neuroloop",
+        "//app:S3cret@db/neuroloop",
+        "wrong:app:S3cret//S3cret@db",
+    ],
+)
+def test_the_password_in_a_url_that_is_not_valid_is_not_repeated(bare, field, value):
+    with pytest.raises(InvalidSetting, match=f"{PREFIX}{field.upper()}=.*it must start with") as caught:
+        Settings.load({**bare, PREFIX + field.upper(): value})
+    assert "S3c" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("postgres://app:S3cret@db:5432/neuroloop", "postgres://***@db:5432/neuroloop"),  # pragma: allowlist secret
+        ("ftp://host:21/folder", "ftp://host:21/folder"),
+        ("mail.example.org:587", "mail.example.org:587"),
+        ("http://[::1]:5000/x", "http://[::1]:5000/x"),
+    ],
+)
+def test_of_a_url_that_is_not_valid_the_rest_is_shown(bare, value, shown):
+    with pytest.raises(InvalidSetting) as caught:
+        Settings.load({**bare, "NEUROLOOP_DATABASE_URL": value})
+    assert f"NEUROLOOP_DATABASE_URL={shown!r} is not valid" in str(caught.value)
+
+
+def test_a_url_that_stands_in_the_wrong_setting_keeps_its_password_too(bare):
+    with pytest.raises(InvalidSetting, match=r"NEUROLOOP_API_PORT='postgresql://\*\*\*@db'") as caught:
+        Settings.load({**bare, "NEUROLOOP_API_PORT": "postgresql://app:S3cret@db"})  # pragma: allowlist secret
+    assert "S3cret" not in str(caught.value)
+
+
+DATABASES = ("database_url", "airflow_database_url", "mlflow_database_url")
+
+
+@pytest.mark.parametrize(
+    ("field", "scheme"),
+    [*((name, "postgresql") for name in DATABASES), ("airflow_broker_url", "rediss"), ("notify_url", "smtps")],
+)
+@pytest.mark.parametrize("password", ["S3cr/et", "S3cr#et", "S3cr?et", "12/3", "12?3", "S[3cret", "S3cr\u2100et"])
+def test_a_password_that_is_not_percent_encoded_is_refused_without_repeating_a_piece_of_it(
+    bare, field, scheme, password
+):
+    with pytest.raises(InvalidSetting, match=r"%2F for /") as caught:
+        Settings.load({**bare, PREFIX + field.upper(): f"{scheme}://app:{password}@host/0"})
+    assert f"'{scheme}://***@host/0'" in str(caught.value)
+    assert password[:3] not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", DATABASES)
+@pytest.mark.parametrize("password", ["S3cr%et", "100%", "S3cr%00et", "S3@cret"])
+def test_a_password_that_postgresqls_client_cannot_read_is_refused_at_the_start(bare, field, password):
+    with pytest.raises(InvalidSetting, match=r"%25 for %") as caught:
+        Settings.load({**bare, PREFIX + field.upper(): f"postgresql://app:{password}@host/name"})
+    assert password not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "field", ["mlflow_tracking_uri", "mlflow_url", "api_url", "airflow_url", "airflow_internal_url"]
+)
+def test_an_address_that_pages_and_mails_show_holds_no_password(bare, field):
+    value = "http://ann:S3cret@host:5000"  # pragma: allowlist secret
+    with pytest.raises(InvalidSetting, match="NEUROLOOP_MLFLOW_PASSWORD") as caught:
+        Settings.load({**bare, PREFIX + field.upper(): value})
+    assert "S3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("hosts", ["one,two", "one:5432,two:5432"])
+def test_a_database_of_several_hosts_is_refused_in_words_and_without_its_password(bare, hosts):
+    value = f"postgresql://app:S3cret@{hosts}/name"  # pragma: allowlist secret
+    with pytest.raises(InvalidSetting, match="NEUROLOOP_DATABASE_URL") as caught:
+        Settings.load({**bare, "NEUROLOOP_DATABASE_URL": value})
+    assert "several hosts" in str(caught.value)
+    assert "S3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("database_url", "postgresql://app:p%25%2F%23%40w@[::1]:5432/name?sslmode=require"),  # pragma: allowlist secret
+        ("database_url", "postgresql:///name?host=/run/postgresql"),
+        ("notify_url", "smtp://ann@example.org:100%@mail.example.org:587"),  # as urlsplit and unquote read it
+        ("airflow_broker_url", "redis://:S3cret@redis:6379/0"),
+        ("airflow_url", "https://hub.example.org/user/ann@example.org/proxy/8080"),
+    ],
+)
+def test_a_url_that_can_be_read_is_taken_as_it_is(bare, field, value):
+    assert getattr(Settings.load({**bare, PREFIX + field.upper(): value}), field) == value
+
+
 def test_the_first_entry_that_fits_an_address_says_what_its_owner_may(bare):
     people = "boss@example.org=admin, *@example.org=reader,guest@other.org=uploader"
     settings = Settings.load({**bare, "NEUROLOOP_UI_PEOPLE": people})

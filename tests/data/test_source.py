@@ -39,6 +39,11 @@ def test_a_linked_folder_belongs_to_a_source_as_it_does_to_an_audit(tmp_path):
     assert found.read(found.files()[0]) == b"x"
 
 
+def test_a_source_that_cannot_be_read_is_named_without_its_password():
+    with pytest.raises(InvalidSource, match=r"ftp://\*\*\*@host/set.*the scheme ftp:// is unknown"):
+        open_source("ftp://ann:S3cret@host/set", images=0, seed=0)  # pragma: allowlist secret
+
+
 @pytest.mark.parametrize(
     ("folder", "label"),
     [("no_tumour", "notumor"), ("No Tumor", "notumor"), ("GLIOMA-tumor", "glioma"), ("meningioma", "meningioma")],

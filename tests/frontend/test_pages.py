@@ -56,7 +56,7 @@ def test_about_needs_no_api_and_shows_a_simulated_example_of_each_class(open_pag
 def test_monitoring_without_predictions_has_an_empty_state_and_no_charts(open_page, bare_api):
     app = open_page("monitoring", bare_api)
 
-    assert "No predictions yet" in words(app)
+    assert "No predictions in the last 30 days" in words(app)
     assert "Predictions 0" in words(app)
     assert not app.get("arrow_vega_lite_chart")
 

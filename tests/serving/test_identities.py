@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from adapters.test_data_versions import fill, with_the_extra_aws
+from neuroloop.adapters.folder import FolderStore
+from neuroloop.adapters.smtp import SmtpNotifier, start_sink
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
+from neuroloop.core.errors import Forbidden
+from neuroloop.core.ports import ObjectStore
 from neuroloop.core.rights import Identity, Right, allowed
 from neuroloop.loop import corrected, feedback, housekeeping, retraining
 from serving.running import head, noise, serving
@@ -62,3 +66,61 @@ def test_scans_are_taken_corrected_and_retrained_on_with_no_more_rights_than_nee
         listed = s3_identities.server.listings(s3_identities.environments[identity])
         assert listed
         assert [prefix for prefix in listed if not allowed(identity, Right.LIST, prefix)] == []
+
+
+class Limited(FolderStore):
+    """A store that lets an identity do what its rights say and nothing else, as a bucket with its policy does."""
+
+    def __init__(self, path: Path, identity: Identity) -> None:
+        super().__init__(str(path))
+        self._identity = identity
+
+    def _need(self, right: Right, key: str) -> None:
+        if not allowed(self._identity, right, key):
+            raise Forbidden(f"{self._identity} lacks the right to {right} {key!r}")
+
+    def list(self, prefix: str) -> list[str]:
+        self._need(Right.LIST, prefix)
+        return super().list(prefix)
+
+    def get(self, key: str) -> bytes:
+        self._need(Right.READ, key)
+        return super().get(key)
+
+    def exists(self, key: str) -> bool:
+        self._need(Right.READ, key)
+        return super().exists(key)
+
+    def create(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
+        self._need(Right.WRITE, key)
+        super().create(key, data, content_type=content_type)
+
+    put = create
+
+    def delete(self, key: str) -> None:
+        self._need(Right.DELETE, key)
+        super().delete(key)
+
+
+def send_one_twice_and_another(store: ObjectStore, port: int) -> None:
+    sink = start_sink(store, "127.0.0.1", port)
+    try:
+        for occasion in ("run 1", "run 1", "run 2"):
+            SmtpNotifier(f"smtp://127.0.0.1:{port}", "a@localhost", "b@localhost").send("s", "b", once=occasion)
+    finally:
+        sink.stop()
+
+
+def test_the_mail_sink_keeps_a_mail_and_knows_a_repeat_with_no_more_rights_than_needed(tmp_path: Path, free_port):
+    send_one_twice_and_another(Limited(tmp_path, Identity.MAIL), free_port())
+    assert len(FolderStore(str(tmp_path)).list(keys.MAIL)) == 2
+
+
+def test_the_mail_sink_keeps_a_mail_and_knows_a_repeat_under_the_policy_of_its_identity(s3_identities, free_port):
+    with s3_identities.acting(Identity.MAIL) as store:
+        send_one_twice_and_another(store, free_port())
+    with s3_identities.acting("owner") as owner:
+        assert len([key for key in owner.list(keys.MAIL) if key.endswith(".eml")]) == 2
+    listed = s3_identities.server.listings(s3_identities.environments[Identity.MAIL])
+    assert keys.MAIL in listed
+    assert [prefix for prefix in listed if not allowed(Identity.MAIL, Right.LIST, prefix)] == []

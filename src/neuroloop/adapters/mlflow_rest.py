@@ -126,9 +126,10 @@ class MlflowRest:
             except (ValueError, AttributeError, requests.RequestException):
                 code, message = "", ""
         why = " ".join((message or f"it answered {response.status_code}").split())[:500]
-        if response.status_code >= 500:
+        # Without MLflow's own word, the page of whatever stands in front of it; a login's refusal is a plain text, too.
+        if response.status_code >= 500 or not (code or response.status_code in (401, 403)):
             raise self._unusable(why)
-        if code == "RESOURCE_DOES_NOT_EXIST" or (not code and response.status_code == 404):
+        if code == "RESOURCE_DOES_NOT_EXIST":
             raise NotFound(f"the MLflow server {self._uri} does not have it", why=why)
         raise Refused(code, f"the MLflow server {self._uri} refused a request", why=why)
 

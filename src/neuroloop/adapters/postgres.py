@@ -16,11 +16,13 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import psycopg2
 import psycopg2.extras
 from psycopg2 import errors
+from psycopg2.extensions import parse_dsn
 
 from neuroloop.core.credentials import ApiKey
 from neuroloop.core.errors import (
     AlreadyExists,
     Erased,
+    InvalidSetting,
     KeyReused,
     NeuroLoopError,
     NotFound,
@@ -30,6 +32,7 @@ from neuroloop.core.errors import (
     unknown_prediction,
 )
 from neuroloop.core.schemas import (
+    MONITORING_DAYS,
     Claim,
     Erasure,
     Feedback,
@@ -67,15 +70,18 @@ _KNOWN = """SELECT * FROM predictions
 WHERE NOT EXISTS (SELECT FROM erasures WHERE prediction_id = predictions.id)"""
 
 _MONITORING = """
+WITH recent AS NOT MATERIALIZED (
+    SELECT * FROM predictions WHERE created_at > now() - make_interval(days => %(days)s)
+)
 SELECT json_build_object(
-    'predictions', (SELECT count(*) FROM predictions),
-    'accepted', (SELECT count(*) FROM predictions WHERE gate_accepted),
-    'rejected', (SELECT count(*) FROM predictions WHERE NOT gate_accepted),
+    'predictions', count(*),
+    'accepted', count(*) FILTER (WHERE gate_accepted),
+    'rejected', count(*) FILTER (WHERE NOT gate_accepted),
     'contested', (
-        SELECT count(DISTINCT prediction_id) FROM feedback JOIN predictions ON predictions.id = prediction_id
+        SELECT count(DISTINCT prediction_id) FROM feedback JOIN recent ON recent.id = prediction_id
         WHERE NOT gate_accepted AND verdict IN ('correct', 'brain_mri')
     ),
-    'referred', (SELECT count(*) FROM predictions WHERE refer),
+    'referred', count(*) FILTER (WHERE refer),
     'per_class', (
         SELECT coalesce(json_object_agg(label, json_build_object(
             'predictions', n, 'mean_probability', probability, 'mean_seconds', mean, 'p95_seconds', p95,
@@ -84,21 +90,25 @@ SELECT json_build_object(
             SELECT label, count(*) AS n, count(*) FILTER (WHERE refer) AS referred,
                 avg((probabilities ->> label)::float8) AS probability,
                 avg(seconds) AS mean, percentile_cont(0.95) WITHIN GROUP (ORDER BY seconds) AS p95
-            FROM predictions WHERE label IS NOT NULL GROUP BY label
+            FROM recent WHERE label IS NOT NULL GROUP BY label
         ) AS classes
     ),
     'gate_scores', (
         SELECT coalesce(json_agg(json_build_object('at', at, 'score', score, 'accepted', accepted) ORDER BY at), '[]')
         FROM (
             SELECT created_at AS at, gate_score AS score, gate_accepted AS accepted
-            FROM predictions ORDER BY created_at DESC LIMIT %(points)s
+            FROM recent ORDER BY created_at DESC LIMIT %(points)s
         ) AS latest
     ),
     'feedback', (
         SELECT coalesce(json_object_agg(verdict, n), '{}')
-        FROM (SELECT verdict, count(*) AS n FROM feedback GROUP BY verdict) AS verdicts
+        FROM (
+            SELECT verdict, count(*) AS n FROM feedback
+            WHERE created_at > now() - make_interval(days => %(days)s) GROUP BY verdict
+        ) AS verdicts
     )
 )::text
+FROM recent
 """
 
 _ANSWER = """json_build_object('label', label, 'gate_score', gate_score, 'largest_probability',
@@ -156,8 +166,7 @@ class PostgresLog:
 
     def __init__(self, url: str, *, connections: int = 8, timeout: float = 10.0) -> None:
         self._url = url
-        parts = urlsplit(url)
-        self._name = f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"  # for messages: no password
+        self._name = _name(url)
         self._timeout = timeout
         self._slots = threading.BoundedSemaphore(connections)
         self._idle: queue.LifoQueue[tuple[Any, float]] = queue.LifoQueue()  # and since when
@@ -372,9 +381,9 @@ class PostgresLog:
             return [Promotion(**row) for row in cursor.fetchall()]
 
     def monitoring(self) -> Monitoring:
-        """Live figures over all rows, from one snapshot of the database."""
+        """Live figures of the last `MONITORING_DAYS`, from one snapshot of the database."""
         with self._transaction() as cursor:
-            cursor.execute(_MONITORING, {"points": _GATE_SCORES})
+            cursor.execute(_MONITORING, {"points": _GATE_SCORES, "days": MONITORING_DAYS})
             figures = Monitoring.model_validate_json(cursor.fetchone()["json_build_object"])
         return figures.model_copy(update={"feedback": dict.fromkeys(map(str, Verdict), 0) | figures.feedback})
 
@@ -557,6 +566,20 @@ class PostgresLog:
             why=" ".join(str(error).split()),
             fix="check that PostgreSQL runs and that NEUROLOOP_DATABASE_URL names it",
         ) from error
+
+
+def _name(url: str) -> str:
+    """The database for messages, without user and password. Raises `InvalidSetting`."""
+    try:
+        parse_dsn(url)
+        parts = urlsplit(url)
+        return f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"
+    except (psycopg2.ProgrammingError, ValueError):  # whose words may hold the password
+        raise InvalidSetting(
+            "NEUROLOOP_DATABASE_URL is not valid",
+            why="PostgreSQL's client cannot read it",
+            fix="write postgresql://user:password@host:port/name, the password percent-encoded",
+        ) from None
 
 
 class _Watch:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 import signal
 import smtplib
 import socket
@@ -22,6 +23,7 @@ from neuroloop.core.schemas import RESEARCH_NOTICE, now
 if TYPE_CHECKING:
     from aiosmtpd.controller import Controller
 
+log = logging.getLogger(__name__)
 _TIMEOUT = 10.0  # seconds, for each step of the conversation
 _MAIL_BYTES = 1_000_000  # the sink refuses larger ones; the platform's own are a few kilobytes
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -42,33 +44,40 @@ class SmtpNotifier:
         self._port = parts.port or (465 if self._tls else 25)
         self._user = unquote(parts.username or "")
         self._password = unquote(parts.password or "")
-        self._sender = sender
-        self._receivers = [address.strip() for address in receivers.split(",") if address.strip()]
+        self._sender = _encodable(sender)
+        self._receivers = [address.strip() for address in _encodable(receivers).split(",") if address.strip()]
 
     def send(self, subject: str, body: str, *, once: str = "") -> None:
         """Send one plain-text mail, with the research notice below it. Raises `Unavailable`.
 
+        A server that takes it for some receivers only is no error: who is left out, and why, is logged as a warning.
         Mails of one occasion, `once`, have the same Message-ID, by which the local sink and most mail servers keep one.
         """
         message = EmailMessage()
-        message["Subject"] = " ".join(subject.split())  # a line break would start another header
+        message["Subject"] = _encodable(" ".join(subject.split()))  # a line break would start another header
         message["From"] = self._sender
         message["To"] = ", ".join(self._receivers)
         message["Date"] = format_datetime(now())
-        own = f"<{hashlib.sha256(once.encode()).hexdigest()}@{_DOMAIN}>" if once else ""
+        own = f"<{hashlib.sha256(_encodable(once).encode()).hexdigest()}@{_DOMAIN}>" if once else ""
         message["Message-ID"] = own or make_msgid(domain=_DOMAIN)  # the default asks the DNS for this host
-        message.set_content(f"{body.rstrip()}\n\n--\n{RESEARCH_NOTICE}\n")
+        message.set_content(f"{_encodable(body.rstrip())}\n\n--\n{RESEARCH_NOTICE}\n")
         try:
             with self._connect() as server:
                 if self._user:
                     self._log_in(server)
-                server.send_message(message, self._sender, self._receivers)
+                refused = server.send_message(message, self._sender, self._receivers)
         except (OSError, smtplib.SMTPException) as error:
             raise Unavailable(
                 f"the mail {message['Subject']!r} could not be sent by {self._host}:{self._port}",
                 why=str(error) or type(error).__name__,
                 fix="check NEUROLOOP_NOTIFY_URL, NEUROLOOP_NOTIFY_FROM and NEUROLOOP_NOTIFY_TO",
             ) from error
+        for receiver, (code, words) in refused.items():
+            said = " ".join(words.decode(errors="replace").split())
+            log.warning(
+                "the mail %r went to others but not to %s: %s:%d said %d %s; check NEUROLOOP_NOTIFY_TO",
+                *(message["Subject"], receiver, self._host, self._port, code, said),
+            )
 
     def _connect(self) -> smtplib.SMTP:
         if self._tls:
@@ -83,6 +92,11 @@ class SmtpNotifier:
         elif not self._tls and self._host not in _LOOPBACK:
             raise smtplib.SMTPNotSupportedError("the server offers no encryption to send the password through")
         server.login(self._user, self._password)
+
+
+def _encodable(text: str) -> str:
+    """The text with halves of surrogate pairs, as a file's odd name brings them along, written out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def start_sink(store: ObjectStore, host: str, port: int) -> "Controller":

@@ -120,7 +120,7 @@ class PredictionLog(Protocol):
         """The ledger, newest first."""
 
     def monitoring(self) -> Monitoring:
-        """Live figures over all rows."""
+        """Live figures of the last `MONITORING_DAYS`."""
 
     def record_end(self, end: PipelineEnd) -> None:
         """Note how a run of a DAG ended, in place of the DAG's earlier run that ended so."""

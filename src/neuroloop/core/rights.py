@@ -67,7 +67,7 @@ RIGHTS: Mapping[Identity, Mapping[str, tuple[Right, ...]]] = {
         keys.RUNS: (_L, _R, _D),  # what broken-off trainings left of uploads
         keys.TASK_LOGS: (_W,),
     },
-    Identity.MAIL: {keys.MAIL: (_W,)},
+    Identity.MAIL: {keys.MAIL: (_L, _W)},  # listed to know a mail that was sent again
     Identity.BACKUP: {keys.EVERYTHING: (_L, _R)},
     Identity.AIRFLOW: {keys.TASK_LOGS: (_R,)},
 }

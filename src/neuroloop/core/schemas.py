@@ -239,8 +239,15 @@ class GatePoint(Record):
     accepted: bool
 
 
+MONITORING_DAYS = 30
+"""The figures of Monitoring are of what was answered, and said, within so many days: what they cost has a bound."""
+
+
 class Monitoring(Record):
-    """What the Monitoring page shows. `corrections_waiting` is filled in by the use case, not the log."""
+    """What the Monitoring page shows: figures of the last 30 days, and the corrections that wait, however old.
+
+    `corrections_waiting` is filled in by the use case, not the log.
+    """
 
     predictions: int
     accepted: int
@@ -248,9 +255,9 @@ class Monitoring(Record):
     contested: int = Field(default=0, description="Of the rejected, those that a reader says are a brain MRI")
     referred: int = Field(default=0, description="Of the accepted, those too uncertain to answer")
     per_class: dict[str, ClassMonitoring]
-    gate_scores: tuple[GatePoint, ...] = Field(description="The latest 500, oldest first")
-    feedback: dict[str, int] = Field(description="verdict -> count")
-    corrections_waiting: int = 0
+    gate_scores: tuple[GatePoint, ...] = Field(description="The latest 500 of those days, oldest first")
+    feedback: dict[str, int] = Field(description="verdict -> count of those given in those days")
+    corrections_waiting: int = Field(default=0, description="Of any age: not used by a retraining yet")
     feedback_threshold: int = 50
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -43,7 +43,10 @@ class Settings(BaseSettings):
         "",
         description="Object store: file:///folder, gs://, s3:// or az://bucket[/prefix]; empty: $NEUROLOOP_HOME/store",
     )
-    database_url: str = Field("", description="Prediction log and ledger: postgresql://user:password@host:port/name")
+    database_url: str = Field(
+        "",
+        description="Prediction log and ledger: postgresql://user:password@host:port/name, password percent-encoded",
+    )
     mlflow_tracking_uri: str = Field("http://127.0.0.1:5000", description="MLflow tracking server and registry")
     notify_url: str = Field("smtp://127.0.0.1:1025", description="Mail: smtp://[user:password@]host:port or smtps://")
     notify_from: str = Field("neuroloop@localhost", description="Sender of the platform's mails")
@@ -212,27 +215,39 @@ class Settings(BaseSettings):
     @field_validator("database_url", "airflow_database_url", "mlflow_database_url")
     @classmethod
     def _database(cls, value: str) -> str:
-        return _scheme(value, ("postgresql",), "postgresql://user:password@host:5432/neuroloop")
+        example = "postgresql://user:password@host:5432/neuroloop"
+        place = _split(_scheme(value, ("postgresql",), example)).netloc
+        if "," in place.rpartition("@")[2]:
+            raise ValueError("it names several hosts; name one, such as a proxy's that leads to the primary")
+        # Where urlsplit and PostgreSQL's client would read two different things, or the client nothing at all.
+        if place.count("@") > 1 or re.search(r"%(?![0-9A-Fa-f]{2})|%00", value):
+            raise ValueError(_ENCODE)
+        return _server(value, ("postgresql",), example)
 
     @field_validator("airflow_broker_url")
     @classmethod
     def _broker(cls, value: str) -> str:
-        return _scheme(value, ("redis", "rediss"), "redis://:password@redis:6379/0")
+        return _server(value, ("redis", "rediss"), "redis://:password@redis:6379/0")
 
     @field_validator("notify_url")
     @classmethod
     def _notify(cls, value: str) -> str:
-        return _scheme(value, ("smtp", "smtps"), "smtp://127.0.0.1:1025")
+        return _server(value, ("smtp", "smtps"), "smtp://127.0.0.1:1025")
 
     @field_validator("mlflow_tracking_uri", "mlflow_url", "api_url", "airflow_url", "airflow_internal_url")
     @classmethod
     def _http(cls, value: str) -> str:
-        return _scheme(value, ("http", "https"), "http://127.0.0.1:5000").rstrip("/")
+        if "@" in urlsplit(_server(value, ("http", "https"), "http://127.0.0.1:5000")).netloc:
+            raise ValueError(
+                "it holds a user or a password, and it is shown on pages, in mails and in errors; MLflow's login goes "
+                "into NEUROLOOP_MLFLOW_USER and NEUROLOOP_MLFLOW_PASSWORD"
+            )
+        return value.rstrip("/")
 
     @field_validator("statsd_url")
     @classmethod
     def _statsd(cls, value: str) -> str:
-        if value and (_scheme(value, ("statsd",), "statsd://statsd-exporter:9125") and not urlsplit(value).hostname):
+        if value and not urlsplit(_server(value, ("statsd",), "statsd://statsd-exporter:9125")).hostname:
             raise ValueError("it names no host")
         return value
 
@@ -354,7 +369,11 @@ class Settings(BaseSettings):
             first = error.errors()[0]
             name = PREFIX + str(first["loc"][0]).upper()
             field = cls.model_fields[str(first["loc"][0])]
-            shown = "***" if "KEY" in name or "PASSWORD" in name or "SECRET" in name else values.get(name, "")
+            value = values.get(name, "")
+            if "KEY" in name or "PASSWORD" in name or "SECRET" in name:
+                shown = "***"
+            else:
+                shown = masked(value) if name.endswith(("_URL", "_URI")) else re.sub("(?s)//.*@", "//***@", value)
             raise InvalidSetting(
                 f"{name}={shown!r} is not valid", why=first["msg"], fix=f"it is: {field.description}"
             ) from None
@@ -385,14 +404,54 @@ def endpoint_of(url: str) -> str:
     return parse_qs(urlsplit(url).query).get("endpoint", [""])[0]
 
 
+def masked(url: str) -> str:
+    """A URL as it may be shown, also a misspelt one: without what may be a user and a password."""
+    found = re.match(r"(?:[A-Za-z][\w+.-]*:)?//", url)
+    scheme = found[0] if found else ""
+    rest = url.removeprefix(scheme)
+    if "@" in rest:
+        rest = "***@" + rest.rpartition("@")[2]
+    elif not rest.startswith("[") and re.search(
+        r":(?!\d*(?:[/?#]|$))", rest
+    ):  # no port, so perhaps a password whose host was forgotten
+        rest = rest.partition(":")[0] + ":***"
+    return scheme + re.sub(r"(?is)([?&][^=&]*(?:pass|secret|token|key|sig)[^=&]*=)[^&]*", r"\1***", rest)
+
+
 def _listed(value: str) -> list[str]:
     return [name for piece in value.split(",") if (name := piece.strip())]
 
 
 def _scheme(value: str, allowed: tuple[str, ...], example: str) -> str:
-    if value and urlsplit(value).scheme not in allowed:
+    if value and _split(value).scheme not in allowed:
         raise ValueError(f"it must start with {' or '.join(f'{s}://' for s in allowed)}, such as {example}")
     return value
+
+
+def _server(value: str, allowed: tuple[str, ...], example: str) -> str:
+    """As `_scheme`, of a URL with a host and a port; they are not where they seem if a password holds a `/`."""
+    parts = _split(_scheme(value, allowed, example))
+    try:
+        _ = parts.port
+    except ValueError:
+        raise ValueError(_ENCODE) from None
+    if parts.scheme not in ("http", "https") and "@" in parts.path + parts.query + parts.fragment:
+        raise ValueError(_ENCODE)
+    return value
+
+
+_ENCODE = (
+    "its host and port cannot be told from the rest; in a user or a password, write "
+    "%25 for %, %2F for /, %3F for ?, %23 for #, %40 for @, %3A for :, %5B for [ and %5D for ]"
+)
+"""In place of the standard library's words, which may repeat a piece of a password."""
+
+
+def _split(value: str) -> SplitResult:
+    try:
+        return urlsplit(value)
+    except ValueError:
+        raise ValueError(_ENCODE) from None
 
 
 def _read_env_file(path: Path) -> dict[str, str]:

@@ -413,7 +413,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
 
     @app.get("/v1/monitoring", tags=["monitoring"], responses=problems.responses(503))
     async def monitoring() -> Monitoring:
-        """Live figures over all recorded predictions."""
+        """Live figures of the last 30 days, and how many corrections wait, however old."""
         return await asking.run(service.monitoring)
 
     @app.get("/v1/mails", tags=["monitoring"], responses=problems.responses(503))

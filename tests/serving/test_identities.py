@@ -28,8 +28,8 @@ def test_scans_are_taken_corrected_and_retrained_on_with_no_more_rights_than_nee
             predicted = api.predict(head("glioma", height=200 + n))
             assert predicted.status_code == 201, predicted.text
             ids.append(predicted.json()["id"])
-            corrected = api.feedback(ids[-1], "correct", "pituitary")
-            assert corrected.status_code < 300, corrected.text
+            said = api.feedback(ids[-1], "correct", "pituitary")
+            assert said.status_code < 300, said.text
         moved = api.feedback(ids[0], "correct", "meningioma")
         assert moved.status_code < 300, moved.text
         assert api.predict(noise()).status_code == 422

@@ -190,10 +190,10 @@ def live() -> None:
         retraining(figures)
     with verdicts.container(border=True, key="card-feedback", height="stretch"):
         st.subheader("Feedback received", anchor=False)
-        if figures.feedback:
+        if any(figures.feedback.values()):
             st.altair_chart(feedback_chart(figures), width="stretch")
         else:
-            st.caption("No reader has said anything yet. Verdicts are given below each result on Classify.")
+            st.caption("No reader has said anything in these days. Verdicts are given below each result on Classify.")
     if figures.predictions:
         charts(figures)
     else:

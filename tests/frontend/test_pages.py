@@ -58,7 +58,8 @@ def test_monitoring_without_predictions_has_an_empty_state_and_no_charts(open_pa
 
     assert "No predictions in the last 30 days" in words(app)
     assert "Predictions 0" in words(app)
-    assert not app.get("arrow_vega_lite_chart")
+    assert "No reader has said anything in these days" in words(app)
+    assert not app.get("vega_lite_chart")
 
 
 def test_monitoring_of_refused_uploads_only_shows_what_the_gate_made_of_them(open_page, live_api, postgres_server):
@@ -92,6 +93,7 @@ def test_monitoring_counts_what_was_asked_refused_and_corrected(open_page, live_
 
     figures = {metric.label: metric.value for metric in app.metric}
     accepted, rejected = before["accepted"] + 2, before["rejected"] + 1
+    assert app.get("vega_lite_chart")
     assert figures["Predictions"] == str(before["predictions"] + 3)
     assert figures["Accepted by the gate"] == f"{accepted / (accepted + rejected):.0%}".replace("%", " %")
     assert figures["Referred to a reader"] == f"{before['referred'] / accepted:.0%}".replace("%", " %")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from neuroloop.core.errors import InvalidSetting
 from neuroloop.core.ports import (
     ApiKeys,
     Database,
@@ -17,7 +18,7 @@ from neuroloop.core.ports import (
     PredictionLog,
     Registry,
 )
-from neuroloop.core.settings import Settings, endpoint_of
+from neuroloop.core.settings import STORES, Settings, endpoint_of, folder_of
 
 if TYPE_CHECKING:
     from neuroloop.adapters.postgres import PostgresLog
@@ -102,7 +103,7 @@ class Services:
 def open_store(url: str) -> ObjectStore:
     """`file:///folder`, or `gs://bucket`, `s3://bucket` or `az://container`, each with or without a `/prefix`.
 
-    `gs://bucket?endpoint=http://host:4443` is the bucket of an emulator.
+    `gs://bucket?endpoint=http://host:4443` is the bucket of an emulator. Raises `InvalidSetting` for any other URL.
     """
     parts = urlsplit(url)
     match parts.scheme:
@@ -115,9 +116,18 @@ def open_store(url: str) -> ObjectStore:
 
             vendor = cloud.S3 if parts.scheme == "s3" else cloud.AZURE
             return cloud.CloudStore(vendor, parts.netloc, parts.path)
-    from neuroloop.adapters.folder import FolderStore
+        case "file":
+            from neuroloop.adapters.folder import FolderStore
 
-    return FolderStore(parts.path)
+            try:
+                return FolderStore(folder_of(url))
+            except ValueError as error:
+                raise InvalidSetting(f"{url!r} is no object store", why=str(error)) from None
+    raise InvalidSetting(
+        f"{url!r} is no object store",
+        why=f"the scheme {parts.scheme}:// is unknown",
+        fix=f"use one of {', '.join(f'{scheme}://' for scheme in STORES)}",
+    )
 
 
 def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataSource:

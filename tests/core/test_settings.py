@@ -34,6 +34,8 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(bare):
     ("name", "value", "hint"),
     [
         ("STORE_URL", "ftp://host", "s3://"),
+        ("STORE_URL", "file://srv/neuroloop", "three slashes"),
+        ("MLFLOW_ARTIFACTS_URL", "file://srv/mlflow", "three slashes"),
         ("MLFLOW_ARTIFACTS_URL", "wasbs://c@a.blob.core.windows.net", "az://"),
         ("DATABASE_URL", "mysql://x", "postgresql://"),
         ("NOTIFY_URL", "http://x", "smtp://"),

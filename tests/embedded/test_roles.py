@@ -4,6 +4,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from adapters.test_data_versions import with_the_extra_aws
 from conftest import mlflow_server
@@ -65,6 +66,7 @@ def artifacts(**settings: str) -> str:
 def test_mlflow_keeps_its_files_in_the_object_store_or_where_a_setting_says(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     assert artifacts() == "file:///state/store/mlflow"
+    assert local_file_uri_to_path(artifacts(store_url="file:///a #1/100%?")) == "/a #1/100%?/mlflow"
     assert artifacts(store_url="gs://bucket/prefix") == "gs://bucket/prefix/mlflow"
     assert artifacts(store_url="s3://bucket") == "s3://bucket/mlflow"
     assert artifacts(store_url="az://box/prefix") == "wasbs://box@account.blob.core.windows.net/prefix/mlflow"

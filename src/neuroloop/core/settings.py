@@ -29,6 +29,8 @@ AUDIT_FINDINGS = (
     *("mixed_groups", "duplicates", "shortcuts", "ignored", "between_parts"),
 )
 """Names of what the audit may find and a build may stop on; `data.findings` describes them."""
+STORES = ("file", "gs", "s3", "az")
+"""Schemes of an object store's URL."""
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -202,12 +204,12 @@ class Settings(BaseSettings):
     @field_validator("store_url")
     @classmethod
     def _store(cls, value: str) -> str:
-        return _scheme(value, ("file", "gs", "s3", "az"), "file:///srv/neuroloop or gs://my-bucket")
+        return _store_url(value, "file:///srv/neuroloop or gs://my-bucket")
 
     @field_validator("mlflow_artifacts_url")
     @classmethod
     def _artifacts(cls, value: str) -> str:
-        return _scheme(value, ("file", "gs", "s3", "az"), "gs://my-models or s3://my-models").rstrip("/")
+        return _store_url(value, "gs://my-models or s3://my-models").rstrip("/")
 
     @field_validator("database_url", "airflow_database_url", "mlflow_database_url")
     @classmethod
@@ -271,8 +273,9 @@ class Settings(BaseSettings):
 
     @property
     def store(self) -> str:
-        """The object store's URL, with its default and without its query."""
-        return (self.store_url or f"file://{self.home}/store").partition("?")[0]
+        """The object store's URL, with its default and without a bucket's query."""
+        url = self.store_url or f"file://{self.home}/store"
+        return url if urlsplit(url).scheme == "file" else url.partition("?")[0]
 
     @property
     def store_endpoint(self) -> str:
@@ -377,6 +380,23 @@ def explicit(environ: Mapping[str, str]) -> dict[str, str]:
 def endpoint_of(url: str) -> str:
     """What a store's URL says after `?endpoint=`; empty where it says nothing."""
     return parse_qs(urlsplit(url).query).get("endpoint", [""])[0]
+
+
+def folder_of(url: str) -> str:
+    """The folder of `file:///folder`, as it stands there: `%`, `#` and `?` are part of its name.
+
+    Raises `ValueError` where there is a host.
+    """
+    path = url[len("file:") :].removeprefix("//")
+    if not path.startswith("/"):
+        raise ValueError(f"{url} names a host or no full path; a folder has three slashes: file:///srv/neuroloop")
+    return path
+
+
+def _store_url(value: str, example: str) -> str:
+    if urlsplit(_scheme(value, STORES, example)).scheme == "file":
+        folder_of(value)
+    return value
 
 
 def _listed(value: str) -> list[str]:

@@ -1,6 +1,9 @@
 """Data versions, their statistics and the openings of their test parts, on a real store, DVC and MLflow."""
 
 import hashlib
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,8 @@ from data.drawn import four_classes, picture, snapshot_of
 from neuroloop.bootstrap import Services, open_store
 from neuroloop.core import keys
 from neuroloop.core.errors import InvalidSource, NeuroLoopError, NotFound
-from neuroloop.core.schemas import LABELS, Snapshot
+from neuroloop.core.ports import DataSource
+from neuroloop.core.schemas import LABELS, Snapshot, SourceFile
 from neuroloop.core.settings import Settings
 from neuroloop.data.audit import audit
 from neuroloop.data.statistics import Statistics
@@ -176,6 +180,53 @@ def test_the_number_of_openings_and_the_last_reason_are_tags_of_the_run(services
         mlflow.MlflowClient(services.settings.mlflow_tracking_uri).get_run(handoff.tracked(services, "tags")).data.tags
     )
     assert (tags["test_openings"], tags["test_opened_for"]) == ("2", "second look")
+
+
+# --- two runs on one source ---------------------------------------------------------------------
+
+
+class Held(Services):
+    """Its source gives the last image only when it is let go."""
+
+    def source(self, url: str, *, seed: int) -> DataSource:
+        found = super().source(url, seed=seed)
+        last, read = found.files()[-1], found.read
+
+        def slowly(file: SourceFile) -> bytes:
+            if file == last:
+                REACHED.set()
+                assert LET_GO.wait(60)
+            return read(file)
+
+        found.read = slowly
+        return found
+
+
+REACHED, LET_GO = threading.Event(), threading.Event()
+
+
+def test_a_run_waits_for_another_one_on_the_same_source_and_each_gets_its_own_version(
+    services, tmp_path, mlflow_uri, caplog
+):
+    source, params = tmp_path / "source", Params.of(services, {"data_url": str(tmp_path / "source")})
+    for path, data in four_classes(11).items():
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_bytes(data)
+    preparation.check_source(services, "side-1", params)
+    with ThreadPoolExecutor(2) as pool, caplog.at_level("INFO", "neuroloop.pipeline"):
+        first = pool.submit(preparation.download_data, Held(services.settings), "side-1", params)
+        assert REACHED.wait(60)
+        (source / "glioma/000.png").unlink()
+        preparation.check_source(services, "side-2", params)
+        second = pool.submit(preparation.download_data, Services(services.settings), "side-2", params)
+        deadline = time.monotonic() + 60
+        while not (second.done() or "waiting for another run" in caplog.text) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        LET_GO.set()
+        found = [each.result() for each in (first, second)]
+    assert [each["images"] for each in found] == [44, 43]
+    for number, each in enumerate(found):
+        assert versions.restore(services, tmp_path / f"back-{number}", version=each["version"]).version
 
 
 # --- back to a data version ---------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """The build's first half: the steps from a source to the arrays that training, calibration and evaluation read."""
 
+import contextlib
+import fcntl
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -68,17 +71,17 @@ def download_data(services: Services, run_id: str, params: Params) -> Result:
     """
     drop_stale(services)
     origin = services.source(params.data_url, seed=params.seed)
-    files = origin.files()
     workspace = services.settings.home / "dvc" / hashlib.sha256(origin.url.encode()).hexdigest()[:12]
-    entries = _fetch(origin, files, workspace, run_id)
-    expected = kept(services, run_id, "check_source")["images"]
-    if len(entries) != expected:
-        raise InvalidSource(
-            f"{origin.url} changed while it was read",
-            why=f"check_source saw {expected} images and download_data {len(entries)}",
-            fix="trigger the run again when nothing writes to the source",
-        )
-    version, data_dvc = services.versions.commit(workspace)
+    with _alone_in(workspace):
+        entries = _fetch(origin, origin.files(), workspace, run_id)
+        expected = kept(services, run_id, "check_source")["images"]
+        if len(entries) != expected:
+            raise InvalidSource(
+                f"{origin.url} changed while it was read",
+                why=f"check_source saw {expected} images and download_data {len(entries)}",
+                fix="trigger the run again when nothing writes to the source",
+            )
+        version, data_dvc = services.versions.commit(workspace)
     snapshot = Snapshot(version=version, source=origin.url, simulated=origin.simulated, images=tuple(entries))
     services.store.put(keys.data_dvc(version), data_dvc)
     services.store.put(keys.snapshot(version), snapshot.model_dump_json().encode(), content_type="application/json")
@@ -96,6 +99,19 @@ def download_data(services: Services, run_id: str, params: Params) -> Result:
         "shards": shards.names(params.shards, len(entries)),
     }
     return keep(services, run_id, "download_data", result)
+
+
+@contextlib.contextmanager
+def _alone_in(workspace: Path) -> Iterator[None]:
+    """Wait until no other run, of Airflow or the command line, fetches into `workspace` or versions it."""
+    workspace.mkdir(parents=True, exist_ok=True)
+    with (workspace / "run.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another run that downloads the same source into %s", workspace)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _fetch(origin: DataSource, files: list[SourceFile], workspace: Path, run_id: str) -> list[ImageEntry]:

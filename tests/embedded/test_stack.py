@@ -78,6 +78,23 @@ def test_a_usual_port_in_use_is_replaced_by_a_free_one_and_every_address_follows
     assert any(f"port {taken} is in use" in line for line in said)
 
 
+def test_a_port_the_user_chose_that_is_another_servers_usual_one_is_the_chosen_servers_alone(environ, free_port):
+    port = free_port()
+    (Path(environ["NEUROLOOP_HOME"])).mkdir()
+    (Path(environ["NEUROLOOP_HOME"]) / "env").write_text(f"NEUROLOOP_AIRFLOW_PORT={port}\n")
+    stack = Stack({**environ, "NEUROLOOP_API_PORT": str(port)})
+    stack._generate()
+    assert stack.settings.api_port == port
+    assert len({getattr(stack.settings, f"{name}_port") for name in PORTS}) == len(PORTS)
+    assert stack.settings.airflow_url == f"http://127.0.0.1:{stack.settings.airflow_port}"
+
+
+def test_one_port_for_two_servers_is_a_clear_error(environ, free_port):
+    port = str(free_port())
+    with pytest.raises(InvalidSetting, match=f"NEUROLOOP_API_PORT and NEUROLOOP_UI_PORT are both {port}"):
+        Stack({**environ, "NEUROLOOP_API_PORT": port, "NEUROLOOP_UI_PORT": port})._generate()
+
+
 def test_no_two_servers_share_a_port(environ):
     settings = Stack(environ).settings
     assert len({getattr(settings, f"{name}_port") for name in PORTS}) == len(PORTS)

@@ -174,19 +174,32 @@ class Stack:
 
     def _ports(self, set_by_user: Mapping[str, str]) -> dict[str, int]:
         """A port for each server: the setting's where the user gave one, else the usual or a free one."""
-        ports: dict[str, int] = {}
+        keys = {name: f"{PREFIX}{name.upper()}_PORT" for name in PORTS}
+        wanted = {name: int(getattr(self.settings, f"{name}_port")) for name in PORTS}
+        chosen: dict[int, str] = {}
         for name in PORTS:
-            key, wanted = f"{PREFIX}{name.upper()}_PORT", int(getattr(self.settings, f"{name}_port"))
-            if not _free(wanted):
-                if key in set_by_user:
+            if keys[name] in set_by_user:
+                other, port = chosen.setdefault(wanted[name], name), wanted[name]
+                if other != name:
                     raise InvalidSetting(
-                        f"{key}={wanted} is in use",
+                        f"{keys[other]} and {keys[name]} are both {port}",
+                        why="two servers cannot listen on one port",
+                        fix="set another one, or leave one of them out",
+                    )
+                if not _free(port):
+                    raise InvalidSetting(
+                        f"{keys[name]}={port} is in use",
                         why="another program listens there",
                         fix="stop it or set another port",
                     )
-                previous, wanted = wanted, _free_port(ports.values())
-                self.say(f"port {previous} is in use; {name} takes {wanted}")
-            ports[name] = wanted
+        ports = {name: port for port, name in chosen.items()}
+        for name in PORTS:
+            if name not in ports:
+                port = wanted[name]
+                if port in ports.values() or not _free(port):
+                    port = _free_port({*ports.values(), *wanted.values()})
+                    self.say(f"port {wanted[name]} is in use; {name} takes {port}")
+                ports[name] = port
         return ports
 
     # --- supervisor -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Composition root: settings become services, chosen by URL scheme. The only place that names adapters."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -161,5 +162,7 @@ def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataS
 
 
 def services(settings: Settings | None = None) -> Services:
-    """The services of the current settings."""
-    return Services(settings or Settings.load())
+    """The services of the current settings; this process then asks them past a proxy meant for the internet."""
+    settings = settings or Settings.load()
+    settings.past_proxies(os.environ)
+    return Services(settings)

@@ -45,6 +45,21 @@ def test_without_an_internal_address_the_public_one_serves_for_both():
     assert LAPTOP.mlflow_page == "http://127.0.0.1:5123"
 
 
+def test_no_proxy_stands_between_two_parts_and_what_the_user_named_stays():
+    environ = {"http_proxy": "http://proxy:3128", "no_proxy": "corp.example, other"}
+    CONTAINER.past_proxies(environ)
+    assert environ["NO_PROXY"] == environ["no_proxy"]
+    assert set(environ["no_proxy"].split(",")) == {
+        *("corp.example", "other", "localhost", "127.0.0.1", "::1", "airflow-api", "mlflow")
+    }
+    before = dict(environ)
+    CONTAINER.past_proxies(environ)
+    assert environ == before
+    hosted: dict[str, str] = {}
+    Settings(mlflow_tracking_uri="https://mlflow.example").past_proxies(hosted)
+    assert "mlflow.example" not in hosted["NO_PROXY"]
+
+
 def test_mlflow_may_be_called_by_its_own_names_and_from_this_machine_only():
     hosts = mlflow_hosts(CONTAINER)
     for good in ("mlflow:5000", "mlflow.example", "127.0.0.1:25000", "localhost:5000"):

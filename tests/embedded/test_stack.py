@@ -1,14 +1,18 @@
 """What `make up` decides before it starts anything; that it starts, restarts and stops is the story's."""
 
+import json
 import os
 import socket
 import stat
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
+from neuroloop.bootstrap import services
 from neuroloop.core.credentials import parted
 from neuroloop.core.errors import InvalidSetting, Unavailable
 from neuroloop.core.settings import Settings
@@ -106,6 +110,52 @@ def test_what_the_user_set_is_not_written_over(environ, tmp_path):
     stack._generate()
     assert stack.settings.airflow_password == "my-own"
     assert "my-own" not in (tmp_path / "home" / "env").read_text()
+
+
+@pytest.mark.parametrize("who", ["make up", "a role", "a task"])
+def test_what_runs_on_this_machine_is_asked_past_a_proxy(who, environ, free_port, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        match who:
+            case "make up":
+                stack = Stack({**environ, "NEUROLOOP_AIRFLOW_URL": url})
+                assert stack._healthy("airflow-api")
+                assert stack.airflow().health() == {"scheduler": "healthy"}
+            case "a role":
+                program = "import sys; from neuroloop.embedded.roles import ROLES, Role, become\n"
+                program += "own = lambda _: [sys.executable, '-c', 'import os; print(os.environ[\"no_proxy\"])']\n"
+                program += "ROLES['probe'] = Role(own, needs=(lambda _: sys.argv[1],)); become('probe')"
+                done = subprocess.run(
+                    [sys.executable, "-c", program, f"{url}/health"],
+                    env={**os.environ, **environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                    capture_output=True,
+                    text=True,
+                    timeout=60,
+                    check=False,
+                )
+                assert done.stdout == "localhost,127.0.0.1,::1\n", done.stderr
+            case _:
+                outside = services(Settings.load({**environ, "NEUROLOOP_MLFLOW_TRACKING_URI": url}))
+                assert outside.registry.by_alias("champion") is None
+        server.shutdown()
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Everything is well here, and no model is registered."""
+
+    def do_GET(self) -> None:
+        found = not self.path.startswith("/api/2.0/mlflow/")
+        body = {"scheduler": {"status": "healthy"}} if found else {"error_code": "RESOURCE_DOES_NOT_EXIST"}
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Stay silent."""
 
 
 def test_a_platform_that_does_not_run_says_so_for_every_part(environ):

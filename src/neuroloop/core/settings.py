@@ -7,7 +7,7 @@ refused, because a misspelt setting that is silently ignored costs a day. `.env.
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
@@ -355,6 +355,19 @@ class Settings(BaseSettings):
             raise InvalidSetting(
                 f"{name}={shown!r} is not valid", why=first["msg"], fix=f"it is: {field.description}"
             ) from None
+
+    def past_proxies(self, environ: MutableMapping[str, str]) -> None:
+        """Let no proxy of `environ`, meant for the internet, stand between two parts of the platform.
+
+        Their hosts join `NO_PROXY`: this machine, and whatever is asked by plain HTTP. An `https://` elsewhere, as of a
+        hosted MLflow, may well lie behind the proxy, so that is left to what `NO_PROXY` says already.
+        """
+        urls = [self.mlflow_tracking_uri, self.api_url, self.airflow_internal, self.store_endpoint]
+        hosts = [urlsplit(url).hostname or "" for url in urls if url.startswith("http://")]
+        before = [environ.get(name, "").split(",") for name in ("NO_PROXY", "no_proxy")]
+        named = [host.strip() for host in (*before[0], *before[1], "localhost", "127.0.0.1", "::1", *hosts)]
+        value = ",".join(dict.fromkeys(filter(None, named)))
+        environ.update({"NO_PROXY": value, "no_proxy": value})
 
     def require(self, *names: str) -> None:
         """Raise `InvalidSetting` for the first of these fields that is empty."""

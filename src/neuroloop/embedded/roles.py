@@ -254,6 +254,7 @@ def become(name: str) -> None:
         os.environ["NEUROLOOP_MLFLOW_USER"] = MLFLOW_API_USER
         os.environ["NEUROLOOP_MLFLOW_PASSWORD"] = settings.mlflow_api_password
     os.environ.update(environment(settings))
+    settings.past_proxies(os.environ)
     for need in role.needs:
         wait_for(need(settings))
     if role.first:

@@ -42,6 +42,7 @@ class Stack:
         self.environ = dict(os.environ if environ is None else environ)
         self.say = say
         self.settings = Settings.load(self.environ)
+        self.settings.past_proxies(os.environ)  # each of its processes does the same for itself
 
     # --- commands -------------------------------------------------------------------------------
 

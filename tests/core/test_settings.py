@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,8 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(bare):
         ("IMAGE_SIZE", "100", "multiple of 16"),
         ("DISTRIBUTION", "two", "multi_worker"),
         ("RETRAINING_SCHEDULE", "hourly", "five fields"),
+        ("RETRAINING_SCHEDULE", "99 * * * *", "out of range"),
+        ("HOUSEKEEPING_SCHEDULE", "0 0 30 2 *", "no time of a calendar"),
         ("UI_API_KEY", "guessable", "make-env"),
         ("UI_PEOPLE", "ann@example.org=king", "uploader, reader, admin"),
         ("UI_PEOPLE", "ann@example.org", "address=role"),
@@ -54,6 +59,19 @@ def test_a_wrong_value_names_the_setting_and_what_it_should_be(bare, name, value
         Settings.load({**bare, PREFIX + name: value})
     assert PREFIX + name in str(caught.value)
     assert hint in str(caught.value)
+
+
+def test_a_schedule_is_checked_where_airflow_is_not_installed_too(bare):
+    program = "import sys; sys.modules['croniter'] = None\nfrom neuroloop.core.settings import Settings\n"
+    program += "for each in sys.argv[1:]:\n"
+    program += "    try: Settings(retraining_schedule=each); print('good')\n"
+    program += "    except ValueError: print('bad')"
+    good = ["*/10 * * * *", "0 0-23/4 * * MON-FRI", "59 23 31 12 0,7", "0 0 * JAN 5#3"]
+    bad = ["60 * * * *", "0 24 * * *", "0 0 0 * *", "0 0 1-32 * *", "0 0 * 13 *", "0 0 * * 8"]
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    argv = [sys.executable, "-c", program, *good, *bad]
+    done = subprocess.run(argv, env=path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["good"] * 4 + ["bad"] * 6
 
 
 def test_the_environment_wins_over_the_users_file_which_wins_over_the_generated_one(bare, tmp_path):

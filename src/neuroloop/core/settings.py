@@ -5,6 +5,7 @@ refused, because a misspelt setting that is silently ignored costs a day. `.env.
 """
 
 import difflib
+import importlib.util
 import os
 import re
 from collections.abc import Mapping, MutableMapping
@@ -31,6 +32,7 @@ AUDIT_FINDINGS = (
 """Names of what the audit may find and a build may stop on; `data.findings` describes them."""
 STORES = ("file", "gs", "s3", "az")
 """Schemes of an object store's URL."""
+_CRON = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))  # minute, hour, day, month, day of the week
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -269,6 +271,18 @@ class Settings(BaseSettings):
     def _cron(cls, value: str) -> str:
         if len(value.split()) != 5:
             raise ValueError("a cron expression has five fields, such as */10 * * * *")
+        # Airflow would drop a DAG with a wrong one, and say so on its first page only.
+        if importlib.util.find_spec("croniter"):  # comes with Airflow, whose judge it is
+            from croniter import croniter
+
+            try:
+                croniter(value).get_next()
+            except ValueError as error:
+                raise ValueError(f"it is no time of a calendar: {error}") from None
+        else:
+            for field, (low, high) in zip(value.split(), _CRON, strict=True):
+                if not all(low <= int(number) <= high for number in re.findall(r"(?<![/#\d])\d+", field)):
+                    raise ValueError(f"{field} is out of the range {low} to {high} of this field")
         return value
 
     @property

@@ -56,6 +56,16 @@ def test_a_second_start_changes_nothing_that_was_generated(environ, tmp_path):
     assert (tmp_path / "home" / "env").read_text() == before
 
 
+def test_a_database_password_with_signs_stays_as_it_is_over_any_number_of_starts(environ, tmp_path):
+    link = "postgresql://neuroloop:a%40b%25@127.0.0.1:5432/neuroloop"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "env").write_text(f"NEUROLOOP_DATABASE_URL={link}\n")
+    for _ in range(2):
+        stack = Stack(environ)
+        stack._generate()
+        assert stack.settings.database_url == link.replace("5432", str(stack.settings.postgres_port))
+
+
 def test_a_secret_that_the_user_sets_for_a_while_does_not_cost_the_generated_one(environ, tmp_path):
     Stack(environ)._generate()
     before = (tmp_path / "home" / "env").read_text()

@@ -21,6 +21,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from neuroloop.core.credentials import new_key
 from neuroloop.core.errors import InvalidSetting, NeuroLoopError, Unavailable
@@ -157,7 +158,7 @@ class Stack:
         for name, role in (("", "neuroloop"), ("AIRFLOW_", "airflow"), ("MLFLOW_", "mlflow")):
             key = f"{PREFIX}{name}DATABASE_URL"
             old = values.get(key, "")
-            password = old.split(":", 2)[2].rsplit("@", 1)[0] if old else secrets.token_urlsafe(16)
+            password = unquote(old.split(":", 2)[2].rsplit("@", 1)[0]) if old else secrets.token_urlsafe(16)
             urls[f"{name}DATABASE_URL"] = postgres.url(role, password, ports["postgres"])
         values |= {PREFIX + key: value for key, value in urls.items()}
         # What the user set counts instead; a secret from before is kept for when they no longer do.

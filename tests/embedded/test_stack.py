@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from supervisor.options import ServerOptions
 
 from neuroloop.bootstrap import services
 from neuroloop.core.credentials import parted
@@ -166,6 +167,20 @@ class Answers(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Stay silent."""
+
+
+def test_the_supervisor_takes_a_home_with_a_percent_sign(environ, tmp_path, monkeypatch):
+    stack = Stack({**environ, "NEUROLOOP_HOME": str(tmp_path / "100%s"), "NEUROLOOP_SUPERVISOR_PASSWORD": "a%b"})
+    stack._generate()
+    read, file = ServerOptions(), stack._configure_supervisor()
+    monkeypatch.chdir(tmp_path / "100%s")
+    read.realize(["-c", str(file)])
+    assert read.logfile == str(tmp_path / "100%s" / "logs" / "supervisord.log")
+    assert read.configroot.supervisord.server_configs[0]["password"] == "a%b"  # pragma: allowlist secret
+    programs = {each.name: each.process_configs[0] for each in read.process_group_configs}
+    assert set(programs) == set(roles.EMBEDDED)
+    assert programs["api"].directory == str(tmp_path / "100%s")
+    assert programs["api"].stdout_logfile == "logs/api.log"
 
 
 def test_a_platform_that_does_not_run_says_so_for_every_part(environ):

@@ -206,10 +206,11 @@ class Stack:
 
     # --- supervisor -----------------------------------------------------------------------------
 
-    def _start_supervisor(self) -> None:
+    def _configure_supervisor(self) -> Path:
+        """The supervisor's file, in which `%` is written twice."""
         home = self.settings.home
         (home / "logs").mkdir(exist_ok=True)
-        config = configparser.RawConfigParser()
+        config: dict[str, dict[str, str]] = {}
         config["supervisord"] = {
             "nodaemon": "false",
             "logfile": str(home / "logs" / "supervisord.log"),
@@ -220,7 +221,7 @@ class Stack:
         config["inet_http_server"] = {
             "port": f"127.0.0.1:{self.settings.supervisor_port}",
             "username": "neuroloop",
-            "password": self.settings.supervisor_password.replace("%", "%%"),
+            "password": self.settings.supervisor_password,
         }
         config["rpcinterface:supervisor"] = {
             "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
@@ -239,14 +240,22 @@ class Stack:
                 # PostgreSQL and MLflow stop last: what writes to them ends first.
                 "priority": {"postgres": "1", "mail": "1", "mlflow": "2"}.get(name, "10"),
                 "redirect_stderr": "true",
-                "stdout_logfile": str(home / "logs" / f"{name}.log"),
+                "stdout_logfile": f"logs/{name}.log",  # from its home: of this path, a % would be read twice
                 "stdout_logfile_maxbytes": "10MB",
                 "stdout_logfile_backups": "1",
             }
         file = home / "supervisord.conf"
         file.touch(mode=0o600)
+        written = configparser.RawConfigParser()
+        written.read_dict(
+            {part: {key: value.replace("%", "%%") for key, value in own.items()} for part, own in config.items()}
+        )
         with file.open("w") as stream:
-            config.write(stream)
+            written.write(stream)
+        return file
+
+    def _start_supervisor(self) -> None:
+        home, file = self.settings.home, self._configure_supervisor()
         env_file = Path(self.environ.get(f"{PREFIX}ENV_FILE") or ".env").absolute()
         marks = {"NEUROLOOP_HOME": str(home), "NEUROLOOP_STACK": str(home), "NEUROLOOP_ENV_FILE": str(env_file)}
         environ = {**self.environ, **marks}

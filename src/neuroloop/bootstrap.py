@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from neuroloop.core.errors import InvalidSetting
+from neuroloop.core.errors import InvalidSetting, InvalidSource
 from neuroloop.core.ports import (
     ApiKeys,
     Database,
@@ -106,7 +106,10 @@ def open_store(url: str) -> ObjectStore:
 
     `gs://bucket?endpoint=http://host:4443` is the bucket of an emulator. Raises `InvalidSetting` for any other URL.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InvalidSetting(f"{url!r} is no object store", why=str(error)) from None
     match parts.scheme:
         case "gs":
             from neuroloop.adapters.gcs import GcsStore
@@ -136,7 +139,12 @@ def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataS
     from neuroloop.adapters.folder import FolderStore
     from neuroloop.data import source
 
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        folder = Path(url.removeprefix("file://")).expanduser().absolute()
+    except (ValueError, RuntimeError) as error:  # [ without ], and ~ann, where there is no ann
+        fix = "write a whole path, or a URL such as s3://bucket/prefix"
+        raise InvalidSource(f"{url!r} cannot be read as a data source", why=str(error), fix=fix) from None
     match parts.scheme:
         case "phantom":
             return source.PhantomSource(images=images, seed=seed)
@@ -149,11 +157,8 @@ def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataS
                 url, FolderStore(download(parts.netloc + parts.path), follow_links=True), licence
             )
         case "" | "file":
-            folder = Path(url.removeprefix("file://")).expanduser().absolute()
             return source.ObjectSource(url, FolderStore(str(folder), follow_links=True), licence)
         case other:
-            from neuroloop.core.errors import InvalidSource
-
             raise InvalidSource(
                 f"{url!r} cannot be read as a data source",
                 why=f"the scheme {other}:// is unknown",

@@ -417,7 +417,10 @@ def _new_run(kind: str) -> str:
 
 def _url(place: str) -> str:
     """A folder or URL as the store's URL."""
-    return (place if "://" in place else f"file://{Path(place).expanduser().absolute()}").rstrip("/")
+    try:
+        return (place if "://" in place else f"file://{Path(place).expanduser().absolute()}").rstrip("/")
+    except RuntimeError as error:
+        raise NeuroLoopError(f"{place!r} is no folder", why=str(error), fix="write the whole path") from None
 
 
 def _json_object(option: str, text: str) -> dict[str, Any] | None:

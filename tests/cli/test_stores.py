@@ -6,10 +6,15 @@ import pytest
 from typer.testing import CliRunner
 
 from neuroloop.adapters.folder import FolderStore
-from neuroloop.bootstrap import Services, open_store
+from neuroloop.bootstrap import Services, open_source, open_store
 from neuroloop.cli import app as cli
-from neuroloop.core.errors import InvalidSetting
+from neuroloop.core.errors import InvalidSetting, InvalidSource, NeuroLoopError
 from neuroloop.core.settings import Settings
+
+DATABASES = {
+    "NEUROLOOP_DATABASE_URL": "postgresql://u@127.0.0.1:9/a",
+    "NEUROLOOP_MLFLOW_DATABASE_URL": "postgresql://u@127.0.0.1:9/b",
+}
 
 
 @pytest.mark.parametrize("url", ["gcs://bucket/backups", "/srv/backups", "http://host/backups", ""])
@@ -24,11 +29,22 @@ def test_a_folder_with_a_host_is_refused(url: str):
         open_store(url)
 
 
+@pytest.mark.parametrize("url", ["http://[x", "gs://[x", "~nobody-here/scans", "file://~nobody-here/scans"])
+def test_a_source_that_cannot_be_understood_is_refused_in_words(url: str):
+    with pytest.raises(InvalidSource, match="cannot be read as a data source"):
+        open_source(url, images=120, seed=0)
+
+
+@pytest.mark.parametrize("place", ["gs://[x", "~nobody-here/backups"])
+def test_a_backup_that_cannot_be_understood_is_refused_in_words(tmp_path: Path, place: str):
+    done = CliRunner().invoke(cli, ["restore", place], env={"NEUROLOOP_HOME": str(tmp_path), **DATABASES})
+    assert isinstance(done.exception, NeuroLoopError)
+    assert place in str(done.exception)
+
+
 def test_a_backup_to_an_unknown_scheme_makes_no_local_folder(tmp_path: Path):
     environment = {"NEUROLOOP_HOME": str(tmp_path / "home"), "NEUROLOOP_ENV_FILE": str(tmp_path / "none")}
-    environment |= {"NEUROLOOP_DATABASE_URL": "postgresql://u@127.0.0.1:9/a"}
-    environment |= {"NEUROLOOP_MLFLOW_DATABASE_URL": "postgresql://u@127.0.0.1:9/b"}
-    done = CliRunner().invoke(cli, ["backup", f"gcs://bucket{tmp_path}/backups"], env=environment)
+    done = CliRunner().invoke(cli, ["backup", f"gcs://bucket{tmp_path}/backups"], env={**environment, **DATABASES})
     assert "the scheme gcs:// is unknown" in str(done.exception)
     assert not (tmp_path / "backups").exists()
 

@@ -104,6 +104,17 @@ def test_a_line_that_is_no_setting_is_refused_with_its_place(bare, tmp_path):
         Settings.load(bare)
 
 
+def test_a_file_of_settings_that_is_no_text_is_named(bare, tmp_path):
+    (tmp_path / ".env").write_bytes("# Schlüssel".encode("latin-1"))
+    with pytest.raises(InvalidSetting, match=r"\.env cannot be read.*UTF-8"):
+        Settings.load(bare)
+
+
+def test_a_home_of_somebody_who_is_not_there_is_named(bare):
+    with pytest.raises(InvalidSetting, match="NEUROLOOP_HOME='~nobody-here/state' is no folder"):
+        Settings.load({**bare, "NEUROLOOP_HOME": "~nobody-here/state"})
+
+
 def test_what_a_process_needs_and_has_not_is_named(bare):
     with pytest.raises(InvalidSetting, match="NEUROLOOP_DATABASE_URL is not set"):
         Settings.load(bare).require("database_url")

@@ -50,6 +50,13 @@ def test_the_first_start_generates_secrets_only_their_owner_can_read(environ, tm
     settings.require("database_url", "mlflow_database_url", "airflow_database_url", "airflow_fernet_key")
 
 
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_home_that_cannot_be_one_is_a_clear_error(environ, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidSetting, match=f"NEUROLOOP_HOME=.*{name} cannot be used"):
+        Stack({**environ, "NEUROLOOP_HOME": str(tmp_path / name)})._generate()
+
+
 def test_a_second_start_changes_nothing_that_was_generated(environ, tmp_path):
     Stack(environ)._generate()
     before = (tmp_path / "home" / "env").read_text()

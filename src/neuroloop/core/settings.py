@@ -346,7 +346,11 @@ class Settings(BaseSettings):
         """Read the settings; raises `InvalidSetting` that names the variable, the fault and the fix."""
         environ = os.environ if environ is None else environ
         chosen = explicit(environ)
-        home = Path(chosen.get(PREFIX + "HOME") or ".neuroloop").expanduser().absolute()
+        try:
+            home = Path(chosen.get(PREFIX + "HOME") or ".neuroloop").expanduser().absolute()
+        except RuntimeError as error:  # ~ann, and there is no ann
+            why, fix = f"{error}", "write the whole path"
+            raise InvalidSetting(f"{PREFIX}HOME={chosen[PREFIX + 'HOME']!r} is no folder", why=why, fix=fix) from None
         values = _read_env_file(home / "env") | chosen
         fields: dict[str, str] = {}
         for key, value in values.items():
@@ -437,10 +441,14 @@ def _scheme(value: str, allowed: tuple[str, ...], example: str) -> str:
 
 
 def _read_env_file(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSetting(
+            f"{path} cannot be read", why=str(error), fix="save it as UTF-8, readable to you"
+        ) from None
     values = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue

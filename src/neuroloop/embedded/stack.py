@@ -6,6 +6,7 @@ every later command reads them. The supervisor restarts what crashes; each role 
 
 import configparser
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -135,7 +136,16 @@ class Stack:
 
     def _generate(self) -> None:
         home = self.settings.home
-        home.mkdir(parents=True, exist_ok=True)
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            if not os.access(home, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise InvalidSetting(
+                f"{PREFIX}HOME={home} cannot be used",
+                why=error.strerror or str(error),
+                fix="name a folder that you may write to",
+            ) from None
         file, set_by_user = home / "env", explicit(self.environ)
         before: dict[str, str] = {}
         if file.exists():

@@ -50,6 +50,15 @@ def test_the_first_start_generates_secrets_only_their_owner_can_read(environ, tm
     settings.require("database_url", "mlflow_database_url", "airflow_database_url", "airflow_fernet_key")
 
 
+def test_a_new_home_is_for_nobody_else(environ, tmp_path):
+    before = os.umask(0o022)
+    try:
+        Stack(environ)._generate()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "home").stat().st_mode) == 0o700
+
+
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_a_home_that_cannot_be_one_is_a_clear_error(environ, tmp_path, name):
     (tmp_path / "file").write_text("")

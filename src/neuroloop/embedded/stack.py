@@ -137,7 +137,7 @@ class Stack:
     def _generate(self) -> None:
         home = self.settings.home
         try:
-            home.mkdir(parents=True, exist_ok=True)
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)  # uploads are for nobody else of this machine
             if not os.access(home, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:

@@ -420,7 +420,7 @@ def folder_of(url: str) -> str:
     """
     path = url[len("file:") :].removeprefix("//")
     if not path.startswith("/"):
-        raise ValueError(f"{url} names a host or no full path; a folder has three slashes: file:///srv/neuroloop")
+        raise ValueError("it names a host or no full path; a folder has three slashes: file:///srv/neuroloop")
     return path
 
 

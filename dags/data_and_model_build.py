@@ -5,7 +5,8 @@ Checks the source, downloads the images and versions them with DVC, audits them 
 captures statistics, augments the training part, trains, evaluates on the frozen test part, registers the model in
 MLflow, and promotes it if it has earned it. Work on images is shared out in shards to as many workers as there are.
 **Trigger** opens a form; every field has a default. A task that fails mails the reason: mend the cause, clear the
-task, and the run goes on from there.
+task, and the run goes on from there. Where the cause is in the images, mend their source and clear `check_source`
+with all that follows: the run then fetches every image anew.
 
 *For research only. Not a medical device.*
 """

@@ -4,7 +4,7 @@
 Counts the corrected images that no retraining has used. At strictly more than the threshold (50) it makes a batch of
 them, exactly once, trains the champion further on its own training part plus the corrections, and promotes the result
 if it is better on the held-out ones (or, without such, on the frozen test part) and on the test part not worse than the
-champion and the best before it. Otherwise it ends at `flag_false` with the count. One triggered by hand always mails.
+champion and the best before it. Otherwise it ends at `flag_false` with the count, which it mails if triggered by hand.
 
 *For research only. Not a medical device.*
 """

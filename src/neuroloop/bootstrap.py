@@ -1,5 +1,6 @@
 """Composition root: settings become services, chosen by URL scheme. The only place that names adapters."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from neuroloop.core.errors import InvalidSetting, InvalidSource
 from neuroloop.core.ports import (
     ApiKeys,
     Database,
@@ -17,7 +19,7 @@ from neuroloop.core.ports import (
     PredictionLog,
     Registry,
 )
-from neuroloop.core.settings import Settings, endpoint_of, masked
+from neuroloop.core.settings import STORES, Settings, endpoint_of, folder_of, masked
 
 if TYPE_CHECKING:
     from neuroloop.adapters.postgres import PostgresLog
@@ -102,9 +104,12 @@ class Services:
 def open_store(url: str) -> ObjectStore:
     """`file:///folder`, or `gs://bucket`, `s3://bucket` or `az://container`, each with or without a `/prefix`.
 
-    `gs://bucket?endpoint=http://host:4443` is the bucket of an emulator.
+    `gs://bucket?endpoint=http://host:4443` is the bucket of an emulator. Raises `InvalidSetting` for any other URL.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InvalidSetting(f"{masked(url)!r} is no object store", why=str(error)) from None
     match parts.scheme:
         case "gs":
             from neuroloop.adapters.gcs import GcsStore
@@ -115,9 +120,18 @@ def open_store(url: str) -> ObjectStore:
 
             vendor = cloud.S3 if parts.scheme == "s3" else cloud.AZURE
             return cloud.CloudStore(vendor, parts.netloc, parts.path)
-    from neuroloop.adapters.folder import FolderStore
+        case "file":
+            from neuroloop.adapters.folder import FolderStore
 
-    return FolderStore(parts.path)
+            try:
+                return FolderStore(folder_of(url))
+            except ValueError as error:
+                raise InvalidSetting(f"{masked(url)!r} is no object store", why=str(error)) from None
+    raise InvalidSetting(
+        f"{masked(url)!r} is no object store",
+        why=f"the scheme {parts.scheme}:// is unknown",
+        fix=f"use one of {', '.join(f'{scheme}://' for scheme in STORES)}",
+    )
 
 
 def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataSource:
@@ -125,7 +139,12 @@ def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataS
     from neuroloop.adapters.folder import FolderStore
     from neuroloop.data import source
 
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        folder = Path(url.removeprefix("file://")).expanduser().absolute()
+    except (ValueError, RuntimeError) as error:  # [ without ], and ~ann, where there is no ann
+        fix = "write a whole path, or a URL such as s3://bucket/prefix"
+        raise InvalidSource(f"{masked(url)!r} cannot be read as a data source", why=str(error), fix=fix) from None
     match parts.scheme:
         case "phantom":
             return source.PhantomSource(images=images, seed=seed)
@@ -138,11 +157,8 @@ def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataS
                 url, FolderStore(download(parts.netloc + parts.path), follow_links=True), licence
             )
         case "" | "file":
-            folder = Path(url.removeprefix("file://")).expanduser().absolute()
             return source.ObjectSource(url, FolderStore(str(folder), follow_links=True), licence)
         case other:
-            from neuroloop.core.errors import InvalidSource
-
             raise InvalidSource(
                 f"{masked(url)!r} cannot be read as a data source",
                 why=f"the scheme {other}:// is unknown",
@@ -151,5 +167,7 @@ def open_source(url: str, *, images: int, seed: int, licence: str = "") -> DataS
 
 
 def services(settings: Settings | None = None) -> Services:
-    """The services of the current settings."""
-    return Services(settings or Settings.load())
+    """The services of the current settings; this process then asks them past a proxy meant for the internet."""
+    settings = settings or Settings.load()
+    settings.past_proxies(os.environ)
+    return Services(settings)

@@ -5,6 +5,7 @@ import getpass
 import json
 import logging
 import os
+import secrets
 import shlex
 import subprocess
 import sys
@@ -143,7 +144,7 @@ def build(
     """Run the steps of data_and_model_build here, without Airflow."""
     from neuroloop.loop import pipeline
 
-    outside, run_id = _logged(), f"cli-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    outside, run_id = _logged(), _new_run("cli")
     given: dict[str, Any] = {
         "data_url": data_url,
         "minutes": minutes,
@@ -185,7 +186,7 @@ def search(
     from neuroloop.loop import pipeline
     from neuroloop.loop import search as searching
 
-    outside, run_id = _logged(), f"search-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    outside, run_id = _logged(), _new_run("search")
     given = {"data_url": data_url, "image_size": image_size, "seed": seed, "architecture": architecture}
     params = pipeline.Params.of(
         outside, given | {"hyperparameters": _json_object("--hyperparameters", hyperparameters)}
@@ -419,9 +420,17 @@ def _logged() -> "Services":
     return outside
 
 
+def _new_run(kind: str) -> str:
+    """The id of a run that begins now; another for each, also of those that begin in the same second."""
+    return f"{kind}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
 def _url(place: str) -> str:
     """A folder or URL as the store's URL."""
-    return (place if "://" in place else f"file://{Path(place).expanduser().absolute()}").rstrip("/")
+    try:
+        return (place if "://" in place else f"file://{Path(place).expanduser().absolute()}").rstrip("/")
+    except RuntimeError as error:
+        raise NeuroLoopError(f"{place!r} is no folder", why=str(error), fix="write the whole path") from None
 
 
 def _json_object(option: str, text: str) -> dict[str, Any] | None:

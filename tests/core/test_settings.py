@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,8 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(bare):
     ("name", "value", "hint"),
     [
         ("STORE_URL", "ftp://host", "s3://"),
+        ("STORE_URL", "file://srv/neuroloop", "three slashes"),
+        ("MLFLOW_ARTIFACTS_URL", "file://srv/mlflow", "three slashes"),
         ("MLFLOW_ARTIFACTS_URL", "wasbs://c@a.blob.core.windows.net", "az://"),
         ("DATABASE_URL", "mysql://x", "postgresql://"),
         ("NOTIFY_URL", "http://x", "smtp://"),
@@ -42,6 +47,8 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(bare):
         ("IMAGE_SIZE", "100", "multiple of 16"),
         ("DISTRIBUTION", "two", "multi_worker"),
         ("RETRAINING_SCHEDULE", "hourly", "five fields"),
+        ("RETRAINING_SCHEDULE", "99 * * * *", "out of range"),
+        ("HOUSEKEEPING_SCHEDULE", "0 0 30 2 *", "no time of a calendar"),
         ("UI_API_KEY", "guessable", "make-env"),
         ("UI_PEOPLE", "ann@example.org=king", "uploader, reader, admin"),
         ("UI_PEOPLE", "ann@example.org", "address=role"),
@@ -52,6 +59,19 @@ def test_a_wrong_value_names_the_setting_and_what_it_should_be(bare, name, value
         Settings.load({**bare, PREFIX + name: value})
     assert PREFIX + name in str(caught.value)
     assert hint in str(caught.value)
+
+
+def test_a_schedule_is_checked_where_airflow_is_not_installed_too(bare):
+    program = "import sys; sys.modules['croniter'] = None\nfrom neuroloop.core.settings import Settings\n"
+    program += "for each in sys.argv[1:]:\n"
+    program += "    try: Settings(retraining_schedule=each); print('good')\n"
+    program += "    except ValueError: print('bad')"
+    good = ["*/10 * * * *", "0 0-23/4 * * MON-FRI", "59 23 31 12 0,7", "0 0 * JAN 5#3"]
+    bad = ["60 * * * *", "0 24 * * *", "0 0 0 * *", "0 0 1-32 * *", "0 0 * 13 *", "0 0 * * 8"]
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    argv = [sys.executable, "-c", program, *good, *bad]
+    done = subprocess.run(argv, env=path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["good"] * 4 + ["bad"] * 6
 
 
 def test_the_environment_wins_over_the_users_file_which_wins_over_the_generated_one(bare, tmp_path):
@@ -82,6 +102,17 @@ def test_a_line_that_is_no_setting_is_refused_with_its_place(bare, tmp_path):
     (tmp_path / ".env").write_text("NEUROLOOP_SEED\n")
     with pytest.raises(InvalidSetting, match=r"\.env:1 is not KEY=VALUE"):
         Settings.load(bare)
+
+
+def test_a_file_of_settings_that_is_no_text_is_named(bare, tmp_path):
+    (tmp_path / ".env").write_bytes("# Schlüssel".encode("latin-1"))
+    with pytest.raises(InvalidSetting, match=r"\.env cannot be read.*UTF-8"):
+        Settings.load(bare)
+
+
+def test_a_home_of_somebody_who_is_not_there_is_named(bare):
+    with pytest.raises(InvalidSetting, match="NEUROLOOP_HOME='~nobody-here/state' is no folder"):
+        Settings.load({**bare, "NEUROLOOP_HOME": "~nobody-here/state"})
 
 
 def test_what_a_process_needs_and_has_not_is_named(bare):

@@ -46,6 +46,13 @@ def test_an_open_port_and_a_page_that_answers_are_healthy(port: int):
     assert ask(f"http://127.0.0.1:{port}/api/v2/monitor/health") == (0, "")
 
 
+def test_a_proxy_meant_for_the_internet_is_not_asked(port: int, free_port, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert ask(f"http://127.0.0.1:{port}", "scheduler") == (0, "")
+
+
 def test_a_closed_port_and_a_missing_page_are_not(port: int, free_port):
     for url in (f"tcp://127.0.0.1:{free_port()}", f"http://127.0.0.1:{port}/nothing"):
         status, reason = ask(url)

@@ -504,6 +504,15 @@ def test_every_part_of_airflow_has_limits_in_units():
             assert QUANTITY.fullmatch(VALUES[part]["resources"][which]["memory"]), part
 
 
+def test_the_dag_processor_reports_a_killed_task_as_its_own_pod_would():
+    given, workers = ({each["name"]: each for each in VALUES[part]["env"]} for part in ("dagProcessor", "workers"))
+    wanted = ("DATABASE_URL", "MLFLOW_USER", "MLFLOW_PASSWORD", "NOTIFY_URL")  # what `loop.failures.report` uses
+    assert given == {PREFIX + name: workers[PREFIX + name] for name in wanted}
+    reached = VALUES["labels"] | VALUES["dagProcessor"]["labels"]
+    assert {f"neuroloop.io/reaches-{what}" for what in ("database", "mlflow", "mail")} <= set(reached)
+    assert "neuroloop.io/reaches-store" not in reached
+
+
 def test_the_pod_templates_lie_where_the_setting_says_and_run_as_the_other_tasks_do():
     settings = Settings(pod_templates=config("gke", "airflow-settings")["NEUROLOOP_POD_TEMPLATES"])
     for task, template in (("building_model", "training"), ("retrain_model", "training"), ("tidy", "housekeeping")):

@@ -4,6 +4,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from adapters.test_data_versions import with_the_extra_aws
 from conftest import mlflow_server
@@ -44,6 +45,21 @@ def test_without_an_internal_address_the_public_one_serves_for_both():
     assert LAPTOP.mlflow_page == "http://127.0.0.1:5123"
 
 
+def test_no_proxy_stands_between_two_parts_and_what_the_user_named_stays():
+    environ = {"http_proxy": "http://proxy:3128", "no_proxy": "corp.example, other"}
+    CONTAINER.past_proxies(environ)
+    assert environ["NO_PROXY"] == environ["no_proxy"]
+    assert set(environ["no_proxy"].split(",")) == {
+        *("corp.example", "other", "localhost", "127.0.0.1", "::1", "airflow-api", "mlflow")
+    }
+    before = dict(environ)
+    CONTAINER.past_proxies(environ)
+    assert environ == before
+    hosted: dict[str, str] = {}
+    Settings(mlflow_tracking_uri="https://mlflow.example").past_proxies(hosted)
+    assert "mlflow.example" not in hosted["NO_PROXY"]
+
+
 def test_mlflow_may_be_called_by_its_own_names_and_from_this_machine_only():
     hosts = mlflow_hosts(CONTAINER)
     for good in ("mlflow:5000", "mlflow.example", "127.0.0.1:25000", "localhost:5000"):
@@ -65,6 +81,7 @@ def artifacts(**settings: str) -> str:
 def test_mlflow_keeps_its_files_in_the_object_store_or_where_a_setting_says(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     assert artifacts() == "file:///state/store/mlflow"
+    assert local_file_uri_to_path(artifacts(store_url="file:///a #1/100%?")) == "/a #1/100%?/mlflow"
     assert artifacts(store_url="gs://bucket/prefix") == "gs://bucket/prefix/mlflow"
     assert artifacts(store_url="s3://bucket") == "s3://bucket/mlflow"
     assert artifacts(store_url="az://box/prefix") == "wasbs://box@account.blob.core.windows.net/prefix/mlflow"

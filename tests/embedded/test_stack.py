@@ -1,14 +1,19 @@
 """What `make up` decides before it starts anything; that it starts, restarts and stops is the story's."""
 
+import json
 import os
 import socket
 import stat
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
+from supervisor.options import ServerOptions
 
+from neuroloop.bootstrap import services
 from neuroloop.core.credentials import parted
 from neuroloop.core.errors import InvalidSetting, Unavailable
 from neuroloop.core.settings import Settings
@@ -45,11 +50,37 @@ def test_the_first_start_generates_secrets_only_their_owner_can_read(environ, tm
     settings.require("database_url", "mlflow_database_url", "airflow_database_url", "airflow_fernet_key")
 
 
+def test_a_new_home_is_for_nobody_else(environ, tmp_path):
+    before = os.umask(0o022)
+    try:
+        Stack(environ)._generate()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "home").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_home_that_cannot_be_one_is_a_clear_error(environ, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidSetting, match=f"NEUROLOOP_HOME=.*{name} cannot be used"):
+        Stack({**environ, "NEUROLOOP_HOME": str(tmp_path / name)})._generate()
+
+
 def test_a_second_start_changes_nothing_that_was_generated(environ, tmp_path):
     Stack(environ)._generate()
     before = (tmp_path / "home" / "env").read_text()
     Stack(environ)._generate()
     assert (tmp_path / "home" / "env").read_text() == before
+
+
+def test_a_database_password_with_signs_stays_as_it_is_over_any_number_of_starts(environ, tmp_path):
+    link = "postgresql://neuroloop:a%40b%25@127.0.0.1:5432/neuroloop"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "env").write_text(f"NEUROLOOP_DATABASE_URL={link}\n")
+    for _ in range(2):
+        stack = Stack(environ)
+        stack._generate()
+        assert stack.settings.database_url == link.replace("5432", str(stack.settings.postgres_port))
 
 
 def test_a_secret_that_the_user_sets_for_a_while_does_not_cost_the_generated_one(environ, tmp_path):
@@ -78,6 +109,23 @@ def test_a_usual_port_in_use_is_replaced_by_a_free_one_and_every_address_follows
     assert any(f"port {taken} is in use" in line for line in said)
 
 
+def test_a_port_the_user_chose_that_is_another_servers_usual_one_is_the_chosen_servers_alone(environ, free_port):
+    port = free_port()
+    (Path(environ["NEUROLOOP_HOME"])).mkdir()
+    (Path(environ["NEUROLOOP_HOME"]) / "env").write_text(f"NEUROLOOP_AIRFLOW_PORT={port}\n")
+    stack = Stack({**environ, "NEUROLOOP_API_PORT": str(port)})
+    stack._generate()
+    assert stack.settings.api_port == port
+    assert len({getattr(stack.settings, f"{name}_port") for name in PORTS}) == len(PORTS)
+    assert stack.settings.airflow_url == f"http://127.0.0.1:{stack.settings.airflow_port}"
+
+
+def test_one_port_for_two_servers_is_a_clear_error(environ, free_port):
+    port = str(free_port())
+    with pytest.raises(InvalidSetting, match=f"NEUROLOOP_API_PORT and NEUROLOOP_UI_PORT are both {port}"):
+        Stack({**environ, "NEUROLOOP_API_PORT": port, "NEUROLOOP_UI_PORT": port})._generate()
+
+
 def test_no_two_servers_share_a_port(environ):
     settings = Stack(environ).settings
     assert len({getattr(settings, f"{name}_port") for name in PORTS}) == len(PORTS)
@@ -89,6 +137,66 @@ def test_what_the_user_set_is_not_written_over(environ, tmp_path):
     stack._generate()
     assert stack.settings.airflow_password == "my-own"
     assert "my-own" not in (tmp_path / "home" / "env").read_text()
+
+
+@pytest.mark.parametrize("who", ["make up", "a role", "a task"])
+def test_what_runs_on_this_machine_is_asked_past_a_proxy(who, environ, free_port, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        match who:
+            case "make up":
+                stack = Stack({**environ, "NEUROLOOP_AIRFLOW_URL": url})
+                assert stack._healthy("airflow-api")
+                assert stack.airflow().health() == {"scheduler": "healthy"}
+            case "a role":
+                program = "import sys; from neuroloop.embedded.roles import ROLES, Role, become\n"
+                program += "own = lambda _: [sys.executable, '-c', 'import os; print(os.environ[\"no_proxy\"])']\n"
+                program += "ROLES['probe'] = Role(own, needs=(lambda _: sys.argv[1],)); become('probe')"
+                done = subprocess.run(
+                    [sys.executable, "-c", program, f"{url}/health"],
+                    env={**os.environ, **environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                    capture_output=True,
+                    text=True,
+                    timeout=60,
+                    check=False,
+                )
+                assert done.stdout == "localhost,127.0.0.1,::1\n", done.stderr
+            case _:
+                outside = services(Settings.load({**environ, "NEUROLOOP_MLFLOW_TRACKING_URI": url}))
+                assert outside.registry.by_alias("champion") is None
+        server.shutdown()
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Everything is well here, and no model is registered."""
+
+    def do_GET(self) -> None:
+        found = not self.path.startswith("/api/2.0/mlflow/")
+        body = {"scheduler": {"status": "healthy"}} if found else {"error_code": "RESOURCE_DOES_NOT_EXIST"}
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Stay silent."""
+
+
+def test_the_supervisor_takes_a_home_with_a_percent_sign(environ, tmp_path, monkeypatch):
+    stack = Stack({**environ, "NEUROLOOP_HOME": str(tmp_path / "100%s"), "NEUROLOOP_SUPERVISOR_PASSWORD": "a%b"})
+    stack._generate()
+    read, file = ServerOptions(), stack._configure_supervisor()
+    monkeypatch.chdir(tmp_path / "100%s")
+    read.realize(["-c", str(file)])
+    assert read.logfile == str(tmp_path / "100%s" / "logs" / "supervisord.log")
+    assert read.configroot.supervisord.server_configs[0]["password"] == "a%b"  # pragma: allowlist secret
+    programs = {each.name: each.process_configs[0] for each in read.process_group_configs}
+    assert set(programs) == set(roles.EMBEDDED)
+    assert programs["api"].directory == str(tmp_path / "100%s")
+    assert programs["api"].stdout_logfile == "logs/api.log"
 
 
 def test_a_platform_that_does_not_run_says_so_for_every_part(environ):

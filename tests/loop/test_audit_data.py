@@ -12,6 +12,7 @@ from data.test_dataset import between
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.errors import InvalidSource
+from neuroloop.core.schemas import Snapshot
 from neuroloop.core.settings import Settings
 from neuroloop.imaging.decode import encode_png
 from neuroloop.loop import handoff, preparation, shards, splitting
@@ -133,11 +134,34 @@ def test_a_legacy_run_logs_the_parts_of_the_split_that_it_works_on(platform, mlf
     looked_at(services, run_id, split="legacy")
     result = preparation.audit_data(services, run_id)
     run = handoff.tracked(services, run_id)
-    params = MlflowClient(mlflow_uri).get_run(run).data.params
+    logged = MlflowClient(mlflow_uri).get_run(run).data
     own = handoff.run_split(services, run_id)
-    assert (params["split"], params["images_test"]) == ("legacy", str(len(own.of("test"))))
+    assert (logged.params["split"], logged.tags["images_test"]) == ("legacy", str(len(own.of("test"))))
     assert {entry.path.partition("/")[0] for entry in own.of("test")} == {"Testing"}
     assert result["parts"]["test"] == len(own.of("test"))
+
+
+def test_a_run_stopped_by_its_data_goes_on_once_they_are_mended(platform, mlflow_uri, request):
+    from mlflow import MlflowClient
+
+    services, run_id = platform(audit_stop_on="tiny, blank, label_conflicts"), request.node.name
+    source = Path(services.settings.data_url)
+    (source / "Training/glioma/000.png").write_bytes(encode_png(np.zeros((64, 64), np.uint8)))
+    first = looked_at(services, run_id)
+    with pytest.raises(InvalidSource, match="NEUROLOOP_AUDIT_STOP_ON"):
+        preparation.audit_data(services, run_id)
+    mended = encode_png(picture(70_000))
+    (source / "Training/glioma/000.png").write_bytes(mended)  # another image under its name
+    (source / "Training/pituitary/conflict.png").unlink()
+    version = looked_at(services, run_id)
+    assert version != first
+    snapshot = Snapshot.model_validate_json(services.store.get(keys.snapshot(version)))
+    entry = next(each for each in snapshot.images if each.path == "Training/glioma/000.png")
+    assert services.store.get(keys.image(entry.md5)) == mended
+    parts = preparation.audit_data(services, run_id)["parts"]
+    tags = MlflowClient(mlflow_uri).get_run(handoff.tracked(services, run_id)).data.tags
+    assert (tags["data_version"], tags["images"]) == (version, str(len(snapshot.images)))
+    assert {part: int(tags[f"images_{part}"]) for part in parts} == parts
 
 
 def test_a_finding_that_the_settings_name_stops_the_run_after_its_report_and_before_its_split(platform, request):

@@ -1,6 +1,10 @@
 """Data versions, their statistics and the openings of their test parts, on a real store, DVC and MLflow."""
 
 import hashlib
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,8 @@ from data.drawn import four_classes, picture, snapshot_of
 from neuroloop.bootstrap import Services, open_store
 from neuroloop.core import keys
 from neuroloop.core.errors import InvalidSource, NeuroLoopError, NotFound
-from neuroloop.core.schemas import LABELS, Snapshot
+from neuroloop.core.ports import DataSource
+from neuroloop.core.schemas import LABELS, Snapshot, SourceFile
 from neuroloop.core.settings import Settings
 from neuroloop.data.audit import audit
 from neuroloop.data.statistics import Statistics
@@ -176,6 +181,90 @@ def test_the_number_of_openings_and_the_last_reason_are_tags_of_the_run(services
         mlflow.MlflowClient(services.settings.mlflow_tracking_uri).get_run(handoff.tracked(services, "tags")).data.tags
     )
     assert (tags["test_openings"], tags["test_opened_for"]) == ("2", "second look")
+
+
+# --- two runs on one source ---------------------------------------------------------------------
+
+
+def watched(services: Services, before: Callable[[SourceFile], None]) -> Services:
+    """The same; before each image that is fetched, `before` is called."""
+
+    class Watched(Services):
+        def source(self, url: str, *, seed: int) -> DataSource:
+            found = super().source(url, seed=seed)
+            read = found.read
+
+            def told(file: SourceFile) -> bytes:
+                before(file)
+                return read(file)
+
+            found.read = told
+            return found
+
+    return Watched(services.settings)
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    for path, data in four_classes(11).items():
+        (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / path).write_bytes(data)
+    return tmp_path / "source"
+
+
+def test_a_run_waits_for_another_one_on_the_same_source_and_each_gets_its_own_version(
+    services, source, tmp_path, caplog
+):
+    params = Params.of(services, {"data_url": str(source)})
+    reached, let_go = threading.Event(), threading.Event()
+
+    def hold(file: SourceFile) -> None:
+        if file.path == "pituitary/010.png":
+            reached.set()
+            assert let_go.wait(60)
+
+    preparation.check_source(services, "side-1", params)
+    with ThreadPoolExecutor(2) as pool, caplog.at_level("INFO", "neuroloop.pipeline"):
+        first = pool.submit(preparation.download_data, watched(services, hold), "side-1", params)
+        assert reached.wait(60)
+        (source / "glioma/000.png").unlink()
+        preparation.check_source(services, "side-2", params)
+        second = pool.submit(preparation.download_data, Services(services.settings), "side-2", params)
+        deadline = time.monotonic() + 60
+        while not (second.done() or "waiting for another run" in caplog.text) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        let_go.set()
+        found = [each.result() for each in (first, second)]
+    assert [each["images"] for each in found] == [44, 43]
+    for number, each in enumerate(found):
+        assert versions.restore(services, tmp_path / f"back-{number}", version=each["version"]).version
+
+
+def test_a_download_that_broke_off_goes_on_and_fetches_all_anew_once_the_source_was_checked_again(services, source):
+    params = Params.of(services, {"data_url": str(source)})
+    fetched: list[str] = []
+
+    def breaks(file: SourceFile) -> None:
+        if file.path.startswith("pituitary/"):
+            raise InvalidSource("the source is away")
+        fetched.append(file.path)
+
+    def notes(file: SourceFile) -> None:
+        fetched.append(file.path)
+
+    def broken_off() -> None:
+        preparation.check_source(services, "broken", params)
+        with pytest.raises(InvalidSource, match="away"):
+            preparation.download_data(watched(services, breaks), "broken", params)
+
+    broken_off()
+    preparation.download_data(watched(services, notes), "broken", params)
+    assert sorted(fetched) == [path.relative_to(source).as_posix() for path in sorted(source.rglob("*.png"))]
+    broken_off()
+    fetched.clear()
+    preparation.check_source(services, "broken", params)
+    preparation.download_data(watched(services, notes), "broken", params)
+    assert len(fetched) == 44
 
 
 # --- back to a data version ---------------------------------------------------------------------

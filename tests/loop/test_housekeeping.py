@@ -14,7 +14,7 @@ import pytest
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
-from neuroloop.core.errors import Forbidden
+from neuroloop.core.errors import Forbidden, NeuroLoopError
 from neuroloop.core.schemas import Erasure, Feedback, GateResult, Prediction, Verdict, now
 from neuroloop.core.settings import Settings
 from neuroloop.loop import retraining
@@ -88,6 +88,19 @@ def test_the_command_finishes_erasures_keeps_the_retention_and_removes_leftovers
         old.id: "retention",
         marked.id: "mistake",
     }
+
+
+def test_what_a_broken_off_run_left_goes_even_where_the_leftovers_are_too_many_to_remove(services: Services):
+    for _ in range(60):
+        aged(services, keys.prediction("glioma", str(uuid.uuid4())))
+    for key in ("runs/broken/train.npz", "runs/broken/shards/000-000000.npz"):
+        services.store.put(key, b"pixels of uploads")
+        week_ago = time.time() - 8 * 86_400
+        os.utime(services.settings.home / "store" / key, (week_ago, week_ago))
+    with pytest.raises(NeuroLoopError, match="have no row in the database"):
+        tidy(services)
+    assert services.store.list("runs/") == []
+    assert len(services.store.list("InferenceLogs/")) == 60
 
 
 def test_without_a_retention_nothing_expires(services: Services):

@@ -129,6 +129,11 @@ def test_what_is_switched_off_stays_off_in_every_trial(prepared):
     )
 
 
+def test_a_search_takes_any_seed_that_a_build_takes():
+    drawn = [new_study(seed, epochs=1).ask().suggest_float("x", 0, 1) for seed in (5, 2**32 + 5, 6)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_a_trial_worse_than_the_median_of_those_before_it_is_given_up_and_its_run_says_so(prepared, mlflow_uri):
     from mlflow import MlflowClient
 

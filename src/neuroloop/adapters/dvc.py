@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from neuroloop.core.errors import InvalidSource, Unavailable
+from neuroloop.core.settings import folder_of
 
 _MINUTES = 60  # the longest push or pull
 _VERSION = re.compile(r"md5: ([0-9a-f]{32})\.dir\b")
@@ -33,7 +34,9 @@ class DvcVersions:
     def __init__(self, remote_url: str, endpoint: str = "") -> None:
         parts = urlsplit(remote_url)
         self._endpoint = endpoint
-        self._remote = {"file": parts.path, "az": f"azure://{parts.netloc}{parts.path}"}.get(parts.scheme, remote_url)
+        self._remote = f"azure://{parts.netloc}{parts.path}" if parts.scheme == "az" else remote_url
+        if parts.scheme == "file":
+            self._remote = folder_of(remote_url)
 
     def commit(self, workspace: Path) -> tuple[str, bytes]:
         """Version `workspace/data` and push it; (version, bytes of `data.dvc`). The same files give the same version.

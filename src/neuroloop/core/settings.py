@@ -5,9 +5,10 @@ refused, because a misspelt setting that is silently ignored costs a day. `.env.
 """
 
 import difflib
+import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,9 @@ AUDIT_FINDINGS = (
     *("mixed_groups", "duplicates", "shortcuts", "ignored", "between_parts"),
 )
 """Names of what the audit may find and a build may stop on; `data.findings` describes them."""
+STORES = ("file", "gs", "s3", "az")
+"""Schemes of an object store's URL."""
+_CRON = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))  # minute, hour, day, month, day of the week
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -205,12 +209,12 @@ class Settings(BaseSettings):
     @field_validator("store_url")
     @classmethod
     def _store(cls, value: str) -> str:
-        return _scheme(value, ("file", "gs", "s3", "az"), "file:///srv/neuroloop or gs://my-bucket")
+        return _store_url(value, "file:///srv/neuroloop or gs://my-bucket")
 
     @field_validator("mlflow_artifacts_url")
     @classmethod
     def _artifacts(cls, value: str) -> str:
-        return _scheme(value, ("file", "gs", "s3", "az"), "gs://my-models or s3://my-models").rstrip("/")
+        return _store_url(value, "gs://my-models or s3://my-models").rstrip("/")
 
     @field_validator("database_url", "airflow_database_url", "mlflow_database_url")
     @classmethod
@@ -282,12 +286,25 @@ class Settings(BaseSettings):
     def _cron(cls, value: str) -> str:
         if len(value.split()) != 5:
             raise ValueError("a cron expression has five fields, such as */10 * * * *")
+        # Airflow would drop a DAG with a wrong one, and say so on its first page only.
+        if importlib.util.find_spec("croniter"):  # comes with Airflow, whose judge it is
+            from croniter import croniter
+
+            try:
+                croniter(value).get_next()
+            except ValueError as error:
+                raise ValueError(f"it is no time of a calendar: {error}") from None
+        else:
+            for field, (low, high) in zip(value.split(), _CRON, strict=True):
+                if not all(low <= int(number) <= high for number in re.findall(r"(?<![/#\d])\d+", field)):
+                    raise ValueError(f"{field} is out of the range {low} to {high} of this field")
         return value
 
     @property
     def store(self) -> str:
-        """The object store's URL, with its default and without its query."""
-        return (self.store_url or f"file://{self.home}/store").partition("?")[0]
+        """The object store's URL, with its default and without a bucket's query."""
+        url = self.store_url or f"file://{self.home}/store"
+        return url if urlsplit(url).scheme == "file" else url.partition("?")[0]
 
     @property
     def store_endpoint(self) -> str:
@@ -350,7 +367,11 @@ class Settings(BaseSettings):
         """Read the settings; raises `InvalidSetting` that names the variable, the fault and the fix."""
         environ = os.environ if environ is None else environ
         chosen = explicit(environ)
-        home = Path(chosen.get(PREFIX + "HOME") or ".neuroloop").expanduser().absolute()
+        try:
+            home = Path(chosen.get(PREFIX + "HOME") or ".neuroloop").expanduser().absolute()
+        except RuntimeError as error:  # ~ann, and there is no ann
+            why, fix = f"{error}", "write the whole path"
+            raise InvalidSetting(f"{PREFIX}HOME={chosen[PREFIX + 'HOME']!r} is no folder", why=why, fix=fix) from None
         values = _read_env_file(home / "env") | chosen
         fields: dict[str, str] = {}
         for key, value in values.items():
@@ -377,6 +398,19 @@ class Settings(BaseSettings):
             raise InvalidSetting(
                 f"{name}={shown!r} is not valid", why=first["msg"], fix=f"it is: {field.description}"
             ) from None
+
+    def past_proxies(self, environ: MutableMapping[str, str]) -> None:
+        """Let no proxy of `environ`, meant for the internet, stand between two parts of the platform.
+
+        Their hosts join `NO_PROXY`: this machine, and whatever is asked by plain HTTP. An `https://` elsewhere, as of a
+        hosted MLflow, may well lie behind the proxy, so that is left to what `NO_PROXY` says already.
+        """
+        urls = [self.mlflow_tracking_uri, self.api_url, self.airflow_internal, self.store_endpoint]
+        hosts = [urlsplit(url).hostname or "" for url in urls if url.startswith("http://")]
+        before = [environ.get(name, "").split(",") for name in ("NO_PROXY", "no_proxy")]
+        named = [host.strip() for host in (*before[0], *before[1], "localhost", "127.0.0.1", "::1", *hosts)]
+        value = ",".join(dict.fromkeys(filter(None, named)))
+        environ.update({"NO_PROXY": value, "no_proxy": value})
 
     def require(self, *names: str) -> None:
         """Raise `InvalidSetting` for the first of these fields that is empty."""
@@ -411,11 +445,27 @@ def masked(url: str) -> str:
     rest = url.removeprefix(scheme)
     if "@" in rest:
         rest = "***@" + rest.rpartition("@")[2]
-    elif not rest.startswith("[") and re.search(
-        r":(?!\d*(?:[/?#]|$))", rest
-    ):  # no port, so perhaps a password whose host was forgotten
+    elif not rest.startswith("[") and re.search(r":(?!\d*(?:[/?#]|$))", rest):
+        # No port, so perhaps a password whose host was forgotten.
         rest = rest.partition(":")[0] + ":***"
     return scheme + re.sub(r"(?is)([?&][^=&]*(?:pass|secret|token|key|sig)[^=&]*=)[^&]*", r"\1***", rest)
+
+
+def folder_of(url: str) -> str:
+    """The folder of `file:///folder`, as it stands there: `%`, `#` and `?` are part of its name.
+
+    Raises `ValueError` where there is a host.
+    """
+    path = url[len("file:") :].removeprefix("//")
+    if not path.startswith("/"):
+        raise ValueError("it names a host or no full path; a folder has three slashes: file:///srv/neuroloop")
+    return path
+
+
+def _store_url(value: str, example: str) -> str:
+    if urlsplit(_scheme(value, STORES, example)).scheme == "file":
+        folder_of(value)
+    return value
 
 
 def _listed(value: str) -> list[str]:
@@ -455,10 +505,14 @@ def _split(value: str) -> SplitResult:
 
 
 def _read_env_file(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSetting(
+            f"{path} cannot be read", why=str(error), fix="save it as UTF-8, readable to you"
+        ) from None
     values = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue

@@ -60,8 +60,8 @@ def command(data: Path, port: int, password: str, databases: Mapping[str, str] =
             _run([*drop, *initdb, "-A", "scram-sha-256", "-E", "UTF8", "--no-locale", "-N"])
         lines = []
         for name, word in databases.items():
-            quoted = word.replace("'", "''")
-            lines += [f"CREATE ROLE {name} LOGIN PASSWORD '{quoted}'", f"CREATE DATABASE {name} OWNER {name}"]
+            quoted, owner = word.replace("'", "''"), '"{}"'.format(name.replace('"', '""'))
+            lines += [f"CREATE ROLE {owner} LOGIN PASSWORD '{quoted}'", f"CREATE DATABASE {owner} OWNER {owner}"]
         single = [binary("postgres"), "--single", "-D", str(fresh), "postgres"]
         _run([*drop, *single], stdin="".join(f"{line};\n" for line in lines))
         fresh.rename(data)
@@ -101,12 +101,20 @@ def main() -> None:
     """Replace this process by the server of the current settings."""
     settings = Settings.load()
     settings.require("postgres_password", "database_url", "airflow_database_url", "mlflow_database_url")
-    databases = {}
+    data, port = settings.home / "postgres", settings.postgres_port
+    argv = command(data, port, settings.postgres_password, databases_of(settings))
+    os.execvp(argv[0], argv)
+
+
+def databases_of(settings: Settings) -> dict[str, str]:
+    """Name and password of each database that the settings place here; one elsewhere is its owner's affair."""
+    found = {}
     for link in (settings.database_url, settings.airflow_database_url, settings.mlflow_database_url):
         parts = urlsplit(link)
-        databases[str(parts.username)] = unquote(parts.password or "")
-    argv = command(settings.home / "postgres", settings.postgres_port, settings.postgres_password, databases)
-    os.execvp(argv[0], argv)
+        here = parts.hostname in ("127.0.0.1", "localhost") and (parts.port or 5432) == settings.postgres_port
+        if here and parts.username not in (None, "", SUPERUSER):
+            found[unquote(parts.username or "")] = unquote(parts.password or "")
+    return found
 
 
 if __name__ == "__main__":

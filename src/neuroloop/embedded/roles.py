@@ -15,10 +15,10 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from neuroloop.core.errors import InvalidSetting, Unavailable
-from neuroloop.core.settings import MLFLOW_API_USER, Settings
+from neuroloop.core.settings import MLFLOW_API_USER, Settings, folder_of
 
 ROOT = Path(__file__).resolve().parents[3]
 """The repository: `dags/` and `frontend/` stand there."""
@@ -82,8 +82,10 @@ def _mlflow_argv(settings: Settings) -> list[str]:
 
 
 def _mlflow_artifacts(settings: Settings) -> str:
-    """Where MLflow keeps its files, in its own words: it names a container with its account."""
+    """Where MLflow keeps its files, in its own words: it names a container with its account, and unquotes a folder."""
     parts = urlsplit(settings.mlflow_artifacts)
+    if parts.scheme == "file":
+        return f"file://{quote(folder_of(settings.mlflow_artifacts))}"
     if parts.scheme != "az":
         return settings.mlflow_artifacts
     account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
@@ -252,6 +254,7 @@ def become(name: str) -> None:
         os.environ["NEUROLOOP_MLFLOW_USER"] = MLFLOW_API_USER
         os.environ["NEUROLOOP_MLFLOW_PASSWORD"] = settings.mlflow_api_password
     os.environ.update(environment(settings))
+    settings.past_proxies(os.environ)
     for need in role.needs:
         wait_for(need(settings))
     if role.first:

@@ -6,6 +6,7 @@ every later command reads them. The supervisor restarts what crashes; each role 
 
 import configparser
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -21,6 +22,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from neuroloop.core.credentials import new_key
 from neuroloop.core.errors import InvalidSetting, NeuroLoopError, Unavailable
@@ -42,6 +44,7 @@ class Stack:
         self.environ = dict(os.environ if environ is None else environ)
         self.say = say
         self.settings = Settings.load(self.environ)
+        self.settings.past_proxies(os.environ)  # each of its processes does the same for itself
 
     # --- commands -------------------------------------------------------------------------------
 
@@ -133,7 +136,16 @@ class Stack:
 
     def _generate(self) -> None:
         home = self.settings.home
-        home.mkdir(parents=True, exist_ok=True)
+        try:
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)  # uploads are for nobody else of this machine
+            if not os.access(home, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise InvalidSetting(
+                f"{PREFIX}HOME={home} cannot be used",
+                why=error.strerror or str(error),
+                fix="name a folder that you may write to",
+            ) from None
         file, set_by_user = home / "env", explicit(self.environ)
         before: dict[str, str] = {}
         if file.exists():
@@ -156,7 +168,7 @@ class Stack:
         for name, role in (("", "neuroloop"), ("AIRFLOW_", "airflow"), ("MLFLOW_", "mlflow")):
             key = f"{PREFIX}{name}DATABASE_URL"
             old = values.get(key, "")
-            password = old.split(":", 2)[2].rsplit("@", 1)[0] if old else secrets.token_urlsafe(16)
+            password = unquote(old.split(":", 2)[2].rsplit("@", 1)[0]) if old else secrets.token_urlsafe(16)
             urls[f"{name}DATABASE_URL"] = postgres.url(role, password, ports["postgres"])
         values |= {PREFIX + key: value for key, value in urls.items()}
         # What the user set counts instead; a secret from before is kept for when they no longer do.
@@ -174,27 +186,41 @@ class Stack:
 
     def _ports(self, set_by_user: Mapping[str, str]) -> dict[str, int]:
         """A port for each server: the setting's where the user gave one, else the usual or a free one."""
-        ports: dict[str, int] = {}
+        keys = {name: f"{PREFIX}{name.upper()}_PORT" for name in PORTS}
+        wanted = {name: int(getattr(self.settings, f"{name}_port")) for name in PORTS}
+        chosen: dict[int, str] = {}
         for name in PORTS:
-            key, wanted = f"{PREFIX}{name.upper()}_PORT", int(getattr(self.settings, f"{name}_port"))
-            if not _free(wanted):
-                if key in set_by_user:
+            if keys[name] in set_by_user:
+                other, port = chosen.setdefault(wanted[name], name), wanted[name]
+                if other != name:
                     raise InvalidSetting(
-                        f"{key}={wanted} is in use",
+                        f"{keys[other]} and {keys[name]} are both {port}",
+                        why="two servers cannot listen on one port",
+                        fix="set another one, or leave one of them out",
+                    )
+                if not _free(port):
+                    raise InvalidSetting(
+                        f"{keys[name]}={port} is in use",
                         why="another program listens there",
                         fix="stop it or set another port",
                     )
-                previous, wanted = wanted, _free_port(ports.values())
-                self.say(f"port {previous} is in use; {name} takes {wanted}")
-            ports[name] = wanted
+        ports = {name: port for port, name in chosen.items()}
+        for name in PORTS:
+            if name not in ports:
+                port = wanted[name]
+                if port in ports.values() or not _free(port):
+                    port = _free_port({*ports.values(), *wanted.values()})
+                    self.say(f"port {wanted[name]} is in use; {name} takes {port}")
+                ports[name] = port
         return ports
 
     # --- supervisor -----------------------------------------------------------------------------
 
-    def _start_supervisor(self) -> None:
+    def _configure_supervisor(self) -> Path:
+        """The supervisor's file, in which `%` is written twice."""
         home = self.settings.home
         (home / "logs").mkdir(exist_ok=True)
-        config = configparser.RawConfigParser()
+        config: dict[str, dict[str, str]] = {}
         config["supervisord"] = {
             "nodaemon": "false",
             "logfile": str(home / "logs" / "supervisord.log"),
@@ -205,7 +231,7 @@ class Stack:
         config["inet_http_server"] = {
             "port": f"127.0.0.1:{self.settings.supervisor_port}",
             "username": "neuroloop",
-            "password": self.settings.supervisor_password.replace("%", "%%"),
+            "password": self.settings.supervisor_password,
         }
         config["rpcinterface:supervisor"] = {
             "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
@@ -224,14 +250,22 @@ class Stack:
                 # PostgreSQL and MLflow stop last: what writes to them ends first.
                 "priority": {"postgres": "1", "mail": "1", "mlflow": "2"}.get(name, "10"),
                 "redirect_stderr": "true",
-                "stdout_logfile": str(home / "logs" / f"{name}.log"),
+                "stdout_logfile": f"logs/{name}.log",  # from its home: of this path, a % would be read twice
                 "stdout_logfile_maxbytes": "10MB",
                 "stdout_logfile_backups": "1",
             }
         file = home / "supervisord.conf"
         file.touch(mode=0o600)
+        written = configparser.RawConfigParser()
+        written.read_dict(
+            {part: {key: value.replace("%", "%%") for key, value in own.items()} for part, own in config.items()}
+        )
         with file.open("w") as stream:
-            config.write(stream)
+            written.write(stream)
+        return file
+
+    def _start_supervisor(self) -> None:
+        home, file = self.settings.home, self._configure_supervisor()
         env_file = Path(self.environ.get(f"{PREFIX}ENV_FILE") or ".env").absolute()
         marks = {"NEUROLOOP_HOME": str(home), "NEUROLOOP_STACK": str(home), "NEUROLOOP_ENV_FILE": str(env_file)}
         environ = {**self.environ, **marks}

@@ -21,6 +21,8 @@ def report(outside: Services, dag: str, run_id: str, task: str, error: str) -> N
     """Mail the failure, record it, close the MLflow run as failed; none keeps the others from happening."""
     link = f"{outside.settings.airflow_url}/dags/{dag}/runs/{run_id}"
     body = f"{task} of run {run_id} failed.\n\n{error}\n\nIts log: {link}\nMend the cause, then clear the task there."
+    if dag == "data_and_model_build":
+        body += " Where the cause is in the images, mend their source and clear check_source with all that follows."
     try:
         outside.notifier.send(f"NeuroLoop {dag}: {task} failed", body)
     except NeuroLoopError:

@@ -23,11 +23,11 @@ def tidy(services: Services, *, force: bool = False) -> Result:
     result: Result = {"erasures_finished": erasure.finish_all(log, store)}
     result["expired"] = erasure.expire(log, store, now() - timedelta(days=days)) if days else 0
     result["corrections_mended"] = orphans.settle_corrections(log, store) + orphans.bring_back_corrections(log, store)
+    drop_stale(services)
     try:
         result["leftovers_removed"] = len(orphans.sweep(log, store, now() - LEFTOVER_AGE, force=force))
     except NeuroLoopError:
         _LOG.error("all but the leftovers is done: %s", result)
         raise
     log.record_end(PipelineEnd(dag="housekeeping", outcome="done", run_id=f"{now():%Y%m%dT%H%M%S}", task="tidy"))
-    drop_stale(services)
     return result

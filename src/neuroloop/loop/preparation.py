@@ -1,7 +1,10 @@
 """The build's first half: the steps from a source to the arrays that training, calibration and evaluation read."""
 
+import contextlib
+import fcntl
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -45,9 +48,13 @@ LEAST_IMAGES = 10
 
 
 def check_source(services: Services, run_id: str, params: Params) -> Result:
-    """Look at the source before anything is fetched. Raises `InvalidSource` with what was expected and found."""
+    """Look at the source before anything is fetched. Raises `InvalidSource` with what was expected and found.
+
+    Cleared in a run that was stopped by its data, it makes the run fetch every image anew.
+    """
     begin(services, run_id, BUILD)
     found = services.source(params.data_url, seed=params.seed)
+    _journal(_workspace(services, found), run_id).unlink(missing_ok=True)
     summary = source.check(found.files())
     if params.split == "legacy" and not any(map(dataset.is_test, summary["parts"])):
         raise InvalidSource(
@@ -64,27 +71,30 @@ def check_source(services: Services, run_id: str, params: Params) -> Result:
 def download_data(services: Services, run_id: str, params: Params) -> Result:
     """Fetch every image, verify it, and freeze the whole as one DVC version.
 
-    Resumable: an image that this run has already fetched, by its recorded hash, is not fetched again.
+    Resumable: an image that an unfinished try of this run has fetched, by its recorded hash, is not fetched again.
     """
     drop_stale(services)
     origin = services.source(params.data_url, seed=params.seed)
-    files = origin.files()
-    workspace = services.settings.home / "dvc" / hashlib.sha256(origin.url.encode()).hexdigest()[:12]
-    entries = _fetch(origin, files, workspace, run_id)
-    expected = kept(services, run_id, "check_source")["images"]
-    if len(entries) != expected:
-        raise InvalidSource(
-            f"{origin.url} changed while it was read",
-            why=f"check_source saw {expected} images and download_data {len(entries)}",
-            fix="trigger the run again when nothing writes to the source",
-        )
-    version, data_dvc = services.versions.commit(workspace)
+    workspace = _workspace(services, origin)
+    with _alone_in(workspace):
+        entries = _fetch(origin, origin.files(), workspace, run_id)
+        expected = kept(services, run_id, "check_source")["images"]
+        if len(entries) != expected:
+            _journal(workspace, run_id).unlink()
+            raise InvalidSource(
+                f"{origin.url} changed while it was read",
+                why=f"check_source saw {expected} images and download_data {len(entries)}",
+                fix="trigger the run again when nothing writes to the source",
+            )
+        version, data_dvc = services.versions.commit(workspace)
     snapshot = Snapshot(version=version, source=origin.url, simulated=origin.simulated, images=tuple(entries))
     services.store.put(keys.data_dvc(version), data_dvc)
     services.store.put(keys.snapshot(version), snapshot.model_dump_json().encode(), content_type="application/json")
     run = tracked(services, run_id)
-    services.registry.set_tags(run, {"data_version": version, "simulated": str(origin.simulated).lower()})
-    services.registry.log_params(run, {"data_url": origin.url, "data_version": version, "images": len(entries)})
+    # Tags, not parameters, which never change: what is wrong in a source is mended, and the run goes on.
+    about = {"data_version": version, "images": str(len(entries)), "simulated": str(origin.simulated).lower()}
+    services.registry.set_tags(run, about)
+    services.registry.log_params(run, {"data_url": origin.url})
     services.registry.log_bytes(run, "data/data.dvc", data_dvc)
     services.registry.log_bytes(run, "data/provenance.csv", provenance.provenance_csv(entries))
     origins = Counter(entry.origin for entry in entries)
@@ -95,12 +105,36 @@ def download_data(services: Services, run_id: str, params: Params) -> Result:
         "origins": dict(origins.most_common(20)),
         "shards": shards.names(params.shards, len(entries)),
     }
-    return keep(services, run_id, "download_data", result)
+    keep(services, run_id, "download_data", result)
+    # Here, and not by `check_source` alone: that may be cleared on another worker, which shares no disk with this one.
+    _journal(workspace, run_id).unlink(missing_ok=True)
+    return result
+
+
+def _workspace(services: Services, origin: DataSource) -> Path:
+    return services.settings.home / "dvc" / hashlib.sha256(origin.url.encode()).hexdigest()[:12]
+
+
+def _journal(workspace: Path, run_id: str) -> Path:
+    return workspace / "fetched" / f"{keys.safe_run_id(run_id)}.txt"
+
+
+@contextlib.contextmanager
+def _alone_in(workspace: Path) -> Iterator[None]:
+    """Wait until no other run, of Airflow or the command line, fetches into `workspace` or versions it."""
+    workspace.mkdir(parents=True, exist_ok=True)
+    with (workspace / "run.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another run that downloads the same source into %s", workspace)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _fetch(origin: DataSource, files: list[SourceFile], workspace: Path, run_id: str) -> list[ImageEntry]:
     """Bring `files` to `workspace/data`, remove what is not of them, and describe each from what is on disk."""
-    journal = workspace / "fetched" / f"{keys.safe_run_id(run_id)}.txt"
+    journal = _journal(workspace, run_id)
     journal.parent.mkdir(parents=True, exist_ok=True)
     lines = journal.read_text().splitlines() if journal.exists() else []
     # A power cut may leave half a line; its image is fetched again.
@@ -169,7 +203,8 @@ def audit_data(services: Services, run_id: str) -> Result:
     run, own = tracked(services, run_id), run_split(services, run_id)
     services.registry.log_bytes(run, "data/split.json", own.model_dump_json(indent=1).encode())
     counts = {part: len(own.of(part)) for part in PARTS}
-    services.registry.log_params(run, {"split": own.name, **{f"images_{part}": n for part, n in counts.items()}})
+    services.registry.log_params(run, {"split": own.name})
+    services.registry.set_tags(run, {f"images_{part}": str(n) for part, n in counts.items()})
     result = {**report.summary(), "quarantined": len(own.quarantined), "parts": counts}
     return keep(services, run_id, "audit_data", result)
 

@@ -118,7 +118,7 @@ def new_study(seed: int, epochs: int) -> optuna.Study:
     """A study without trials, in memory: what it draws is fixed by `seed`, what it gives up by the median rule."""
     return optuna.create_study(
         direction="minimize",
-        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=5),
+        sampler=optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=5),
         # In the first third of the epochs the learning rate has hardly fallen, and the order of scores says little.
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=epochs // 3),
     )

@@ -15,9 +15,10 @@ ODD = {'air-flow "x"': "it's", "MLflow": "b"}
 def test_an_external_database_makes_no_role_here():
     settings = Settings(
         postgres_port=5433,
-        database_url="postgresql://cloud-user:secret@db.example:5433/neuroloop",
+        database_url="postgresql://cloud-user:secret@db.example:5433/neuroloop",  # pragma: allowlist secret
         airflow_database_url=url("air-flow", "a%b", 5433),
-        mlflow_database_url="postgresql://mlflow:secret@127.0.0.1:5432/mlflow",  # another server of this machine
+        # Another server of this machine.
+        mlflow_database_url="postgresql://mlflow:secret@127.0.0.1:5432/mlflow",  # pragma: allowlist secret
     )
     assert databases_of(settings) == {"air-flow": "a%b"}
 

@@ -74,7 +74,7 @@ def test_a_second_start_changes_nothing_that_was_generated(environ, tmp_path):
 
 
 def test_a_database_password_with_signs_stays_as_it_is_over_any_number_of_starts(environ, tmp_path):
-    link = "postgresql://neuroloop:a%40b%25@127.0.0.1:5432/neuroloop"
+    link = "postgresql://neuroloop:a%40b%25@127.0.0.1:5432/neuroloop"  # pragma: allowlist secret
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "env").write_text(f"NEUROLOOP_DATABASE_URL={link}\n")
     for _ in range(2):

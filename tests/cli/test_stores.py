@@ -23,6 +23,14 @@ def test_a_scheme_that_is_no_stores_is_refused_with_those_that_are(url: str):
         open_store(url)
 
 
+@pytest.mark.parametrize("url", ["gs://", "s3:///backups", "az://?endpoint=http://127.0.0.1:1"])
+def test_a_store_without_a_bucket_is_refused(url: str):
+    with pytest.raises(InvalidSetting, match="names no bucket"):
+        open_store(url)
+    with pytest.raises(ValueError, match="names no bucket"):
+        Settings(store_url=url)
+
+
 @pytest.mark.parametrize("url", ["file://srv/backups", "file://localhost/srv/backups", "file:backups"])
 def test_a_folder_with_a_host_is_refused(url: str):
     with pytest.raises(InvalidSetting, match="three slashes: file:///"):

@@ -463,8 +463,11 @@ def folder_of(url: str) -> str:
 
 
 def _store_url(value: str, example: str) -> str:
-    if urlsplit(_scheme(value, STORES, example)).scheme == "file":
+    parts = urlsplit(_scheme(value, STORES, example))
+    if parts.scheme == "file":
         folder_of(value)
+    elif parts.scheme and not parts.netloc:
+        raise ValueError(f"it names no bucket, as {example} does")
     return value
 
 

@@ -112,7 +112,7 @@ def open_store(url: str) -> ObjectStore:
         raise InvalidSetting(f"{masked(url)!r} is no object store", why=str(error)) from None
     match parts.scheme:
         case "gs" | "s3" | "az" if not parts.netloc:
-            raise InvalidSetting(f"{url!r} is no object store", why="it names no bucket")
+            raise InvalidSetting(f"{masked(url)!r} is no object store", why="it names no bucket")
         case "gs":
             from neuroloop.adapters.gcs import GcsStore
 

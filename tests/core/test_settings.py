@@ -143,6 +143,7 @@ URLS = [name for name in Settings.model_fields if name.endswith(("_url", "_uri")
         "app:S3cret@db/neuroloop",
         "//app:S3cret@db/neuroloop",
         "wrong:app:S3cret//S3cret@db",
+        "host=db user=app password=S3cret dbname=neuroloop",  # pragma: allowlist secret
     ],
 )
 def test_the_password_in_a_url_that_is_not_valid_is_not_repeated(bare, field, value):
@@ -169,6 +170,9 @@ def test_of_a_url_that_is_not_valid_the_rest_is_shown(bare, value, shown):
 def test_a_url_that_stands_in_the_wrong_setting_keeps_its_password_too(bare):
     with pytest.raises(InvalidSetting, match=r"NEUROLOOP_API_PORT='postgresql://\*\*\*@db'") as caught:
         Settings.load({**bare, "NEUROLOOP_API_PORT": "postgresql://app:S3cret@db"})  # pragma: allowlist secret
+    assert "S3cret" not in str(caught.value)
+    with pytest.raises(InvalidSetting) as caught:
+        Settings.load({**bare, "NEUROLOOP_API_PORT": "redis://:S3cret/0"})
     assert "S3cret" not in str(caught.value)
 
 

@@ -58,6 +58,9 @@ def test_no_proxy_stands_between_two_parts_and_what_the_user_named_stays():
     hosted: dict[str, str] = {}
     Settings(mlflow_tracking_uri="https://mlflow.example").past_proxies(hosted)
     assert "mlflow.example" not in hosted["NO_PROXY"]
+    never = {"no_proxy": "*"}
+    CONTAINER.past_proxies(never)
+    assert never == {"no_proxy": "*", "NO_PROXY": "*"}
 
 
 def test_mlflow_may_be_called_by_its_own_names_and_from_this_machine_only():

@@ -186,14 +186,23 @@ def test_a_repeated_registration_gives_the_same_version(platform, built):
     assert pipeline.register_model(platform, RUN)["version"] == built["register_model"]["version"]
 
 
-def test_a_repeated_download_fetches_only_what_is_damaged(platform, built):
+def test_a_download_that_broke_off_fetches_only_what_is_damaged_when_it_is_tried_again(platform, built, monkeypatch):
     params = Params.of(platform, {"minutes": 1})
+
+    def killed(workspace):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(platform.versions, "commit", killed)  # all is fetched, and not versioned yet
+        with pytest.raises(KeyboardInterrupt):
+            preparation.download_data(platform, RUN, params)
     data = next((platform.settings.home / "dvc").glob("*/data"))
     images = sorted(path for path in data.rglob("*") if path.is_file())
     images[0].unlink()
     images[1].write_bytes(b"damaged")
-    for journal in platform.settings.home.glob("dvc/*/fetched/*"):
-        journal.write_text(journal.read_text()[:-1] + "\n0f3a")  # a power cut in the middle of a line
+    (journal,) = platform.settings.home.glob("dvc/*/fetched/*")
+    assert len(journal.read_text().splitlines()) == IMAGES
+    journal.write_text(journal.read_text()[:-1] + "\n0f3a")  # a power cut in the middle of a line
     untouched = images[2].stat().st_mtime_ns
     assert preparation.download_data(platform, RUN, params) == built["download_data"]
     assert images[1].read_bytes().startswith(b"\x89PNG")
@@ -241,6 +250,7 @@ def test_of_twins_in_two_batches_the_first_decides_whether_they_are_learned_or_t
     platform.store.put(learned.key, encode_png(pixels))
     platform.store.put(held.key, encode_png(np.ascontiguousarray(pixels[:, ::-1])))
     kept, held_out, left_out = corrected.divided(platform, version, [learned, held])
+    assert corrected.tested_on(platform, version, [learned, held]) == held_out
     if learned_first:
         assert (kept, held_out) == ([learned], [])
         assert "an earlier batch has trained on" in left_out[held.key]
@@ -260,6 +270,7 @@ def test_a_correction_that_was_never_learned_keeps_no_later_twin_from_testing(pl
     for correction in (never, held):
         platform.store.put(correction.key, encode_png(pixels))
     kept, held_out, left_out = corrected.divided(platform, split.version, [never, held])
+    assert corrected.tested_on(platform, split.version, [never, held]) == held_out
     assert (kept, held_out) == ([], [held])
     assert "(validation), which is held out" in left_out[never.key]
 

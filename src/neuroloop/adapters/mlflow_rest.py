@@ -126,7 +126,8 @@ class MlflowRest:
             except (ValueError, AttributeError, requests.RequestException):
                 code, message = "", ""
         why = " ".join((message or f"it answered {response.status_code}").split())[:500]
-        # Without MLflow's own word, the page of whatever stands in front of it; a login's refusal is a plain text, too.
+        # An answer without MLflow's own code is the page of whatever stands in front of it; but a refused login (401,
+        # 403) is plain text from MLflow, too.
         if response.status_code >= 500 or not (code or response.status_code in (401, 403)):
             raise self._unusable(why)
         if code == "RESOURCE_DOES_NOT_EXIST":

@@ -390,11 +390,8 @@ class Settings(BaseSettings):
             first = error.errors()[0]
             name = PREFIX + str(first["loc"][0]).upper()
             field = cls.model_fields[str(first["loc"][0])]
-            value = values.get(name, "")
-            if "KEY" in name or "PASSWORD" in name or "SECRET" in name:
-                shown = "***"
-            else:
-                shown = masked(value) if name.endswith(("_URL", "_URI")) else re.sub("(?s)//.*@", "//***@", value)
+            secret = "KEY" in name or "PASSWORD" in name or "SECRET" in name
+            shown = "***" if secret else masked(values.get(name, ""))
             raise InvalidSetting(
                 f"{name}={shown!r} is not valid", why=first["msg"], fix=f"it is: {field.description}"
             ) from None
@@ -409,7 +406,8 @@ class Settings(BaseSettings):
         hosts = [urlsplit(url).hostname or "" for url in urls if url.startswith("http://")]
         before = [environ.get(name, "").split(",") for name in ("NO_PROXY", "no_proxy")]
         named = [host.strip() for host in (*before[0], *before[1], "localhost", "127.0.0.1", "::1", *hosts)]
-        value = ",".join(dict.fromkeys(filter(None, named)))
+        # A star stands for all hosts where it stands alone, and for none in a list.
+        value = "*" if "*" in named else ",".join(dict.fromkeys(filter(None, named)))
         environ.update({"NO_PROXY": value, "no_proxy": value})
 
     def require(self, *names: str) -> None:
@@ -448,7 +446,9 @@ def masked(url: str) -> str:
     elif not rest.startswith("[") and re.search(r":(?!\d*(?:[/?#]|$))", rest):
         # No port, so perhaps a password whose host was forgotten.
         rest = rest.partition(":")[0] + ":***"
-    return scheme + re.sub(r"(?is)([?&][^=&]*(?:pass|secret|token|key|sig)[^=&]*=)[^&]*", r"\1***", rest)
+    rest = re.sub(r"(?is)([?&][^=&]*(?:pass|secret|token|key|sig)[^=&]*=)[^&]*", r"\1***", rest)
+    # The form of host=db password=..., too.
+    return scheme + re.sub(r"(?i)\b(\w*(?:pass|secret|token|key|sig)\w*\s*=\s*)[^\s&]+", r"\1***", rest)
 
 
 def folder_of(url: str) -> str:

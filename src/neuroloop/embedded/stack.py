@@ -146,6 +146,8 @@ class Stack:
                 why=error.strerror or str(error),
                 fix="name a folder that you may write to",
             ) from None
+        if home.stat().st_mode & 0o077:
+            self.say(f"{home} is open to other users of this machine; to keep uploads from them: chmod 700 {home}")
         file, set_by_user = home / "env", explicit(self.environ)
         before: dict[str, str] = {}
         if file.exists():
@@ -210,7 +212,8 @@ class Stack:
                 port = wanted[name]
                 if port in ports.values() or not _free(port):
                     port = _free_port({*ports.values(), *wanted.values()})
-                    self.say(f"port {wanted[name]} is in use; {name} takes {port}")
+                    whose = f"chosen for {chosen[wanted[name]]}" if wanted[name] in chosen else "in use"
+                    self.say(f"port {wanted[name]} is {whose}; {name} takes {port}")
                 ports[name] = port
         return ports
 

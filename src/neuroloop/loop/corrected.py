@@ -24,6 +24,16 @@ def known(services: Services) -> list[Correction]:
     return feedback.allowed(services.log, feedback.used(services.store))
 
 
+def tested_on(services: Services, version: str, found: list[Correction]) -> list[Correction]:
+    """Those that `divided` would test on, for who learns from none: not all data versions have to be looked at.
+
+    For of the others only twins of held-out ones matter.
+    """
+    others = {each.key: each.key for each in found if not each.held_out}
+    met = {key for _, key in _known(services, [each for each in found if each.held_out], others)}
+    return divided(services, version, [each for each in found if each.held_out or each.key in met])[1]
+
+
 def arrays_of(services: Services, found: list[Correction], size: int) -> Arrays:
     """Canonical arrays of corrected images; what is similar shares a group."""
     images = np.empty((len(found), size, size), np.uint8)

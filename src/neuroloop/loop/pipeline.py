@@ -296,7 +296,7 @@ def evaluate_model(
     split = read_split(services, held_out["version"], held_out["split"])
     run = tracked(services, run_id, experiment)
     if experiment == BUILD and split.name == "grouped":
-        _, tested_on, _ = corrected.divided(services, split.version, corrected.known(services))
+        tested_on = corrected.tested_on(services, split.version, corrected.known(services))
         corrections = partial(corrected.arrays_of, services, tested_on) if tested_on else None
     with open_bundle(services, run_id) as candidate:
         why = "score the candidate, the baselines and the champion"

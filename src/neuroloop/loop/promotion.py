@@ -136,7 +136,9 @@ def _remembers(candidate: Scores, champion: Scores) -> Check:
     passed = now >= before - IMAGES_LOST / max(candidate.feedback["images"], 1) - 1e-9
     reason = f"Accuracy on the held-out corrections {now:.3f} against the champion's {before:.3f}"
     if not passed:
-        reason += ": it would lose what retrainings have learned. Add the corrected images to the source, or make it "
+        reason += (
+            ": this model would lose what retrainings have learned. Add the corrected images to the source, or make it "
+        )
         reason += "the champion by hand (neuroloop rollback --to)"
     return Check(name="feedback", passed=passed, reason=f"{reason}.")
 

@@ -111,7 +111,6 @@ def retrain_model(services: Services, run_id: str, *, minutes: float, epochs: in
     preparation.write_shards(services, run_id, arrays, seed, simulated=split.simulated)
     run = handoff.tracked(services, run_id, RETRAINING)
     counts = {"trained_on": len(kept), "held_out": len(held_out), "left_out": len(left_out)}
-    services.registry.log_params(run, {"data_version": version})
     # Tags, not parameters, which never change: between two tries of this step, a correction may be erased.
     services.registry.set_tags(
         run,

@@ -40,7 +40,9 @@ def finish(log: PredictionLog, store: ObjectStore, prediction_id: str) -> Erasur
 def finish_all(log: PredictionLog, store: ObjectStore) -> int:
     """Finish what broke off half-way, oldest first, however much it is; how many were finished."""
     done, failed = 0, set[str]()
-    while marks := [mark for mark in log.erasures(unfinished=True) if mark.prediction_id not in failed]:
+    while marks := [
+        mark for mark in log.erasures(unfinished=True, limit=1000 + len(failed)) if mark.prediction_id not in failed
+    ]:
         for mark in marks:
             try:
                 finish(log, store, mark.prediction_id)

@@ -390,8 +390,8 @@ class Settings(BaseSettings):
             first = error.errors()[0]
             name = PREFIX + str(first["loc"][0]).upper()
             field = cls.model_fields[str(first["loc"][0])]
-            secret = "KEY" in name or "PASSWORD" in name or "SECRET" in name
-            shown = "***" if secret else masked(values.get(name, ""))
+            hidden = "KEY" in name or "PASSWORD" in name or "SECRET" in name
+            shown = "***" if hidden else masked(values.get(name, ""))
             raise InvalidSetting(
                 f"{name}={shown!r} is not valid", why=first["msg"], fix=f"it is: {field.description}"
             ) from None

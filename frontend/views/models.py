@@ -15,7 +15,7 @@ METRICS = {
     **{f"grouped_test_recall_{label}": f"Recall, {CLASS_NAMES[label].lower()}" for label in LABELS},
     "grouped_test_ece": "Calibration error (ECE)",
     "grouped_test_nll": "Log loss",
-    "grouped_test_selective_answered": "Share answered, not referred to a reader",
+    "grouped_test_selective_answered": "Share answered: neither refused nor left to a reader",
     "grouped_test_selective_answered_accuracy": "Accuracy of what is answered",
     "grouped_test_baseline_majority_macro_f1": "To beat, macro F1: always the largest class",
     "grouped_test_baseline_border_macro_f1": "To beat, macro F1: border and outline only",

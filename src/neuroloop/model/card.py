@@ -414,8 +414,8 @@ def _shortcomings(card: Card) -> list[str]:
             f"Its prediction sets hold some classes whatever the scan shows: a threshold at 95 % takes "
             f"{GROUPS_FOR_SETS} unlike calibration images of a class, and there are of {named}."
         )
-    if card.risk_coverage.get("answered", 1) < ANSWERED_LEAST:
-        found.append(f"It answers {_percent(card.risk_coverage['answered'])} of the images itself and refers the rest.")
+    if (answered := card.risk_coverage.get("answered", 1)) < ANSWERED_LEAST:
+        found.append(f"It answers {_percent(answered)} of the images itself and refuses or refers the rest.")
     accuracy = card.risk_coverage.get("answered_accuracy", 1)
     if accuracy < ANSWERED_TARGET:
         found.append(f"Of the images it answers itself, {_percent(1 - accuracy)} are wrong.")

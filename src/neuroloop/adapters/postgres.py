@@ -22,7 +22,6 @@ from neuroloop.core.credentials import ApiKey
 from neuroloop.core.errors import (
     AlreadyExists,
     Erased,
-    InvalidSetting,
     KeyReused,
     NeuroLoopError,
     NotFound,
@@ -44,6 +43,7 @@ from neuroloop.core.schemas import (
     Promotion,
     Verdict,
 )
+from neuroloop.core.settings import database_place
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 0x6E6575726F  # "neuro": any number that nothing else in this database locks
@@ -166,7 +166,7 @@ class PostgresLog:
 
     def __init__(self, url: str, *, connections: int = 8, timeout: float = 10.0) -> None:
         self._url = url
-        self._name = _name(url)
+        self._name = database_place(url, "NEUROLOOP_DATABASE_URL", parse_dsn)
         self._timeout = timeout
         self._slots = threading.BoundedSemaphore(connections)
         self._idle: queue.LifoQueue[tuple[Any, float]] = queue.LifoQueue()  # and since when
@@ -566,20 +566,6 @@ class PostgresLog:
             why=" ".join(str(error).split()),
             fix="check that PostgreSQL runs and that NEUROLOOP_DATABASE_URL names it",
         ) from error
-
-
-def _name(url: str) -> str:
-    """The database for messages, without user and password. Raises `InvalidSetting`."""
-    try:
-        parse_dsn(url)
-        parts = urlsplit(url)
-        return f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"
-    except (psycopg2.ProgrammingError, ValueError):  # whose words may hold the password
-        raise InvalidSetting(
-            "NEUROLOOP_DATABASE_URL is not valid",
-            why="PostgreSQL's client cannot read it",
-            fix="write postgresql://user:password@host:port/name, the password percent-encoded",
-        ) from None
 
 
 class _Watch:

@@ -10,13 +10,13 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import psycopg2
 from psycopg2.extensions import parse_dsn
 
-from neuroloop.core.errors import AlreadyExists, InvalidSetting, NeuroLoopError, Unavailable
+from neuroloop.core.errors import AlreadyExists, NeuroLoopError, Unavailable
 from neuroloop.core.schemas import DatabaseDump, DumpedPart, DumpedTable
+from neuroloop.core.settings import database_place
 
 _SESSION = (
     "SET search_path TO public",
@@ -116,7 +116,7 @@ class PostgresDump:
 
     def __init__(self, url: str, *, part_bytes: int = 16_000_000) -> None:
         self._url, self._part_bytes = url, part_bytes
-        self._name = _name(url)
+        self._name = database_place(url, "the URL of the database", parse_dsn)
 
     def empty(self) -> bool:
         """Whether there is no table in it."""
@@ -224,20 +224,6 @@ class PostgresDump:
                 why=" ".join(str(error).split()),
                 fix="check that PostgreSQL runs, and that this user owns the database",
             ) from error
-
-
-def _name(url: str) -> str:
-    """The database for messages, without user and password. Raises `InvalidSetting`."""
-    try:
-        parse_dsn(url)
-        parts = urlsplit(url)
-        return f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"
-    except (psycopg2.ProgrammingError, ValueError):  # whose words may hold the password
-        raise InvalidSetting(
-            "the URL of the database is not valid",
-            why="PostgreSQL's client cannot read it",
-            fix="write postgresql://user:password@host:port/name, the password percent-encoded",
-        ) from None
 
 
 class _Parts(io.RawIOBase):

@@ -8,7 +8,7 @@ import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
@@ -449,6 +449,24 @@ def masked(url: str) -> str:
     rest = re.sub(r"(?is)([?&][^=&]*(?:pass|secret|token|key|sig)[^=&]*=)[^&]*", r"\1***", rest)
     # The form of host=db password=..., too.
     return scheme + re.sub(r"(?i)\b(\w*(?:pass|secret|token|key|sig)\w*\s*=\s*)[^\s&]+", r"\1***", rest)
+
+
+def database_place(url: str, what: str, parse: Callable[[str], object]) -> str:
+    """`host:port/name` of a database, for messages: without user and password.
+
+    `parse` is the client's own reading of the URL. Where that or ours fails, raises `InvalidSetting`, which calls the
+    URL `what`.
+    """
+    try:
+        parse(url)
+        parts = urlsplit(url)
+        return f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"
+    except Exception:  # the client's and ours, whose words may hold the password
+        raise InvalidSetting(
+            f"{what} is not valid",
+            why="PostgreSQL's client cannot read it",
+            fix="write postgresql://user:password@host:port/name, the password percent-encoded",
+        ) from None
 
 
 def folder_of(url: str) -> str:

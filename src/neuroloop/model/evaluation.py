@@ -23,7 +23,6 @@ Integers = NDArray[np.integer]
 _INTERVAL = (0.025, 0.975)  # the 95 % between
 _Z = 1.96
 _FEW = 10  # right or wrong groups, below which a bootstrap is too narrow: where all are right, it says 1 to 1
-_RECALL_LOWS = frozenset(f"recall_{label}_low" for label in LABELS)
 
 
 def evaluate(
@@ -71,7 +70,8 @@ def evaluate(
             recalls = resampled[drawn > 0, index, index] / drawn[drawn > 0]
             scores |= _share_bounds(f"recall_{label}", recalls, scores[f"recall_{label}"], own_groups[index])
     if scores["macro_f1"] == 1:
-        scores["macro_f1_low"] = float(np.mean([v for name, v in scores.items() if name in _RECALL_LOWS]))
+        lows = [scores[f"recall_{label}_low"] for label in LABELS if f"recall_{label}" in scores]
+        scores["macro_f1_low"] = float(np.mean(lows))
     return scores
 
 

@@ -24,9 +24,7 @@ MARGIN = 0.07
 _WORK = 128  # pixels of the long side on which the head is outlined: enough for an outline, fast to label
 _LOW, _HIGH = 1.0, 99.0  # percentiles of the head that become 0 and 255
 _ENDS = (0.02, 0.98)  # shares of the greys at the dark and the bright end of an image
-_DIM = (
-    0.8  # of the frame's bright end; a head whose own is below is outshone by something else (1 of 7,019 public scans)
-)
+_DIM = 0.8  # of the frame's bright end; a head whose own is below is outshone by something (1 of 7,019 public scans)
 
 
 class Box(NamedTuple):

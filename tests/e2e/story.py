@@ -8,6 +8,7 @@ first model has not met.
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -230,12 +232,27 @@ def embedded(home: Path, say: Callable[[str], None]) -> Stack:
     return Stack({**bare, **never, "NEUROLOOP_ENV_FILE": str(home / "none")}, say=say)
 
 
+def told_secrets(file: Path) -> list[str]:
+    """The settings of the platform's own `file` whose secret stands in the command line of a process."""
+    values = dict(line.split("=", 1) for line in file.read_text().splitlines())
+    secrets = {name: value for name, value in values.items() if re.search("PASSWORD|SECRET|KEY", name)}
+    secrets |= {name: urlsplit(value).password or "" for name, value in values.items() if "DATABASE" in name}
+    assert len(secrets) > 10
+    assert all(secrets.values())
+    lines = ""
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines += process.read_bytes().replace(b"\0", b" ").decode(errors="replace") + "\n"
+    assert "supervisord" in lines
+    return sorted(name for name, value in secrets.items() if value in lines)
+
+
 def play(say: Callable[[str], None]) -> dict[str, Any]:
     """Play the story on a platform of its own, which is stopped and removed whatever happens."""
     with tempfile.TemporaryDirectory(prefix="neuroloop-story-", ignore_cleanup_errors=True) as folder:
         story = Story(embedded(Path(folder) / "home", say), say)
         try:
-            return story.play()
+            return {**story.play(), "told_secrets": told_secrets(Path(folder) / "home" / "env")}
         except BaseException:
             for log in sorted((Path(folder) / "home" / "logs").glob("*.log")):
                 say(f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:]))

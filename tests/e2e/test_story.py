@@ -18,3 +18,4 @@ def test_the_51st_correction_and_no_other_retrains_promotes_and_reloads_without_
     assert outcome["failed_requests"] == 0
     assert outcome["versions_seen"] == [outcome["champion_before"], outcome["champion_after"]]
     assert outcome["reload_seconds"] <= 10
+    assert outcome["told_secrets"] == []

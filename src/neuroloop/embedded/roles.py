@@ -74,7 +74,6 @@ def _mlflow_argv(settings: Settings) -> list[str]:
     return [
         *_python("mlflow", "server", "--workers", "1"),
         *("--host", settings.bind, "--port", str(settings.mlflow_port)),
-        *("--backend-store-uri", driver(settings.mlflow_database_url)),
         *("--artifacts-destination", _mlflow_artifacts(settings), "--serve-artifacts"),
         *("--allowed-hosts", ",".join(_mlflow_hosts(settings))),
         *(("--app-name", "basic-auth") if settings.mlflow_password else ()),
@@ -249,6 +248,8 @@ def become(name: str) -> None:
         settings.require("airflow_broker_url")
     if name == "mlflow":
         settings.require("mlflow_database_url")
+        # Not an argument: those of a process are shown to everybody on the machine.
+        os.environ["MLFLOW_BACKEND_STORE_URI"] = driver(settings.mlflow_database_url)
         _write_mlflow_login(settings)
     if name == "api" and settings.mlflow_api_password:
         os.environ["NEUROLOOP_MLFLOW_USER"] = MLFLOW_API_USER

@@ -280,7 +280,7 @@ def backup(
     from neuroloop import bootstrap
     from neuroloop.records import backup as backups
 
-    outside, url = _logged(), f"{_url(to)}/neuroloop-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    outside, url = _logged(), _below(_url(to), f"neuroloop-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
     if f"{url}/".startswith(f"{outside.settings.store}/"):
         raise NeuroLoopError("a backup cannot lie in the store it is of", fix="name another folder or bucket")
     os.umask(0o077)  # it is as confidential as what it holds
@@ -431,6 +431,12 @@ def _url(place: str) -> str:
         return (place if "://" in place else f"file://{Path(place).expanduser().absolute()}").rstrip("/")
     except RuntimeError as error:
         raise NeuroLoopError(f"{place!r} is no folder", why=str(error), fix="write the whole path") from None
+
+
+def _below(url: str, name: str) -> str:
+    """A folder of that name in a store: before the query of `gs://bucket?endpoint=...`; folders here may hold a '?'."""
+    place, mark, query = url.partition("?") if url.startswith("gs://") else (url, "", "")
+    return f"{place.rstrip('/')}/{name}{mark}{query}"
 
 
 def _json_object(option: str, text: str) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Which object store a folder or URL is, in the settings and for `neuroloop backup` and `restore`."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,25 @@ def test_a_backup_to_an_unknown_scheme_makes_no_local_folder(tmp_path: Path):
     done = CliRunner().invoke(cli, ["backup", f"gcs://bucket{tmp_path}/backups"], env={**environment, **DATABASES})
     assert "the scheme gcs:// is unknown" in str(done.exception)
     assert not (tmp_path / "backups").exists()
+
+
+def test_a_backup_to_an_emulated_bucket_lies_in_a_folder_of_that_bucket(
+    gcs_server, postgres_server, tmp_path, monkeypatch
+):
+    gcs_server.buckets["backups"] = {}
+    place = f"gs://backups/nightly?endpoint={gcs_server.url}"
+    environment = {"NEUROLOOP_HOME": str(tmp_path / "home"), "NEUROLOOP_ENV_FILE": str(tmp_path / "none")}
+    environment |= {name: postgres_server.new_database() for name in DATABASES}
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    done = CliRunner().invoke(cli, ["backup", place], env=environment)
+    assert done.exit_code == 0, done.output
+    (url,) = re.findall(r"^(gs://\S+): ", done.stdout, re.MULTILINE)
+    assert re.fullmatch(rf"gs://backups/nightly/neuroloop-\w+\?endpoint={gcs_server.url}", url)
+    folder = url.removeprefix("gs://backups/").partition("?")[0]
+    assert f"{folder}/manifest.json" in gcs_server.buckets["backups"]
+    environment |= {name: postgres_server.new_database() for name in DATABASES}
+    environment["NEUROLOOP_HOME"] = str(tmp_path / "new")
+    assert CliRunner().invoke(cli, ["restore", url], env=environment).exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["scans #1", "why?", "100%25"])

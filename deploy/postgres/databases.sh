@@ -1,15 +1,19 @@
 #!/bin/bash
-# Runs once, when the data folder of the postgres service is new: a role and a database for each of the three.
-# psql reads the passwords from the environment, so that no command line shows them.
+# A role and a database for each of the three. The postgres service runs it when its data folder is new; on a managed
+# server run it once by hand (deploy/kubernetes/README.md). Run again, it makes what is missing and sets the passwords.
+# psql (14 or newer) reads them from the environment, so that no command line shows them.
 set -euo pipefail
-psql --quiet -v ON_ERROR_STOP=1 --username "$POSTGRES_USER" --dbname postgres <<'SQL'
+psql --quiet -v ON_ERROR_STOP=1 --username "${POSTGRES_USER:-postgres}" --dbname postgres <<'SQL'
 \getenv airflow POSTGRES_AIRFLOW_PASSWORD
 \getenv mlflow POSTGRES_MLFLOW_PASSWORD
 \getenv neuroloop POSTGRES_NEUROLOOP_PASSWORD
-CREATE ROLE airflow LOGIN PASSWORD :'airflow';
-CREATE ROLE mlflow LOGIN PASSWORD :'mlflow';
-CREATE ROLE neuroloop LOGIN PASSWORD :'neuroloop';
-CREATE DATABASE airflow OWNER airflow;
-CREATE DATABASE mlflow OWNER mlflow;
-CREATE DATABASE neuroloop OWNER neuroloop;
+SELECT format('CREATE ROLE %I LOGIN', name) FROM unnest(ARRAY['airflow', 'mlflow', 'neuroloop']) name
+  WHERE name NOT IN (SELECT rolname FROM pg_roles) \gexec
+ALTER ROLE airflow PASSWORD :'airflow';
+ALTER ROLE mlflow PASSWORD :'mlflow';
+ALTER ROLE neuroloop PASSWORD :'neuroloop';
+-- A managed server's administrator is no superuser, and gives databases to roles that it is a member of only.
+GRANT airflow, mlflow, neuroloop TO CURRENT_USER;
+SELECT format('CREATE DATABASE %I OWNER %I', name, name) FROM unnest(ARRAY['airflow', 'mlflow', 'neuroloop']) name
+  WHERE name NOT IN (SELECT datname FROM pg_database) \gexec
 SQL

@@ -90,6 +90,7 @@ validate: .venv/dev ## manifests, Terraform and workflows, as far as this machin
 	@$(BIN)/python -m pytest tests/deploy
 
 # --- Images and deployments. TAG=1.2.3 or v1.2.3; REGISTRY=host/path, empty: this machine's own images.
+# EXTRA_PACKAGES='boto3 dvc-s3' for a store on s3://, 'tensorflow[and-cuda]>=2.19' for training on GPUs.
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/neuroloop/__init__.py)
 REGISTRY ?=
 ENVIRONMENT ?=
@@ -98,6 +99,7 @@ override TAG := $(TAG:v%=%)
 # image:target of deploy/Dockerfile
 IMAGES := airflow:airflow api:api frontend:ui mlflow:mlflow
 BUILD = docker buildx build --file deploy/Dockerfile --target "$${image\#*:}" \
+	$(if $(EXTRA_PACKAGES),--build-arg EXTRA_PACKAGES="$(EXTRA_PACKAGES)") \
 	--label "org.opencontainers.image.version=$(TAG)" --label "org.opencontainers.image.revision=$$(git rev-parse HEAD)" \
 	--tag "$(REGISTRY:%=%/)neuroloop-$${image%:*}:$(TAG)"
 

@@ -94,6 +94,28 @@ def test_what_is_pushed_has_provenance_and_a_list_of_its_parts_and_a_version_wit
     assert '--tag "registry.example.org/neuroloop/neuroloop-${image%:*}:1.2.3"' in commands
 
 
+def test_packages_that_a_cloud_or_a_gpu_needs_go_into_the_images_by_hand_and_by_ci():
+    packages = "boto3 dvc-s3 tensorflow[and-cuda]>=2.19"
+    for target in ("images", "push"):
+        commands = would_run(target, "REGISTRY=r/n", f"EXTRA_PACKAGES={packages}")
+        assert f'--build-arg EXTRA_PACKAGES="{packages}"' in commands
+        assert "--build-arg" not in would_run(target, "REGISTRY=r/n", "EXTRA_PACKAGES=")
+    push = jobs(ROOT / ".github/workflows/release.yml")["push"]
+    assert push["env"]["EXTRA_PACKAGES"] == "${{ vars.EXTRA_PACKAGES }}"
+    assert JENKINS.count('EXTRA_PACKAGES = "${params.EXTRA_PACKAGES}"') == 1
+
+
+@pytest.mark.parametrize(
+    ("packages", "installed"), [("", ""), ("boto3 tensorflow[and-cuda]>=2.19 dvc-s3", "boto3 dvc-s3")]
+)
+def test_the_image_of_mlflow_takes_none_of_a_trainers_packages(packages: str, installed: str):
+    stage = (ROOT / "deploy" / "Dockerfile").read_text().split("AS mlflow-packages")[1]
+    (line,) = re.findall(r'(echo "\$EXTRA_PACKAGES" .*xargs --no-run-if-empty )uv pip install', stage)
+    argv, env = ["bash", "-o", "pipefail", "-c", f"{line} echo"], os.environ | {"EXTRA_PACKAGES": packages}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == installed
+
+
 def test_without_a_registry_nothing_is_pushed():
     done = make("push")
     assert done.returncode != 0

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from neuroloop.cli import app
+from neuroloop.core.credentials import parted
 from neuroloop.core.settings import PREFIX, Settings
 from neuroloop.embedded.roles import ROLES, environment
 
@@ -32,7 +34,11 @@ TASK_PODS = {
     "training": TRAINING_POD,
     "housekeeping": yaml.safe_load((KUBERNETES / "base" / "housekeeping.yaml").read_text()),
 }
-FOREIGN = {"ServiceMonitor": "monitoring.coreos.com/v1", "BackendConfig": "cloud.google.com/v1"}
+FOREIGN = {
+    "ServiceMonitor": "monitoring.coreos.com/v1",
+    "PrometheusRule": "monitoring.coreos.com/v1",
+    "BackendConfig": "cloud.google.com/v1",
+}
 """Kinds that operators of others bring; no schema of them is at hand."""
 QUANTITY = re.compile(r"[1-9][0-9]*(Ki|Mi|Gi|Ti)")
 
@@ -109,11 +115,11 @@ def env_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def secrets(env_file: Path) -> dict[str, dict[str, str]]:
-    """Each Secret that make-secrets makes for the overlay `local`, and the one that an operator adds later."""
+    """Each Secret that make-secrets makes for the overlay `local`."""
     argv = [KUBERNETES / "make-secrets", env_file, "postgres"]
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=True)
     made = json.loads(done.stdout)["items"]
-    return {each["metadata"]["name"]: each["stringData"] for each in made} | {"metrics-key": {"key": "nl_..."}}
+    return {each["metadata"]["name"]: each["stringData"] for each in made}
 
 
 # --- schemas ------------------------------------------------------------------------------------
@@ -326,7 +332,7 @@ def test_each_part_gets_the_secrets_that_it_needs_and_no_others():
         for who, each in containers("gke")
     }
     assert got == {
-        "api/api": {"database", "mlflow-api-login", "api-key", "notify"},
+        "api/api": {"database", "mlflow-api-login", "api-key", "metrics-key", "notify"},
         "frontend/frontend": {"api-key", "frontend-login"},
         "mlflow/mlflow": {"mlflow-database", "mlflow-login", "mlflow-api-login"},
         "migrate/migrate": {"database"},
@@ -334,6 +340,28 @@ def test_each_part_gets_the_secrets_that_it_needs_and_no_others():
         "training/base": {"database", "mlflow-login", "notify", "kaggle"},
         "housekeeping/base": {"database", "mlflow-login", "notify"},
     }
+
+
+@pytest.mark.parametrize(
+    "url", ["", "smtp://mail.example.org", "smtp://mail.example.org:25", "smtp://ann:a/b@mail.example.org:587"]
+)
+def test_a_cloud_without_a_mail_server_that_its_pods_reach_is_refused(env_file: Path, tmp_path: Path, url: str):
+    text = re.sub("(?<=NOTIFY_URL=).*", url, env_file.read_text())
+    (tmp_path / "env").write_text(text)
+    for host, refused in (("10.1.2.3", True), ("postgres", False)):
+        argv = [sys.executable, KUBERNETES / "make-secrets", tmp_path / "env", host]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert done.returncode == refused
+        assert ("NEUROLOOP_NOTIFY_URL=smtps://" in done.stderr) is refused
+        assert "a/b" not in done.stderr
+
+
+def test_make_secrets_knows_the_ports_by_which_mail_leaves_a_cloud():
+    made = _make_secrets()
+    (policy,) = (each["spec"] for each in of_kind("gke", "NetworkPolicy") if each["metadata"]["name"] == "reaches-mail")
+    assert tuple(each["port"] for each in policy["egress"][0]["ports"]) == made.MAIL_PORTS
+    for url in ("smtps://ann@mail.example.org", "smtps://mail.example.org:465", "smtp://ann@mail.example.org:587"):
+        assert made.mail_leaves(url)
 
 
 def test_secrets_for_a_managed_database_ask_for_tls_and_leave_its_superuser_out(env_file: Path):
@@ -449,13 +477,37 @@ def test_every_night_a_backup_is_made_outside_the_store_by_a_command_that_there_
         assert not f"{to}/".startswith(f"{store}/")
 
 
-def test_the_monitor_asks_the_port_of_the_api_with_a_key():
-    (monitor,) = of_kind("gke", "ServiceMonitor")
+def test_the_monitor_asks_the_port_of_the_api_with_the_key_that_the_api_has(secrets):
+    (monitor,) = (each for each in of_kind("gke", "ServiceMonitor") if each["metadata"]["name"] == "api")
     (service,) = (each for each in of_kind("gke", "Service") if each["metadata"]["name"] == "api")
     assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
     (endpoint,) = monitor["spec"]["endpoints"]
     assert endpoint["port"] == service["spec"]["ports"][0]["name"]
-    assert endpoint["authorization"]["credentials"]["name"] == "metrics-key"
+    key = endpoint["authorization"]["credentials"]
+    (api,) = (each for who, each in containers("gke") if who == "api/api")
+    assert variables("gke", api, secrets)[key["key"]] == secrets[key["name"]][key["key"]]
+    assert parted(secrets["metrics-key"]["NEUROLOOP_METRICS_KEY"])
+
+
+def test_alerts_and_dashboard_find_the_jobs_by_the_names_that_they_have_in_compose():
+    prometheus = yaml.safe_load((DEPLOY / "monitoring" / "prometheus.yml").read_text())
+    jobs = {job["job_name"] for job in prometheus["scrape_configs"]} - {"prometheus"}
+    made = [
+        relabeling
+        for monitor in of_kind("gke", "ServiceMonitor")
+        for endpoint in monitor["spec"]["endpoints"]
+        for relabeling in endpoint["relabelings"]
+    ]
+    assert {each["targetLabel"] for each in made} == {"job"}
+    assert {each["replacement"] for each in made} == jobs
+
+
+@each_environment
+def test_the_operator_of_prometheus_gets_the_rules_of_alerts_yml(name: str):
+    (rule,) = of_kind(name, "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load((DEPLOY / "monitoring" / "alerts.yml").read_text())
+    render = runpy.run_path(str(DEPLOY / "monitoring" / "render.py"))
+    assert render["MANIFEST"].read_text() == render["manifest"](), "run deploy/monitoring/render.py"
 
 
 # --- Airflow's chart and Argo CD ----------------------------------------------------------------
@@ -502,6 +554,14 @@ def test_every_part_of_airflow_has_limits_in_units():
     for part in parts:
         for which in ("requests", "limits"):
             assert QUANTITY.fullmatch(VALUES[part]["resources"][which]["memory"]), part
+
+
+def test_airflows_figures_have_the_names_that_they_have_in_compose():
+    elsewhere = environment(Settings(statsd_url="statsd://airflow-statsd:9125"))
+    for name, value in VALUES["config"]["metrics"].items():
+        assert elsewhere[f"AIRFLOW__METRICS__{name.upper()}"] == value
+    mapping = yaml.safe_load((DEPLOY / "monitoring" / "statsd-mapping.yml").read_text())
+    assert VALUES["statsd"]["overrideMappings"] == mapping["mappings"]
 
 
 def test_the_dag_processor_reports_a_killed_task_as_its_own_pod_would():

@@ -184,6 +184,33 @@ def test_each_identity_belongs_to_a_service_account_of_the_overlay(cloud: str, o
     assert f"environments/{cloud}." in text
 
 
+# --- nodes --------------------------------------------------------------------------------------
+
+MACHINES = {
+    "e2-standard-4": (4, 16),
+    "g2-standard-8": (8, 32),
+    "m7i.xlarge": (4, 16),
+    "g6.xlarge": (4, 16),
+    "Standard_D4s_v5": (4, 16),
+    "Standard_NC4as_T4_v3": (4, 28),
+}
+"""vCPU and GiB of the default types of nodes."""
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+@pytest.mark.parametrize("template", ["base", "components/gpu"])
+def test_a_pod_that_trains_finds_room_on_a_node_of_the_default_type(cloud: str, template: str):
+    pod = yaml.safe_load((ROOT / "deploy" / "kubernetes" / template / "training.yaml").read_text())
+    asked = pod["spec"]["containers"][0]["resources"]["requests"]
+    variables = named(TERRAFORM / "modules" / cloud, "variable")
+    for pool in ("nodes", "gpu_nodes"):
+        node = variables[pool]["default"]
+        cores, memory = MACHINES[node.get("type") or node["size"]]
+        # A node keeps up to 0.2 cores and 3 GiB for itself, and the cluster's DaemonSets ask for half a core and 1 GiB.
+        assert float(asked["cpu"]) <= cores - 0.7
+        assert int(asked["memory"].removesuffix("Gi")) <= memory - 4
+
+
 # --- terraform itself ---------------------------------------------------------------------------
 
 

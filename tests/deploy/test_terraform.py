@@ -116,6 +116,15 @@ def test_an_environment_gives_its_module_what_it_takes_and_all_that_it_needs(fol
     assert re.search(r'backend "(s3|gcs|azurerm)"', source(folder)), "the state is remote"
 
 
+@pytest.mark.parametrize("folder", ENVIRONMENTS, ids=lambda folder: folder.name)
+def test_the_readme_names_what_an_environment_cannot_do_without(folder: Path):
+    text = (TERRAFORM / "README.md").read_text()
+    (row,) = re.findall(rf"^\| {folder.name} \|.*$", text, re.MULTILINE)
+    for name, body in named(folder, "variable").items():
+        assert "default" in body or re.search(rf"`(TF_VAR_)?{name}`", row), name
+    assert "api_from" in text
+
+
 @pytest.mark.parametrize("folder", [*MODULES[:-1], *ENVIRONMENTS], ids=lambda folder: "/".join(folder.parts[-2:]))
 def test_terraform_and_its_provider_are_pinned_alike_in_module_and_environment(folder: Path):
     assert pins(folder) == pins(TERRAFORM / "environments" / folder.name)

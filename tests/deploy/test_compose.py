@@ -97,6 +97,38 @@ def test_every_service_has_a_limit_of_memory_with_a_unit_and_of_cores():
         assert float(_filled(limits["cpus"])) > 0, name
 
 
+def test_the_readme_says_what_the_limits_of_the_core_add_up_to():
+    limits = [service["deploy"]["resources"]["limits"] for service in CORE.values()]
+    cores = sum(float(_filled(each["cpus"])) for each in limits)
+    sizes = [re.fullmatch(r"(\d+)([MG])", _filled(each["memory"])) for each in limits]
+    memory = sum(int(size[1]) / (1024 if size[2] == "M" else 1) for size in sizes)
+    text = " ".join((ROOT / "deploy" / "README.md").read_text().split())
+    assert f"the limits of the core add up to {cores:.0f} cores and {memory:.1f} GiB" in text
+
+
+def test_the_runbooks_backup_reads_one_password_of_a_file_that_is_no_script(tmp_path: Path):
+    (tmp_path / ".env").write_text(
+        "NEUROLOOP_HOUSEKEEPING_SCHEDULE=17 * * * *\nPOSTGRES_MLFLOW_PASSWORD=s3cret-x\nREDIS_PASSWORD=$(touch made)\n"
+    )
+    text = (ROOT / "docs" / "operations.md").read_text()
+    (command,) = re.findall(r"```\n(install .*?docker compose run .*?)```", text, re.DOTALL)
+    stubs = 'install() { :; }; docker() { printenv NEUROLOOP_MLFLOW_DATABASE_URL; printf "%s\\n" "$@"; }; '
+    done = subprocess.run(["bash", "-c", stubs + command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    url, *argv = done.stdout.splitlines()
+    assert url == "postgresql://mlflow:s3cret-x@postgres:5432/mlflow"  # pragma: allowlist secret
+    assert argv[argv.index("-e") + 1] == "NEUROLOOP_MLFLOW_DATABASE_URL"
+    assert "s3cret-x" not in " ".join(argv)
+    assert not (tmp_path / "made").exists()
+
+
+def test_every_secret_that_the_environment_maker_makes_has_its_rotation(tmp_path: Path):
+    subprocess.run([sys.executable, MAKE_ENV, tmp_path / ".env"], check=True)
+    text = (ROOT / "docs" / "operations.md").read_text()
+    section = text.split("## Rotate secrets")[1].split("\n## ")[0]
+    for line in (tmp_path / ".env").read_text().splitlines():
+        assert f"`{line.partition('=')[0]}`" in section
+
+
 def test_no_container_of_ours_runs_as_root_or_gains_rights():
     for name, service in SERVICES.items():
         assert service["cap_drop"] == ["ALL"], name

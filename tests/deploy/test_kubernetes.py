@@ -477,6 +477,34 @@ def test_every_night_a_backup_is_made_outside_the_store_by_a_command_that_there_
         assert not f"{to}/".startswith(f"{store}/")
 
 
+@each_environment
+def test_the_runbooks_restore_writes_as_another_identity_than_the_backups(name: str):
+    text = (ROOT / "docs" / "operations.md").read_text()
+    (patch,) = re.findall(r"kubectl patch --local -f - -o yaml -p '(.*?)'", text, re.DOTALL)
+    (cron,) = of_kind(name, "CronJob")
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "restore"},
+        "spec": cron["spec"]["jobTemplate"]["spec"],
+    }
+    argv = ["kubectl", "patch", "--local", "-f", "-", "-o", "yaml", "-p", patch]
+    done = subprocess.run(argv, input=json.dumps(job), capture_output=True, text=True, check=True)
+    made = yaml.safe_load(done.stdout)
+    kubernetes_validate.validate(made, "1.34", strict=True)
+    assert pod(made)["serviceAccountName"] not in {each["metadata"]["name"] for each in of_kind(name, "ServiceAccount")}
+    (container,) = pod(made)["containers"]
+    *_, command, source = container["args"]
+    assert command in {each.name or each.callback.__name__ for each in app.registered_commands}
+    assert re.fullmatch(r"gs://[a-z-]+/neuroloop-\w+", source)
+    (backup,) = pod(cron["spec"]["jobTemplate"])["containers"]
+    assert container["envFrom"] == backup["envFrom"]
+    assert {each["name"]: each["value"] for each in container["env"]} == {
+        "HOME": "/tmp",
+        "NEUROLOOP_STORE_URL": "gs://the-empty-bucket",
+    }
+
+
 def test_the_monitor_asks_the_port_of_the_api_with_the_key_that_the_api_has(secrets):
     (monitor,) = (each for each in of_kind("gke", "ServiceMonitor") if each["metadata"]["name"] == "api")
     (service,) = (each for each in of_kind("gke", "Service") if each["metadata"]["name"] == "api")

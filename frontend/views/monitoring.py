@@ -192,6 +192,9 @@ def live() -> None:
         st.subheader("Feedback received", anchor=False)
         if any(figures.feedback.values()):
             st.altair_chart(feedback_chart(figures), width="stretch")
+            st.caption(
+                "Of all uploads. Live accuracy counts only answers: no scan that the gate refused or that was referred."
+            )
         else:
             st.caption("No reader has said anything in these days. Verdicts are given below each result on Classify.")
     if figures.predictions:

@@ -600,7 +600,7 @@ def test_of_each_way_that_a_dag_ended_the_latest_run_is_kept(log: PostgresLog):
 
 
 def test_live_accuracy_counts_the_last_word_on_each_accepted_answer(log: PostgresLog):
-    rows = [prediction(), prediction(), prediction(), prediction(None)]
+    rows = [prediction(), prediction(), prediction(), prediction(None), prediction(refer=True)]
     for row in rows:
         log.record_prediction(row)
 
@@ -614,6 +614,7 @@ def test_live_accuracy_counts_the_last_word_on_each_accepted_answer(log: Postgre
     say(rows[1], "ann", Verdict.NOT_BRAIN_MRI, 1)
     say(rows[2], "ann", Verdict.CORRECT, 31, "notumor")  # too long ago
     say(rows[3], "ann", Verdict.AGREE, 1)  # the gate's refusal is no answer of the model
+    say(rows[4], "ann", Verdict.AGREE, 1)  # nor is what is left to a reader
     (accuracy,) = log.loop_figures().accuracy
     assert (accuracy.model_version, accuracy.reviewed, accuracy.right) == ("3", 2, 1)
 

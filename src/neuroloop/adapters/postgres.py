@@ -137,7 +137,7 @@ SELECT json_build_object(
         FROM (
             SELECT model_version, count(*) AS n, count(*) FILTER (WHERE verdict = 'agree') AS agreed
             FROM last_words JOIN predictions ON id = prediction_id
-            WHERE label IS NOT NULL GROUP BY model_version
+            WHERE label IS NOT NULL AND NOT refer GROUP BY model_version
         ) AS versions
     ),
     'first_answers', (SELECT coalesce(json_agg({_ANSWER}), '[]') FROM firsts),

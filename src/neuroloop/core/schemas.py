@@ -327,10 +327,13 @@ class LiveAnswer(Record):
 
 
 class LiveAccuracy(Record):
-    """What readers said within 30 days of the answers of one model version; the last word on each counts."""
+    """What readers said within 30 days of the answers of one model version; the last word on each counts.
+
+    A refused or referred scan has no answer, so what readers say of it is not counted here.
+    """
 
     model_version: str
-    reviewed: int = Field(description="predictions that were confirmed or corrected")
+    reviewed: int = Field(description="answers that were confirmed or corrected")
     right: int = Field(description="of these, the confirmed ones")
 
 

@@ -99,6 +99,11 @@ def problem(fault: ApiProblem, *, on_retry: Callable[[], None] | None = None) ->
             st.button("Try again", icon=":material/refresh:", on_click=on_retry, key="retry")
 
 
+def in_words(fault: ApiProblem) -> str:
+    """A problem as one paragraph, for a note beside what was tried."""
+    return plain(" ".join(as_sentence(part) for part in (fault.title, fault.detail, fault.fix) if part))
+
+
 def load(read: Callable[[], Loaded]) -> Loaded | None:
     """The answer of `read`, or None after showing why there is none."""
     try:

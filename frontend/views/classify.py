@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+from typing import Any
 from uuid import uuid4
 
 import altair as alt
@@ -117,6 +118,24 @@ def welcome(consent: bool) -> None:
         )
         if champion.simulated:
             st.badge("Model trained on simulated scans", icon=":material/science:", color="orange")
+
+
+def place_of(upload: Upload | None) -> DeltaGenerator:
+    """Where what came of `upload` is shown: of two places the one in use, or, while it is still to be read, the other.
+
+    Streamlit leaves what stood in a place until something else is written there. In one place the result of the choice
+    before, with its buttons, would stand beside the new file for as long as that is being read.
+    """
+    readings = st.session_state.get("readings", 0)
+    if upload is not None and outcome_of(st.session_state, upload) is None:
+        readings += 1
+        st.session_state["readings"] = readings
+    if readings % 2:
+        st.empty()
+        return st.container()
+    place = st.container()
+    st.empty()
+    return place
 
 
 def classify(upload: Upload) -> Outcome:
@@ -247,7 +266,7 @@ def show_answer(upload: Upload, answer: Answer) -> None:
         )
     with pictures.container(border=True, key="card-explanation", height="stretch"):
         show_explanation(answer, opacity / 100)
-    show_feedback(answer.id, answer.label)
+    show_feedback(answer.id, answer.label, refer=answer.refer)
 
 
 def show_explanation(answer: Answer, opacity: float) -> None:
@@ -264,6 +283,11 @@ def show_explanation(answer: Answer, opacity: float) -> None:
         st.caption("Brighter regions weighed more. This explains the model; it is no outline of a tumour.")
     elif answer.tumour:
         right.markdown("**There is no heat map here.** No region spoke for this class more than the others.")
+    elif answer.refer:
+        right.markdown(
+            "**There is no heat map here.** A heat map shows what speaks for a tumour. The most probable class is no "
+            "tumour, but too uncertain to be an answer: it does not say that there is none."
+        )
     else:
         right.markdown(
             "**There is no heat map here.** A heat map shows what speaks for a tumour. The model found none, so there "
@@ -284,69 +308,72 @@ def probability_chart(answer: Answer) -> alt.LayerChart:
     return layout.bars(table, "Class", "Probability", order=layout.ORDER, height=140, top=1)
 
 
-def show_feedback(prediction_id: str, predicted: str | None) -> None:
-    """The reader's verdict, and what came of it; `predicted` is None for an image that the gate refused."""
+def show_feedback(prediction_id: str, predicted: str | None, *, refer: bool = False) -> None:
+    """The reader's verdict, and what came of it; `predicted` is None for an image that the gate refused.
+
+    A referred scan has no answer to agree with: the reader says what it shows, any class of the four.
+    """
     if not layout.person().may(Role.READER):
         return
+
+    def button(place: DeltaGenerator, words: str, verdict: Verdict, icon: str | None = None, **how: Any) -> None:
+        key = f"{verdict}-{prediction_id}"
+        place.button(words, key=key, icon=icon, on_click=send_feedback, args=(prediction_id, verdict), **how)
+
     with st.container(border=True, key="card-feedback"):
-        st.subheader("Is this right?" if predicted else "Was it right to refuse this?", anchor=False)
+        heading = "What does it show?" if refer else "Is this right?" if predicted else "Was it right to refuse this?"
+        st.subheader(heading, anchor=False)
         st.caption(f"Your verdict counts as {layout.plain(layout.person().name)}'s.")
-        with st.container(horizontal=True, gap="small"):
-            agreed = st.button("Agree", key=f"agree-{prediction_id}", type="primary", icon=":material/check:")
-            unsure = st.button("Not sure", key=f"unsure-{prediction_id}", icon=":material/question_mark:")
-            contested = predicted is None and st.button(
-                "It is a brain MRI", key=f"contested-{prediction_id}", icon=":material/undo:"
-            )
-            foreign = predicted is not None and st.button(
-                "Not a brain MRI", key=f"foreign-{prediction_id}", icon=":material/block:"
-            )
+        row = st.container(horizontal=True, gap="small")
+        if not refer:
+            button(row, "Agree", Verdict.AGREE, ":material/check:", type="primary")
+        button(row, "Not sure", Verdict.NOT_SURE, ":material/question_mark:")
+        if predicted is None:
+            button(row, "It is a brain MRI", Verdict.BRAIN_MRI, ":material/undo:")
+        else:
+            button(row, "Not a brain MRI", Verdict.NOT_BRAIN_MRI, ":material/block:")
         choice, send = st.columns([2, 3], gap="small", vertical_alignment="bottom")
         label = choice.selectbox(
-            "Or correct it to" if predicted else "Or say what it shows",
-            [label for label in LABELS if label != predicted],
+            "It shows" if refer else "Or correct it to" if predicted else "Or say what it shows",
+            [label for label in LABELS if refer or label != predicted],
             index=None,
             key=f"class-{prediction_id}",
             format_func=CLASS_NAMES.__getitem__,
             placeholder="The right class",
         )
-        corrected = send.button("Send correction", key=f"correct-{prediction_id}", disabled=label is None)
-        pressed = {
-            Verdict.AGREE: agreed,
-            Verdict.CORRECT: corrected,
-            Verdict.NOT_SURE: unsure,
-            Verdict.NOT_BRAIN_MRI: foreign,
-            Verdict.BRAIN_MRI: contested,
-        }
-        for verdict, button in pressed.items():
-            if button:
-                send_feedback(prediction_id, verdict, label if verdict is Verdict.CORRECT else None)
-        note: tuple[str, str] | None = st.session_state.get("feedback-note")
-        if note and note[0] == prediction_id:
-            st.success(note[1], icon=":material/task_alt:")
+        # Of a referred scan the most probable class may be chosen too; the API records that as agreement.
+        button(send, "Send" if refer else "Send correction", Verdict.CORRECT, disabled=label is None)
+        recorded, note = st.session_state.get("notes", {}).get(prediction_id, (True, ""))
+        if note:
+            show = st.success if recorded else st.warning
+            show(note, icon=":material/task_alt:" if recorded else ":material/warning:")
 
 
-def send_feedback(prediction_id: str, verdict: Verdict, label: str | None) -> None:
-    """Record a verdict and keep the confirmation for this prediction."""
+def send_feedback(prediction_id: str, verdict: Verdict) -> None:
+    """Record a verdict, and keep what came of it in the place of what came of the one before."""
+    label = st.session_state[f"class-{prediction_id}"] if verdict is Verdict.CORRECT else None
+    # All of the session that is needed is fetched before: who touches the page meanwhile ends this drawing, and with it
+    # the access to the session. What is written into this dict is there all the same.
+    notes: dict[str, tuple[bool, str]] = st.session_state.setdefault("notes", {})
+    name, needed = layout.plain(layout.person().name), layout.settings().feedback_threshold
     try:
         receipt = layout.api().feedback(prediction_id, verdict, label)
     except ApiProblem as fault:
-        st.warning(
-            layout.plain(" ".join(layout.as_sentence(part) for part in (fault.title, fault.detail, fault.fix) if part))
-        )
+        lost = "It is not certain that your verdict was recorded" if fault.passing else "Your verdict was NOT recorded"
+        notes[prediction_id] = False, f"**{lost}.** {layout.in_words(fault)}"
         return
     said = {
-        Verdict.AGREE: "You agree.",
+        Verdict.AGREE: f"You say: {CLASS_NAMES[label].lower()}." if label else "You agree.",
         Verdict.CORRECT: f"Corrected to {CLASS_NAMES.get(receipt.label or '', 'another class').lower()}.",
         Verdict.NOT_SURE: "You are not sure.",
         Verdict.NOT_BRAIN_MRI: "You say this is no brain MRI.",
         Verdict.BRAIN_MRI: "You say this is a brain MRI.",
     }[receipt.verdict]
-    needed = layout.settings().feedback_threshold
     waiting = f"{receipt.corrections_waiting} correction{'' if receipt.corrections_waiting == 1 else 's'} waiting"
-    st.session_state["feedback-note"] = (
-        prediction_id,
-        f"Thank you, {layout.plain(layout.person().name)}. {said} {waiting} of {needed} needed "
-        f"(more than {needed} start a retraining). You may change your verdict; the last one counts.",
+    notes[prediction_id] = (
+        True,
+        f"Thank you, {name}. {said} {waiting} of {needed} needed (more than {needed} start a retraining). "
+        "You may change your verdict; the last one counts.",
     )
 
 
@@ -407,14 +434,15 @@ panel, result = st.columns([4, 8], gap="medium")
 with panel:
     consent_given, tiles_place = input_panel()
 with result:
-    chosen = current_upload(st.session_state)
-    if chosen is None or not consent_given:
-        welcome(consent_given)
-    else:
-        happened = classify(chosen)
-        if happened.answer is not None:
-            show_answer(chosen, happened.answer)
-        elif happened.problem is not None:
-            show_problem(chosen, happened.problem)
+    chosen = current_upload(st.session_state) if consent_given else None
+    with place_of(chosen):
+        if chosen is None:
+            welcome(consent_given)
+        else:
+            happened = classify(chosen)
+            if happened.answer is not None:
+                show_answer(chosen, happened.answer)
+            elif happened.problem is not None:
+                show_problem(chosen, happened.problem)
 with tiles_place:  # last: rendering them takes a moment at first, and the rest of the page need not wait for it
     sample_tiles(consent_given)

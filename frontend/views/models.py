@@ -3,7 +3,7 @@
 import layout
 import pandas as pd
 import streamlit as st
-from api_client import ApiProblem, Models
+from api_client import ApiClient, ApiProblem, Models
 from layout import CLASS_NAMES, plain
 
 from neuroloop.core.credentials import Role
@@ -122,11 +122,11 @@ def change_champion(models: Models) -> None:
     """Another version is made the champion by hand, the one before as a rule; asks before it does."""
     candidates = [v for v in champion_first(models) if "champion" not in v.aliases and not is_legacy(v)]
     candidates.sort(key=lambda v: "previous" not in v.aliases)  # the one to go back to first; else as they were
+    done, note = st.session_state.get("champion-notes", {}).pop("latest", (True, ""))
+    if note:
+        (st.success if done else st.warning)(note, icon=":material/task_alt:" if done else ":material/warning:")
     if not candidates:
         return
-    note = st.session_state.pop("champion-note", None)
-    if note:
-        st.success(note, icon=":material/task_alt:")
     with st.expander("**Go back to another version**", icon=":material/history:"):
         st.markdown(
             "The chosen version answers every request from then on, with the same probabilities as before. All servers "
@@ -140,15 +140,36 @@ def change_champion(models: Models) -> None:
         )
         reason = st.text_input("Why", key="champion-reason", max_chars=500)
         sure = st.checkbox(f"Yes, version {version} shall answer every request", key=f"champion-sure-{version}")
-        ready = bool(sure and reason.strip())
-        if st.button("Make it the champion", key="champion-make", disabled=not ready, icon=":material/history:"):
-            try:
-                row = layout.api().make_champion(version, reason.strip())
-            except ApiProblem as fault:
-                st.warning(plain(" ".join(layout.as_sentence(x) for x in (fault.title, fault.detail, fault.fix) if x)))
-                return
-            st.session_state["champion-note"] = f"Version {plain(row.version)} is the champion now."
-            st.rerun()
+        st.button(
+            "Make it the champion",
+            key=f"champion-make-{version}",  # a second click on this button never means the version offered next
+            disabled=not (sure and reason.strip()),
+            icon=":material/history:",
+            on_click=make_champion,
+            args=(version,),
+        )
+
+
+def make_champion(version: str) -> None:
+    """Ask the API for it and keep what came of it; a version that is the champion by then counts as done."""
+    # As in Classify: all of the session that is needed is fetched before, and this dict outlasts the drawing.
+    notes: dict[str, tuple[bool, str]] = st.session_state.setdefault("champion-notes", {})
+    reason, api = st.session_state["champion-reason"].strip(), layout.api()
+    try:
+        api.make_champion(version, reason)
+    except ApiProblem as fault:
+        if not (fault.status == 409 and is_champion(api, version)):
+            notes["latest"] = False, layout.in_words(fault)
+            return
+    notes["latest"] = True, f"Version {plain(version)} is the champion now."
+
+
+def is_champion(api: ApiClient, version: str) -> bool:
+    """Whether the registry names this version so, as after a second click or an answer that was lost."""
+    try:
+        return any(v.version == version and "champion" in v.aliases for v in api.models().versions)
+    except ApiProblem:
+        return False
 
 
 def ledger(models: Models) -> None:

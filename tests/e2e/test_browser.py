@@ -1,5 +1,6 @@
 """A reader in a real browser: upload, read, correct, and see the count of corrections rise."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -7,9 +8,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg2
 import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
@@ -17,7 +19,7 @@ from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from neuroloop.adapters.mlflow_registry import MlflowRegistry
 from neuroloop.imaging import phantom
 from neuroloop.imaging.decode import encode_png
-from serving.running import Api
+from serving.running import Api, wait
 
 ROOT = Path(__file__).parents[2]
 FLAGS = [
@@ -165,6 +167,54 @@ def test_a_reader_uploads_a_scan_reads_the_result_corrects_it_and_sees_the_count
     assert waiting(page, frontend_url) == before + 1
     assert "Ann" in {one.reader for row in predictions(live_api) for one in live_api.services.log.feedback(row)}
     assert page.locator("[data-testid=stException]").count() == 0
+
+
+@contextlib.contextmanager
+def held(live_api: Api, table: str) -> Iterator[Callable[[], bool]]:
+    """Until the end of the block the API waits as soon as it needs this table; the function says whether it does."""
+    with contextlib.closing(psycopg2.connect(live_api.services.settings.database_url)) as connection:
+        cursor = connection.cursor()
+        cursor.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+
+        def waited_for() -> bool:
+            cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = %s::regclass", (table,))
+            return cursor.fetchone()[0] > 0
+
+        yield waited_for
+        connection.rollback()
+
+
+def choose(page: Page, name: str) -> None:
+    scan = encode_png(phantom.scan("meningioma", 1).pixels)
+    page.locator("input[type=file]").set_input_files({"name": name, "mimeType": "image/png", "buffer": scan})
+
+
+def test_what_waits_for_the_api_shows_nothing_of_the_scan_before_and_loses_no_verdict(page, frontend_url, live_api):
+    expect.set_options(timeout=60_000)
+    sign_in(page, frontend_url)
+    page.locator(".st-key-consent label").first.click()
+    expect(page.get_by_text("Choose a scan to see its result here")).to_be_visible()
+    choose(page, "first.png")
+    expect(page.get_by_role("button", name="Agree")).to_be_visible()
+    expect(page.locator(".st-key-take-7 button").first).to_be_enabled()  # the whole page is drawn
+
+    with held(live_api, "requests") as waited_for:
+        choose(page, "second.png")
+        wait(waited_for)
+        expect(page.get_by_text("Reading the scan")).to_be_visible()
+        assert not page.get_by_text("Result for first.png").count()
+        assert not page.get_by_text("What speaks for").count()
+        assert not page.get_by_role("button", name="Agree").count()
+    expect(page.get_by_text("Result for second.png")).to_be_visible()
+    expect(page.get_by_role("button", name="Agree")).to_be_visible()
+
+    with held(live_api, "feedback") as waited_for:
+        page.get_by_role("button", name="Not sure").click()
+        wait(waited_for)
+        page.get_by_role("slider").first.focus()
+        page.keyboard.press("ArrowLeft")  # the reader goes on meanwhile
+        page.wait_for_timeout(1_000)
+    expect(page.get_by_text("You are not sure.")).to_be_visible()
 
 
 UPLOAD = """async tab => {

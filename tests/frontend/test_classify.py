@@ -85,10 +85,8 @@ def test_prediction_sets_stand_in_plain_words(page, live_api):
 
 
 def test_an_uncertain_scan_is_referred_to_a_reader_with_the_reason_before_any_class_is_named(page, live_api):
-    faint = head("glioma")
-    faint[faint > 100] = 170  # a spot that is hardly brighter than the head
-    answer = live_api.predict(faint).json()
-    upload(page, encoded(faint))
+    answer = live_api.predict(faint("glioma")).json()
+    upload(page, encoded(faint("glioma")))
 
     assert answer["refer"]
     text = words(page)
@@ -96,6 +94,40 @@ def test_an_uncertain_scan_is_referred_to_a_reader_with_the_reason_before_any_cl
     assert answer["refer_reason"] in text
     assert text.index("Refer to a reader") < text.index("Most probable, but no answer: glioma")
     assert "the model sees" not in text
+
+
+def faint(label: str) -> np.ndarray:
+    """A head whose spot is hardly brighter than the rest, so that the model is unsure."""
+    pixels = head(label)
+    pixels[pixels > 100] = 170
+    return pixels
+
+
+def test_a_referred_scan_without_a_heat_map_is_not_said_to_have_no_tumour(page, live_api):
+    answer = live_api.predict(faint("notumor")).json()
+    assert (answer["refer"], answer["label"]) == (True, "notumor")
+    upload(page, encoded(faint("notumor")))
+
+    text = words(page)
+    assert "There is no heat map here" in text
+    assert "too uncertain to be an answer" in text
+    assert "found none" not in text
+
+
+def test_a_referred_scan_has_nothing_to_agree_with_and_all_four_classes_to_choose_from(page, live_api):
+    upload(page, encoded(faint("glioma")))
+    assert "What does it show?" in words(page)
+    assert "Is this right?" not in words(page)
+    assert "Agree" not in labels(page)
+    assert page.selectbox[0].options == ["Glioma", "Meningioma", "No tumour", "Pituitary tumour"]
+
+    answer = page.session_state["outcome"].answer
+    for label, recorded in (("glioma", ("agree", None)), ("meningioma", ("correct", "meningioma"))):
+        page.selectbox[0].set_value(label).run()
+        press(page, "Send")
+        (said,) = live_api.services.log.feedback(answer.id)
+        assert (said.verdict, said.label) == recorded
+        assert label in page.success[0].value
 
 
 @pytest.mark.parametrize(
@@ -272,6 +304,20 @@ def test_the_other_verdicts_are_recorded_too(page, live_api, label, verdict):
     press(page, label)
 
     assert live_api.client.get("/v1/monitoring").json()["feedback"][verdict] == before + 1
+
+
+def test_a_change_of_verdict_that_fails_is_said_to_have_failed_and_nothing_else(page, live_api):
+    upload(page, encoded(head("glioma")))
+    press(page, "Agree")
+    assert page.success
+    answer = page.session_state["outcome"].answer
+    live_api.client.delete(f"/v1/predictions/{answer.id}", params={"reason": "mistake", "by": "a test"})
+    press(page, "Not sure")
+
+    for _ in range(2):
+        assert not page.success
+        assert "Your verdict was NOT recorded" in page.warning[0].value
+        page.slider[0].set_value(20).run()
 
 
 def test_a_refused_scan_can_be_contested_without_a_class_and_says_where_the_threshold_comes_from(page, live_api):

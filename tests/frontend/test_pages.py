@@ -163,12 +163,13 @@ def test_a_version_is_made_the_champion_from_the_page_only_after_a_reason_and_a_
     registry.set_alias("previous", other)
     app = open_page("models", live_api)
     assert app.selectbox(key="champion-version").value == other  # the previous one stands first
-    assert app.button(key="champion-make").disabled
+    make = f"champion-make-{other}"
+    assert app.button(key=make).disabled
     app.text_input(key="champion-reason").set_value("Version looks *wrong*")
     app.run()
-    assert app.button(key="champion-make").disabled
+    assert app.button(key=make).disabled
     app.checkbox(key=f"champion-sure-{other}").check().run()
-    app.button(key="champion-make").click().run()
+    app.button(key=make).click().run()
     assert not app.exception
     assert f"Version {other} is the champion now" in words(app)
     wait(lambda: live_api.client.get("/v1/model").json()["version"] == other)
@@ -178,6 +179,25 @@ def test_a_version_is_made_the_champion_from_the_page_only_after_a_reason_and_a_
     assert row.reason == f"Ann went from version {before} to version {other}: Version looks *wrong*."
     live_api.services.registry.set_alias("champion", before)
     wait(lambda: live_api.client.get("/v1/model").json()["version"] == before)
+
+
+def test_a_version_that_has_become_the_champion_meanwhile_counts_as_made(open_page, live_api, tmp_path):
+    registry = live_api.services.registry
+    before = live_api.client.get("/v1/model").json()["version"]
+    run = registry.open_run("clicked-twice", experiment="frontend")
+    other = registry.register(run, write_bundle(tmp_path / "other", data_version="d8"), tags={}).version
+    registry.set_alias("previous", other)
+    app = open_page("models", live_api)
+    app.text_input(key="champion-reason").set_value("The other is worse").run()
+    app.checkbox(key=f"champion-sure-{other}").check().run()
+    registry.set_alias("champion", other)  # the first of two clicks
+    try:
+        app.button(key=f"champion-make-{other}").click().run()
+        assert f"Version {other} is the champion now" in words(app)
+        assert not app.warning
+    finally:
+        registry.set_alias("champion", before)
+        wait(lambda: live_api.client.get("/v1/model").json()["version"] == before)
 
 
 def test_the_ledger_gives_every_reason_in_words_whichever_way_it_went(open_page, live_api):

@@ -34,16 +34,21 @@ class ApiProblem(Exception):
         prediction_id: str = "",
         frames: int = 1,
         frame: int = 1,
+        request_id: str = "",
     ) -> None:
         self.title, self.detail, self.fix = title, detail, fix
         self.status, self.gate, self.prediction_id = status, gate, prediction_id
         self.frames, self.frame = frames, frame
+        self.request_id = request_id
         super().__init__(title)
 
     @property
     def passing(self) -> bool:
-        """Whether the same request may succeed later: nobody answered, or the service is not ready yet."""
-        return self.status in (0, 429, 502, 503, 504)
+        """Whether the same request may succeed later: nobody answered, or the service could not for now.
+
+        To send it again is safe: a prediction has its key, a verdict replaces itself.
+        """
+        return self.status in (0, 408, 429, 500, 502, 503, 504, 507)
 
 
 class _Answer(BaseModel):
@@ -285,8 +290,16 @@ class ApiClient:
             "The answer of the inference service cannot be read",
             detail=f"What {self.url} answered does not have the expected fields.",
             fix="Check that NEUROLOOP_API_URL names the NeuroLoop API, and that frontend and API are of one version.",
-            status=500,
+            status=200,
         )
+
+
+_OWN_KEY = {"title": "Your key is no longer valid", "detail": "It was revoked, or has expired", "fix": "Sign in again"}
+_FRONTENDS_KEY = {
+    "title": "The frontend's own key is not accepted",
+    "detail": "The inference service does not know the key that this frontend asks it with",
+    "fix": "Tell the operator: NEUROLOOP_UI_API_KEY has to be the same for both",
+}
 
 
 def _problem(response: httpx.Response) -> ApiProblem:
@@ -298,6 +311,8 @@ def _problem(response: httpx.Response) -> ApiProblem:
     if not isinstance(body, dict) or "title" not in body:
         body = {"title": f"The inference service answered with an error ({response.status_code})"}
         body["fix"] = "Try again. If it stays like this, `make logs` tells more."
+    if response.status_code == 401:
+        body |= _FRONTENDS_KEY if "X-NeuroLoop-Person" in response.request.headers else _OWN_KEY
     try:
         gate = ExplainedGate.model_validate(body["gate"], extra="ignore")
     except (KeyError, ValidationError):
@@ -305,12 +320,23 @@ def _problem(response: httpx.Response) -> ApiProblem:
     return ApiProblem(
         str(body["title"]),
         detail=str(body.get("detail") or ""),
-        fix=str(body.get("fix") or ""),
+        fix=_followable(str(body.get("fix") or ""), response.headers.get("Retry-After", "")),
         status=response.status_code,
         gate=gate,
         prediction_id=str(body.get("id") or ""),
         frames=_number(body.get("frames")),
         frame=_number(body.get("frame")),
+        request_id=response.headers.get("X-Request-Id", ""),
+    )
+
+
+def _followable(fix: str, retry_after: str) -> str:
+    """Advice that the API gives to programs, for people, who see no headers."""
+    seconds = f"{retry_after} s" if retry_after.isdigit() else "a moment"
+    return (
+        fix.replace("as long as Retry-After says", seconds)
+        .replace("as Retry-After says", f"in {seconds}")
+        .replace("the X-Request-Id of this answer", "the id of this request")
     )
 
 

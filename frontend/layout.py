@@ -87,7 +87,12 @@ def empty(title: str, text: str) -> None:
 
 
 def problem(fault: ApiProblem, *, on_retry: Callable[[], None] | None = None) -> None:
-    """What went wrong, why, and how to mend it; with a button where trying again may help."""
+    """What went wrong, why, and how to mend it; with a button where trying again may help.
+
+    Of a person whose own key is refused the session ends.
+    """
+    if own_key_refused(fault):
+        st.rerun()
     with st.container(border=True, key="card-problem"):
         st.markdown(f"### :material/error: {plain(fault.title)}")
         for sentence in (fault.detail, fault.fix):
@@ -97,11 +102,22 @@ def problem(fault: ApiProblem, *, on_retry: Callable[[], None] | None = None) ->
             st.markdown(f"[Watch the build in Airflow]({settings().airflow_url})")
         if fault.passing or on_retry:
             st.button("Try again", icon=":material/refresh:", on_click=on_retry, key="retry")
+        if fault.request_id:
+            st.caption(f"Request {plain(fault.request_id)}")
 
 
 def in_words(fault: ApiProblem) -> str:
     """A problem as one paragraph, for a note beside what was tried."""
-    return plain(" ".join(as_sentence(part) for part in (fault.title, fault.detail, fault.fix) if part))
+    request = f"Request {fault.request_id}" if fault.request_id else ""
+    return plain(" ".join(as_sentence(part) for part in (fault.title, fault.detail, fault.fix, request) if part))
+
+
+def own_key_refused(fault: ApiProblem) -> bool:
+    """Whether the API refuses the key of whoever is signed in; then the next drawing asks them to sign in again."""
+    refused = fault.status == 401 and person().key != ""
+    if refused:
+        st.session_state["key-refused"] = True
+    return refused
 
 
 def load(read: Callable[[], Loaded]) -> Loaded | None:

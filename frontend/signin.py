@@ -97,6 +97,8 @@ def current(settings: Settings) -> Person | None:
     if _providers() is not None:
         return _by_provider(settings)
     token = _token()
+    if "key-refused" in st.session_state:
+        sessions().close(token)
     person = sessions().person(token)
     if person is not None:
         _keep(token, settings.ui_session_hours * 3600)
@@ -107,6 +109,8 @@ def ask(settings: Settings) -> None:
     """The page that stands in the place of every other until somebody has signed in."""
     layout.heading("Sign in", "NeuroLoop shows scans and what readers say of them only to people it knows.")
     place, _ = st.columns([2, 3])
+    if "key-refused" in st.session_state:
+        place.warning("Your key is no longer valid; sign in again.", icon=":material/key_off:")
     with place.container(border=True, key="card-signin"):
         providers = _providers()
         if providers is not None:
@@ -121,7 +125,7 @@ def forget_unless(person: Person | None) -> None:
     """Forget what this tab holds of somebody else: who signed out elsewhere or stayed too long, before the next."""
     before: Person | None = st.session_state.get("person")
     if before is not None and (person is None or person.name != before.name):
-        for name in set(map(str, st.session_state)) - {"session", "settings"}:
+        for name in set(map(str, st.session_state)) - {"session", "settings", "key-refused"}:
             del st.session_state[name]
 
 
@@ -164,6 +168,7 @@ def _form(settings: Settings) -> None:
         sessions().guessed(address)
         st.error("This password or key is not right.")
     else:
+        st.session_state.pop("key-refused", None)
         st.session_state["session"] = sessions().open(person, settings.ui_session_hours * 3600)
         st.rerun()
 

@@ -359,6 +359,7 @@ def send_feedback(prediction_id: str, verdict: Verdict) -> None:
     try:
         receipt = layout.api().feedback(prediction_id, verdict, label)
     except ApiProblem as fault:
+        layout.own_key_refused(fault)
         lost = "It is not certain that your verdict was recorded" if fault.passing else "Your verdict was NOT recorded"
         notes[prediction_id] = False, f"**{lost}.** {layout.in_words(fault)}"
         return

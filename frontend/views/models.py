@@ -158,6 +158,7 @@ def make_champion(version: str) -> None:
     try:
         api.make_champion(version, reason)
     except ApiProblem as fault:
+        layout.own_key_refused(fault)
         if not (fault.status == 409 and is_champion(api, version)):
             notes["latest"] = False, layout.in_words(fault)
             return

@@ -1,5 +1,7 @@
 """The Classify page against a real API."""
 
+import re
+
 import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -364,6 +366,7 @@ def test_without_a_model_the_page_says_so_and_where_to_watch_the_build(open_page
     assert "No model is being served yet" in words(app)
     assert "Watch the build in Airflow" in words(app)
     assert "Try again" in labels(app)
+    assert re.search(r"Request \S{8}", words(app))  # by which an operator finds it in the log
 
 
 def test_the_samples_are_eight_different_simulated_scans_with_two_of_each_class():

@@ -12,7 +12,7 @@ from frontend.reading import labels, words
 from frontend.test_classify import consent, press, upload
 from neuroloop.core.credentials import Role, new_key
 from neuroloop.serving import keyring
-from serving.running import KEY, encoded, head
+from serving.running import KEY, encoded, head, wait
 
 
 @pytest.fixture
@@ -114,6 +114,39 @@ def test_a_verdict_with_a_personal_key_counts_in_the_name_of_its_holder(open_pag
     press(app, "Agree")
     row = live_api.services.log.feedback(app.session_state["outcome"].answer.id)
     assert [one.reader for one in row] == ["Berta"]
+
+
+@pytest.mark.parametrize("doing", ["look", "judge"])
+def test_whose_key_is_revoked_is_signed_out_at_the_next_step_and_told_why(open_page, live_api, doing):
+    made = keyring.create(live_api.services.keys, "Berta", Role.READER, by="a test")
+    app = consent(open_page("classify", live_api, name="", secret=made.key))
+    upload(app, encoded(head("glioma")))
+    token = app.session_state["session"]
+    keyring.revoke(live_api.services.keys, made.id, by="a test")
+    wait(lambda: live_api.client_of(made.key).get("/v1/me").status_code == 401)
+    if doing == "look":
+        app.switch_page("views/models.py").run()
+    else:
+        press(app, "Agree")
+    assert shut(app)
+    assert "Your key is no longer valid; sign in again" in words(app)
+    assert signin.sessions().person(token) is None
+    assert "outcome" not in app.session_state
+
+    sign_in(app, "Ann", PASSWORD)
+    assert not shut(app)
+    assert "no longer valid" not in words(app)
+
+
+def test_where_the_frontends_own_key_is_refused_nobody_is_signed_out_and_the_operator_is_to_be_told(
+    open_page, live_api, monkeypatch
+):
+    app = open_page("models", live_api)
+    monkeypatch.setenv("NEUROLOOP_UI_API_KEY", new_key())
+    app.run()
+    assert not shut(app)
+    assert "The frontend's own key is not accepted" in words(app)
+    assert "Tell the operator" in words(app)
 
 
 def test_signing_out_closes_the_app_and_forgets_the_scan(open_page, live_api):

@@ -1,6 +1,8 @@
 """The frontend's own small parts."""
 
+import re
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -10,7 +12,9 @@ from heatmap import grey, overlay
 from layout import as_sentence, percent, plain
 from session import Outcome, Upload, choose, current_upload, outcome_of
 
+from neuroloop.core.errors import OutOfSpace, Unavailable
 from neuroloop.imaging.decode import encode_png
+from neuroloop.serving import problems
 from serving.running import KEY
 
 ANN = Identity(KEY, "Ann", "reader")
@@ -105,6 +109,50 @@ def test_a_server_that_is_not_the_api_is_explained_in_words(status, body):
     assert caught.value.title
     assert caught.value.fix
     assert not caught.value.passing
+
+
+@contextmanager
+def answering(response):
+    """The address of a server that gives every request this answer."""
+
+    class Stub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(response.status_code)
+            for name, value in response.headers.items():
+                self.send_header(name, value)
+            self.send_header("X-Request-Id", "req-4711")
+            self.end_headers()
+            self.wfile.write(response.body)
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Stub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("response", "said"),
+    [
+        (problems.from_status(429, headers={"Retry-After": "17"}), "wait 17 s, then go on more slowly"),
+        (problems.from_status(503, headers={"Retry-After": "8"}), "try again in 8 s"),
+        (problems.from_error(Unavailable("no database")), "try again in 5 s"),
+        (problems.from_error(OutOfSpace("full")), "try again later"),
+        (problems.internal_error(), "give the operator the id of this request"),
+        (problems.from_status(408), "send the file again"),
+    ],
+)
+def test_advice_can_be_followed_by_somebody_who_sees_no_headers(response, said):
+    with answering(response) as url, pytest.raises(ApiProblem) as caught:
+        ApiClient(url).monitoring()
+
+    fault = caught.value
+    assert said in fault.fix
+    assert not {"Retry-After", "X-Request-Id"} & set(re.findall(r"[\w-]+", fault.title + fault.detail + fault.fix))
+    assert fault.request_id == "req-4711"
+    assert fault.passing
 
 
 def test_a_server_that_does_not_answer_in_time_is_a_passing_problem():

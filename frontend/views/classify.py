@@ -275,11 +275,12 @@ def show_explanation(answer: Answer, opacity: float) -> None:
     image = heatmap.grey(answer.image)
     left, right = st.columns(2, gap="small")
     with left.container(key=f"picture-scan-{answer.id}"):
-        st.image(image, caption="The scan as it was read", width="stretch")
+        st.image(image, caption="The scan as it was read", width="stretch", output_format="PNG")
     if answer.heatmap is not None:
         mixed = heatmap.overlay(image, heatmap.grey(answer.heatmap), opacity)
         with right.container(key=f"picture-heat-{answer.id}"):
-            st.image(mixed, caption=f"What speaks for {CLASS_NAMES[answer.label].lower()}", width="stretch")
+            caption = f"What speaks for {CLASS_NAMES[answer.label].lower()}"
+            st.image(mixed, caption=caption, width="stretch", output_format="PNG")
         st.caption("Brighter regions weighed more. This explains the model; it is no outline of a tumour.")
     elif answer.tumour:
         right.markdown("**There is no heat map here.** No region spoke for this class more than the others.")

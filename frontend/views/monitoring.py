@@ -29,13 +29,13 @@ def totals(figures: Monitoring) -> None:
             ),
             (
                 "Accepted by the gate",
-                f"{figures.accepted / asked:.0%}".replace("%", " %") if asked else "none",
+                layout.percent(figures.accepted / asked) if asked else "none",
                 f"{figures.accepted} accepted, {figures.rejected} refused as no brain MRI, of which readers contest "
                 f"{figures.contested}",
             ),
             (
                 "Referred to a reader",
-                f"{figures.referred / figures.accepted:.0%}".replace("%", " %") if figures.accepted else "none",
+                layout.percent(figures.referred / figures.accepted) if figures.accepted else "none",
                 f"{figures.referred} of {figures.accepted} accepted scans were too uncertain to answer",
             ),
             (
@@ -115,7 +115,12 @@ def gate_chart(figures: Monitoring) -> alt.Chart:
     """Each request's gate score on the time line."""
     table = pd.DataFrame(
         [
-            {"Time": point.at, "Score": point.score, "Gate": "Accepted" if point.accepted else "Refused"}
+            {
+                "Time": point.at,
+                "Words": f"{point.at:%d %b %Y, %H:%M:%S} UTC",
+                "Score": point.score,
+                "Gate": "Accepted" if point.accepted else "Refused",
+            }
             for point in figures.gate_scores
         ]
     )
@@ -123,14 +128,19 @@ def gate_chart(figures: Monitoring) -> alt.Chart:
         alt.Chart(table)
         .mark_circle(size=46, opacity=0.75)
         .encode(
-            x=alt.X("Time:T", title=None, axis=alt.Axis(labelOverlap=True, tickCount=6)),
+            x=alt.X(
+                "Time:T",
+                title="UTC",
+                scale=alt.Scale(type="utc"),  # as all other times of the platform; else in the browser's time zone
+                axis=alt.Axis(labelOverlap=True, tickCount=6),
+            ),
             y=alt.Y("Score:Q", scale=alt.Scale(domain=[0, 1]), title=None, axis=alt.Axis(tickCount=5)),
             color=alt.Color(
                 "Gate:N",
                 scale=alt.Scale(domain=["Accepted", "Refused"], range=["#0B6E7F", "#C0722F"]),
                 legend=alt.Legend(orient="top", title=None),
             ),
-            tooltip=[alt.Tooltip("Time:T", format="%d %b %H:%M:%S"), alt.Tooltip("Score:Q", format=".3f"), "Gate"],
+            tooltip=[alt.Tooltip("Words:N", title="Time"), alt.Tooltip("Score:Q", format=".3f"), "Gate"],
         )
         .properties(height=CHART_HEIGHT, background="transparent")
     )

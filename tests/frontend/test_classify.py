@@ -1,12 +1,15 @@
 """The Classify page against a real API."""
 
+import base64
 import re
 
 import numpy as np
 import pytest
+from heatmap import grey, overlay
+from layout import ACCENT, CLASS_NAMES, percent
 from streamlit.testing.v1 import AppTest
 
-from frontend.reading import labels, words
+from frontend.reading import address, chart, labels, picture, words
 from imaging.files import axial, dicom, nifti
 from neuroloop.imaging import phantom
 from serving.running import encoded, head, noise
@@ -73,6 +76,44 @@ def test_an_upload_shows_its_class_its_probability_and_which_model_and_data_said
     assert "The scan as it was read" in captions
     assert "What speaks for meningioma" in captions
     assert page.slider[0].label == "Heat map opacity"
+
+
+def test_the_bars_are_the_probabilities_of_the_answer_each_beside_its_class(page, live_api):
+    answer = live_api.predict(head("meningioma")).json()
+    upload(page, encoded(head("meningioma")))
+
+    bars, table = chart(page, "Probability")
+    assert (bars["encoding"]["y"]["field"], bars["encoding"]["color"]["field"]) == ("Class", "Colour")
+    drawn = dict(zip(table["Class"], table["Probability"], strict=True))
+    assert drawn == {CLASS_NAMES[label]: chance for label, chance in answer["probabilities"].items()}
+    assert list(table["Words"]) == [percent(chance) for chance in table["Probability"]]
+    assert list(table.loc[table["Colour"] == ACCENT, "Class"]) == ["Meningioma"]
+
+
+def test_the_scan_and_the_heat_map_over_it_are_shown_pixel_by_pixel_at_every_opacity(page, live_api):
+    answer = live_api.predict(head("glioma")).json()
+    scan, heat = (grey(base64.b64decode(answer[part])) for part in ("image", "heatmap"))
+    upload(page, encoded(head("glioma")))
+
+    assert picture(page, "The scan as it was read") == address(scan)
+    for opacity in (page.slider[0].value, 20):
+        page.slider[0].set_value(opacity).run()
+        assert picture(page, "What speaks for glioma") == address(overlay(scan, heat, opacity / 100))
+    assert len({address(overlay(scan, heat, opacity)) for opacity in (0, 0.2, 0.65)}) == 3
+
+
+def test_the_facts_beside_a_result_are_those_of_its_record(page, live_api):
+    upload(page, encoded(head("pituitary")))
+    row = live_api.services.log.prediction(page.session_state["outcome"].answer.id)
+
+    for name, value in (
+        ("Prediction", row.id),
+        ("Gate score", f"{row.gate.score:.2f}"),
+        ("Novelty", f"{row.gate.novelty:.2f}"),
+        ("Time", f"{1000 * row.seconds:.0f} ms"),
+        ("Size", f"{row.width} x {row.height} px"),
+    ):
+        assert f"<span>{name} <b>{value}</b></span>" in words(page)
 
 
 def test_prediction_sets_stand_in_plain_words(page, live_api):

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from datetime import datetime
+from uuid import uuid4
 
 import pytest
 import signin
+from layout import CLASS_NAMES, VERDICT_NAMES, percent
 
-from frontend.reading import labels, words
+from frontend.reading import chart, labels, words
 from neuroloop.bootstrap import Services
 from neuroloop.core import keys
 from neuroloop.core.schemas import RESEARCH_NOTICE, Check, Promotion
@@ -95,8 +98,8 @@ def test_monitoring_counts_what_was_asked_refused_and_corrected(open_page, live_
     accepted, rejected = before["accepted"] + 2, before["rejected"] + 1
     assert app.get("vega_lite_chart")
     assert figures["Predictions"] == str(before["predictions"] + 3)
-    assert figures["Accepted by the gate"] == f"{accepted / (accepted + rejected):.0%}".replace("%", " %")
-    assert figures["Referred to a reader"] == f"{before['referred'] / accepted:.0%}".replace("%", " %")
+    assert figures["Accepted by the gate"] == percent(accepted / (accepted + rejected))
+    assert figures["Referred to a reader"] == percent(before["referred"] / accepted)
     assert figures["Feedback received"] == str(sum(before["feedback"].values()) + 1)
     assert app.get("progress")[0].value == round(100 * (before["corrections_waiting"] + 1) / 50)
     shown = {heading.value for heading in app.subheader}
@@ -108,6 +111,62 @@ def test_monitoring_counts_what_was_asked_refused_and_corrected(open_page, live_
         "Feedback received",
         "Corrections waiting",
     } <= shown
+
+
+def test_the_charts_of_monitoring_draw_what_the_api_counted(open_page, live_api):
+    first = live_api.predict(head("glioma")).json()
+    for label in ("glioma", "meningioma", "pituitary"):
+        live_api.predict(head(label))
+    live_api.predict(noise())
+    live_api.feedback(first["id"], "not_sure")
+    figures = live_api.client.get("/v1/monitoring").json()
+    classes = {CLASS_NAMES[label]: one for label, one in figures["per_class"].items()}
+    app = open_page("monitoring", live_api)
+
+    def drawn(value: str, category: str = "Class") -> dict[str, float]:
+        layer, table = chart(app, value)
+        assert layer["encoding"]["y"]["field"] == category
+        return dict(zip(table[category], table[value], strict=True))
+
+    assert drawn("Predictions") == {name: one["predictions"] for name, one in classes.items()}
+    assert drawn("Probability") == {name: one["mean_probability"] for name, one in classes.items()}
+    assert drawn("Mean") == pytest.approx({name: 1000 * one["mean_seconds"] for name, one in classes.items()})
+    _, latency = chart(app, "Mean")
+    high = dict(zip(latency["Class"], latency["95th percentile"], strict=True))
+    assert high == pytest.approx({name: 1000 * one["p95_seconds"] for name, one in classes.items()})
+    verdicts = {name: figures["feedback"].get(verdict, 0) for verdict, name in VERDICT_NAMES.items()}
+    assert drawn("Count", "Verdict") == verdicts
+    seconds = sum(one["mean_seconds"] * one["predictions"] for one in classes.values())
+    answered = sum(one["predictions"] for one in classes.values())
+    latency_shown = next(metric.value for metric in app.metric if metric.label == "Mean latency")
+    assert latency_shown == f"{1000 * seconds / answered:.0f} ms"
+
+
+def test_the_gate_scores_stand_on_a_time_line_in_utc_that_says_so(open_page, live_api):
+    live_api.predict(head("glioma"))
+    live_api.predict(noise())
+    points = live_api.client.get("/v1/monitoring").json()["gate_scores"]
+    layer, table = chart(open_page("monitoring", live_api), "Time")
+
+    time, score = layer["encoding"]["x"], layer["encoding"]["y"]
+    assert (time["scale"]["type"], time["title"], score["field"]) == ("utc", "UTC", "Score")
+    assert list(table["Score"]) == [point["score"] for point in points]
+    assert [gate == "Accepted" for gate in table["Gate"]] == [point["accepted"] for point in points]
+    assert [at.isoformat() for at in table["Time"]] == [datetime.fromisoformat(p["at"]).isoformat() for p in points]
+    assert all(words.endswith("UTC") for words in table["Words"])
+
+
+def test_monitoring_never_rounds_a_share_to_a_false_certainty(open_page, live_api, postgres_server):
+    empty = live_api.services.settings.model_copy(update={"database_url": postgres_server.new_database()})
+    with serving(Services(empty)) as api:
+        api.predict(noise())
+        row = api.services.log.prediction(api.predict(head("glioma")).json()["id"])
+        for number in range(199):
+            more = {"id": str(uuid4()), "refer": number == 0}
+            api.services.log.record_prediction(row.model_copy(update=more))
+        shown = {metric.label: metric.value for metric in open_page("monitoring", api).metric}
+    assert shown["Accepted by the gate"] == "over 99 %"
+    assert shown["Referred to a reader"] == "under 1 %"
 
 
 def test_models_shows_the_champion_first_with_its_interval_and_the_way_to_mlflow(open_page, live_api, mlflow_uri):

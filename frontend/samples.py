@@ -1,8 +1,9 @@
 """Simulated scans for readers without a file of their own, rendered in this process and kept."""
 
+import functools
+import threading
 from dataclasses import dataclass
 
-import streamlit as st
 from layout import CLASS_NAMES
 
 from neuroloop.core.schemas import LABELS
@@ -13,6 +14,7 @@ SAMPLES: tuple[tuple[str, int, str], ...] = tuple(
     (label, index, "A") for index in (900_001, 900_002) for label in LABELS
 )
 """Class, index and simulated scanner; indices far beyond those a build trains on."""
+_RENDERING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,19 @@ class Sample:
         return f"{CLASS_NAMES[self.label].lower()}, {self.plane}, {self.contrast}"
 
 
-@st.cache_data(show_spinner=False, max_entries=64)
-def _render(label: str, index: int, scanner: str) -> tuple[bytes, str, str]:
+@functools.cache
+def _render(label: str, index: int, scanner: str) -> Sample:
     scan = phantom.scan(label, index, scanner=scanner)
-    return encode_png(scan.pixels), scan.plane, scan.contrast
+    return Sample(encode_png(scan.pixels), label, scan.plane, scan.contrast)
 
 
 def render(label: str, index: int, scanner: str = "A") -> Sample:
     """One simulated scan; the second call with the same arguments costs nothing."""
-    png, plane, contrast = _render(label, index, scanner)
-    return Sample(png, label, plane, contrast)
+    with _RENDERING:
+        return _render(label, index, scanner)
+
+
+def render_all() -> None:
+    """Render them before anybody asks: a page that renders answers no click meanwhile."""
+    for sample in SAMPLES:
+        render(*sample)

@@ -69,7 +69,10 @@ UPLOAD_STEPS = (
         "heat map. Where it is too unsure it says so, and refers the scan to a reader.",
     ),
     ("Stored and logged", "Scan, result, model and data version are kept before you see the answer."),
-    ("Corrected by you", "Your verdict is attached. A corrected scan waits for the next retraining."),
+    (
+        "Corrected by you",
+        "Your verdict is attached. A corrected scan waits for the next retraining, if it may be used for that.",
+    ),
 )
 RETRAINING_STEPS = (
     (
@@ -117,7 +120,7 @@ with st.container(border=True, key="card-classes"):
         examples = {label: samples.render(label, 900_001) for label in LABELS}
     for label, column in zip(LABELS, st.columns(4, gap="medium"), strict=True):
         with column.container(key=f"picture-class-{label}"):
-            st.image(examples[label].png, width="stretch")
+            st.image(examples[label].png, width="stretch", alt=f"Simulated scan: {examples[label].caption}")
             with st.container(horizontal=True, vertical_alignment="center", gap="small"):
                 st.markdown(f"**{CLASS_NAMES[label]}**", width="content")
                 st.badge("Simulated", icon=":material/science:", color="orange")

@@ -142,7 +142,7 @@ def gate_chart(figures: Monitoring) -> alt.Chart:
             ),
             tooltip=[alt.Tooltip("Words:N", title="Time"), alt.Tooltip("Score:Q", format=".3f"), "Gate"],
         )
-        .properties(height=CHART_HEIGHT, background="transparent")
+        .properties(height=CHART_HEIGHT + 60, background="transparent")
     )
 
 

@@ -14,7 +14,7 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError
 
 from neuroloop.core import logs
 from neuroloop.core.credentials import Role
-from neuroloop.core.schemas import ExplainedGate, Mail, ModelVersion, Monitoring, Promotion, Verdict
+from neuroloop.core.schemas import ExplainedGate, Feedback, Mail, ModelVersion, Monitoring, Promotion, Verdict
 
 Record = TypeVar("Record", bound=BaseModel)
 _LOG = logging.getLogger("neuroloop.frontend.api_client")
@@ -78,6 +78,27 @@ class Answer(_Answer):
     refer_reason: str = ""
     frames: int = 1
     frame: int = 1
+
+
+class Recorded(_Answer):
+    """What `GET /v1/predictions/{id}` says; `label` is None for an image that the gate refused."""
+
+    id: str
+    created_at: datetime
+    label: str | None
+    probabilities: dict[str, float]
+    gate: ExplainedGate
+    model_version: str
+    data_version: str
+    simulated_model: bool
+    seconds: float
+    width: int
+    height: int
+    prediction_sets: dict[str, tuple[str, ...]] = {}
+    refer: bool = False
+    refer_reason: str = ""
+    owner: str = ""
+    feedback: tuple[Feedback, ...] = ()
 
 
 class Receipt(_Answer):
@@ -156,6 +177,10 @@ class ApiClient:
         acting = copy.copy(self)
         acting._headers = identity.headers()
         return acting
+
+    def prediction(self, prediction_id: str) -> Recorded:
+        """One recorded prediction and what readers have said of it."""
+        return self._read(Recorded, self._send("GET", f"/v1/predictions/{quote(prediction_id, safe='')}"))
 
     def image(self, prediction_id: str) -> bytes:
         """The image of a prediction as the platform read it: a grey PNG."""

@@ -13,7 +13,9 @@ from api_client import Answer, ApiProblem
 class Upload:
     """A chosen scan. `simulated` says in words what a sample shows; it is empty for a reader's own file.
 
-    `frame` is the slice of it that a reader chose, from 1; None leaves the choice to the platform.
+    `frame` is the slice of it that a reader chose, from 1; None leaves the choice to the platform. `frames` is how many
+    it has, as far as an answer has said. `consent` is what was ticked when it was chosen. A `recorded` one is not sent:
+    it is the id of a prediction that is opened again.
     """
 
     data: bytes
@@ -21,6 +23,9 @@ class Upload:
     media_type: str
     simulated: str = ""
     frame: int | None = None
+    frames: int = 1
+    consent: str = "record"
+    recorded: str = ""
     choice: str = field(default_factory=lambda: uuid4().hex)
 
     @property
@@ -31,11 +36,20 @@ class Upload:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one upload: an answer, or a problem in words."""
+    """What came of one upload: an answer, or a problem in words.
+
+    `history` is what happened to a prediction, in words, where it was opened again.
+    """
 
     upload_key: str
     answer: Answer | None = None
     problem: ApiProblem | None = None
+    history: tuple[str, ...] = ()
+
+    @property
+    def seen(self) -> Answer | ApiProblem | None:
+        """What tells how many slices the file has, and which was looked at: an answer, or the gate's refusal."""
+        return self.answer or (self.problem if self.problem is not None and self.problem.gate is not None else None)
 
 
 def choose(state: MutableMapping[Any, Any], upload: Upload | None) -> None:

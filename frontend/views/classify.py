@@ -1,5 +1,6 @@
 """Classify: choose a scan, read the result with its explanation, tell the platform whether it is right."""
 
+import base64
 import dataclasses
 import html
 from typing import Any
@@ -12,33 +13,60 @@ import pandas as pd
 import samples
 import streamlit as st
 from api_client import Answer, ApiProblem
-from layout import CLASS_NAMES, percent
+from layout import CLASS_NAMES, VERDICT_NAMES, percent
 from session import Outcome, Upload, choose, current_upload, outcome_of
 from streamlit.delta_generator import DeltaGenerator
 
 from neuroloop.core.credentials import Role
-from neuroloop.core.schemas import LABELS, Verdict
+from neuroloop.core.schemas import LABELS, NO_TUMOUR, Verdict
 from neuroloop.imaging.decode import FORMATS
 
 CONSENT = (
-    "I understand that this is for research only and not for diagnosis, that the scan I choose is stored and may be "
-    "used to retrain the model, and that it carries no patient's name."
+    "I understand that this is for research only and not for diagnosis, that the scan I choose is stored, and that it "
+    "carries no patient's name."
 )
+RETRAIN = "It may be used to retrain the model (optional)."
 
-SHORT_NAMES = {"glioma": "Glioma", "meningioma": "Meningioma", "notumor": "None", "pituitary": "Pituitary"}
+SHORT_NAMES = {"glioma": "glioma", "meningioma": "meningioma", "notumor": "no tumour", "pituitary": "pituitary"}
 
 
 def take_upload() -> None:
     """The uploader changed: its file, or nothing, is now the choice."""
     file = st.session_state.get(uploader_key())
-    choose(st.session_state, Upload(file.getvalue(), file.name, file.type) if file else None)
+    consent = "training" if st.session_state.get("retrain") else "record"
+    st.session_state["open"] = ""
+    choose(st.session_state, Upload(file.getvalue(), file.name, file.type, consent=consent) if file else None)
 
 
 def take_sample(number: int) -> None:
-    """A sample was clicked: it is now the choice, and the uploader is emptied."""
+    """A sample was clicked: it is now the choice, and the uploader is emptied; a second click changes nothing."""
     sample = samples.render(*samples.SAMPLES[number])
+    name, upload = f"Sample {number + 1}", current_upload(st.session_state)
+    if upload is not None and upload.simulated and upload.name == name:
+        return
+    empty_uploader()
+    st.session_state["open"] = ""
+    # No model of real scans shall learn from a simulated one.
+    chosen = Upload(sample.png, name, "image/png", simulated=sample.caption, consent="simulated")
+    choose(st.session_state, chosen)
+
+
+def take_recorded() -> None:
+    """An id was entered: the prediction of that id is now the choice, as it was recorded."""
+    prediction_id = st.session_state["open"].strip()
+    if prediction_id:
+        empty_uploader()
+        choose(st.session_state, reopened(prediction_id))
+
+
+def reopened(prediction_id: str) -> Upload:
+    """A recorded prediction as the choice; nothing is sent."""
+    return Upload(b"", f"prediction {prediction_id}", "", recorded=prediction_id)
+
+
+def empty_uploader() -> None:
+    """The next drawing has a new one."""
     st.session_state["uploaders"] = st.session_state.get("uploaders", 0) + 1
-    choose(st.session_state, Upload(sample.png, f"Sample {number + 1}", "image/png", simulated=sample.caption))
 
 
 def uploader_key() -> str:
@@ -47,8 +75,9 @@ def uploader_key() -> str:
 
 
 def remember_consent() -> None:
-    """Keep the tick while the reader visits other pages."""
+    """Keep the ticks while the reader visits other pages."""
     st.session_state["consented"] = st.session_state["consent"]
+    st.session_state["retrainable"] = st.session_state["retrain"]
 
 
 def input_panel() -> tuple[bool, DeltaGenerator]:
@@ -57,6 +86,14 @@ def input_panel() -> tuple[bool, DeltaGenerator]:
         st.subheader("1. Before you start", anchor=False)
         consent = st.checkbox(
             CONSENT, value=st.session_state.get("consented", False), key="consent", on_change=remember_consent
+        )
+        st.checkbox(
+            RETRAIN,
+            value=st.session_state.get("retrainable", False),
+            key="retrain",
+            on_change=remember_consent,
+            help="It counts for the scans that you choose from then on. Without it a scan, and what readers say of it, "
+            "is kept for the record only.",
         )
         st.subheader("2. Choose a scan", anchor=False)
         st.file_uploader(
@@ -70,6 +107,16 @@ def input_panel() -> tuple[bool, DeltaGenerator]:
         )
         st.markdown("Or try a **simulated** scan:")
         tiles = st.container()
+    if layout.person().may(Role.READER):
+        with st.container(border=True, key="card-open"):
+            st.text_input(
+                "Or open a prediction by its id",
+                key="open",
+                max_chars=100,
+                on_change=take_recorded,
+                placeholder="It stands beside each result",
+                help="To judge a scan that somebody else uploaded, such as one referred to a reader.",
+            )
     return consent, tiles
 
 
@@ -81,11 +128,11 @@ def sample_tiles(consent: bool) -> None:
         for number, column in enumerate(st.columns(4, gap="small"), row):
             sample = rendered[number]
             with column.container(key=f"sample-{number}"):
-                st.image(sample.png, width="stretch")
+                st.image(sample.png, width="stretch", alt=f"Simulated scan: {sample.caption}")
                 st.button(
-                    SHORT_NAMES[sample.label],
+                    f"Sample {number + 1}: {SHORT_NAMES[sample.label]}",
                     key=f"take-{number}",
-                    help=f"Sample {number + 1}: {sample.caption}",
+                    help=f"Simulated: {sample.caption}",
                     on_click=take_sample,
                     args=(number,),
                     disabled=not consent,
@@ -144,20 +191,38 @@ def classify(upload: Upload) -> Outcome:
     if outcome is None:
         with st.spinner("Reading the scan"):
             try:
-                # The consent is the ticked notice's; but no model of real scans shall learn from a simulated sample.
-                # The key makes "try again" a repeat, never a second record.
-                answer = layout.api().predict(
-                    upload.data,
-                    upload.media_type,
-                    frame=upload.frame,
-                    key=upload.key,
-                    consent="simulated" if upload.simulated else "training",
-                )
-                outcome = Outcome(upload.key, answer=answer)
+                outcome = look_up(upload) if upload.recorded else ask(upload)
             except ApiProblem as fault:
                 outcome = Outcome(upload.key, problem=fault)
         st.session_state["outcome"] = outcome
     return outcome
+
+
+def ask(upload: Upload) -> Outcome:
+    """Has the model look at it. Its key makes "try again" a repeat, never a second record."""
+    answer = layout.api().predict(
+        upload.data, upload.media_type, frame=upload.frame, key=upload.key, consent=upload.consent
+    )
+    return Outcome(upload.key, answer=answer)
+
+
+def look_up(upload: Upload) -> Outcome:
+    """What was recorded of a prediction, as it was answered then, but for the heat map, which is not kept."""
+    row = layout.api().prediction(upload.recorded)
+    said = tuple(f"{one.reader}: {VERDICT_NAMES[one.verdict]}{shown_class(one.label)}" for one in row.feedback)
+    history = (f"From {layout.moment(row.created_at)}, uploaded by {row.owner or 'nobody named'}", *said)
+    if row.label is None:
+        refusal = ApiProblem("", detail=row.gate.reason, status=422, gate=row.gate, prediction_id=row.id)
+        return Outcome(upload.key, problem=refusal, history=history)
+    facts_of_row = row.model_dump(exclude={"created_at", "owner", "feedback"})
+    png = base64.b64encode(layout.api().image(row.id))
+    answer = Answer.model_validate(facts_of_row | {"tumour": row.label != NO_TUMOUR, "image": png})
+    return Outcome(upload.key, answer=answer, history=history)
+
+
+def shown_class(label: str | None) -> str:
+    """The class that a correction names."""
+    return f" to {CLASS_NAMES[label].lower()}" if label else ""
 
 
 def frame_key(upload: Upload) -> str:
@@ -183,11 +248,18 @@ def choose_frame(upload: Upload, frames: int, frame: int) -> None:
 
 
 def take_frame() -> None:
-    """Another slice of the same file is now the choice."""
+    """Another slice of the same file is now the choice; the one that is shown already is not asked for again."""
     upload = current_upload(st.session_state)
-    if upload is not None:
-        frame = int(st.session_state[frame_key(upload)])
-        choose(st.session_state, dataclasses.replace(upload, frame=frame, choice=uuid4().hex))
+    if upload is None:
+        return
+    outcome = outcome_of(st.session_state, upload)
+    seen = outcome.seen if outcome is not None else None
+    frame = int(st.session_state[frame_key(upload)])
+    if frame != (seen.frame if seen is not None else upload.frame):
+        frames = seen.frames if seen is not None else upload.frames
+        choose(st.session_state, dataclasses.replace(upload, frame=frame, frames=frames, choice=uuid4().hex))
+    elif seen is None:  # this slice brought a fault: it is tried again under its key
+        forget_outcome()
 
 
 def facts(*pairs: tuple[str, str]) -> str:
@@ -207,13 +279,27 @@ def verdict_line(answer: Answer) -> str:
     return f"No tumour: the model sees none ({chance})"
 
 
-def referral(answer: Answer) -> None:
-    """That, and why, this scan should go to a reader."""
-    st.markdown(
-        f'<div class="nl-refer"><p class="nl-verdict">Refer to a reader</p>'
-        f"<p>{html.escape(answer.refer_reason)} What the model would say stands below for the record.</p></div>",
-        unsafe_allow_html=True,
+def verdict(upload: Upload, answer: Answer) -> str:
+    """The result for all who see or hear the page; before any class, that and why a reader should look."""
+    eyebrow, line = f"Result for {html.escape(upload.name)}", html.escape(verdict_line(answer))
+    if not answer.refer:
+        tone = "nl-tumour" if answer.tumour else "nl-none"
+        return announced(eyebrow, f'<p class="nl-verdict {tone}" role="heading" aria-level="2">{line}</p>')
+    pass_on = ""
+    if not layout.person().may(Role.READER):
+        pass_on = f" Give a reader the id <b>{answer.id}</b>: it opens this result on their Classify page."
+    return announced(
+        eyebrow,
+        '<div class="nl-refer"><p class="nl-verdict" role="heading" aria-level="2">Refer to a reader</p>'
+        f"<p>{html.escape(answer.refer_reason)} What the model would say stands below for the record."
+        f"{pass_on}</p></div>"
+        f'<p class="nl-verdict nl-unsure">{line}</p>',
     )
+
+
+def announced(eyebrow: str, markup: str) -> str:
+    """Markup that a screen reader reads out as soon as it is there."""
+    return f'<div role="status"><p class="nl-eyebrow">{eyebrow}</p>{markup}</div>'
 
 
 def prediction_sets(answer: Answer) -> None:
@@ -226,15 +312,17 @@ def prediction_sets(answer: Answer) -> None:
         )
 
 
-def show_answer(upload: Upload, answer: Answer) -> None:
+def show_history(history: tuple[str, ...]) -> None:
+    """Of a prediction that was opened again: when it was made, and what readers have said of it."""
+    for line in history:
+        st.caption(layout.plain(line))
+
+
+def show_answer(upload: Upload, answer: Answer, history: tuple[str, ...]) -> None:
     """Result, explanation and feedback."""
     with st.container(border=True, key="card-result"):
-        tone = "nl-unsure" if answer.refer else "nl-tumour" if answer.tumour else "nl-none"
-        st.markdown(f'<p class="nl-eyebrow">Result for {html.escape(upload.name)}</p>', unsafe_allow_html=True)
-        if answer.refer:
-            referral(answer)
         st.markdown(
-            f'<p class="nl-verdict {tone}">{html.escape(verdict_line(answer))}</p>'
+            verdict(upload, answer)
             + facts(
                 ("Prediction", answer.id),
                 ("Model", f"version {answer.model_version}"),
@@ -247,6 +335,7 @@ def show_answer(upload: Upload, answer: Answer) -> None:
             unsafe_allow_html=True,
         )
         prediction_sets(answer)
+        show_history(history)
         choose_frame(upload, answer.frames, answer.frame)
         if upload.simulated or answer.simulated_model:
             with st.container(horizontal=True, gap="small"):
@@ -265,23 +354,27 @@ def show_answer(upload: Upload, answer: Answer) -> None:
             "Calibrated: of scans given 80 %, about 80 % are right, as long as they are like those of the training."
         )
     with pictures.container(border=True, key="card-explanation", height="stretch"):
-        show_explanation(answer, opacity / 100)
+        show_explanation(answer, opacity / 100, again=bool(upload.recorded))
     show_feedback(answer.id, answer.label, refer=answer.refer)
 
 
-def show_explanation(answer: Answer, opacity: float) -> None:
+def show_explanation(answer: Answer, opacity: float, *, again: bool) -> None:
     """The scan, and beside it where the model looked, or in words why there is no such picture."""
     st.subheader("Where the model looked", anchor=False)
     image = heatmap.grey(answer.image)
     left, right = st.columns(2, gap="small")
     with left.container(key=f"picture-scan-{answer.id}"):
-        st.image(image, caption="The scan as it was read", width="stretch", output_format="PNG")
+        caption = "The scan as it was read"
+        st.image(image, caption=caption, width="stretch", output_format="PNG", alt=caption)
     if answer.heatmap is not None:
         mixed = heatmap.overlay(image, heatmap.grey(answer.heatmap), opacity)
         with right.container(key=f"picture-heat-{answer.id}"):
             caption = f"What speaks for {CLASS_NAMES[answer.label].lower()}"
-            st.image(mixed, caption=caption, width="stretch", output_format="PNG")
+            alt_text = f"The scan under its heat map: {caption[0].lower()}{caption[1:]}"
+            st.image(mixed, caption=caption, width="stretch", output_format="PNG", alt=alt_text)
         st.caption("Brighter regions weighed more. This explains the model; it is no outline of a tumour.")
+    elif again:
+        right.markdown("**There is no heat map here.** It came with the answer and is not kept.")
     elif answer.tumour:
         right.markdown("**There is no heat map here.** No region spoke for this class more than the others.")
     elif answer.refer:
@@ -379,15 +472,20 @@ def send_feedback(prediction_id: str, verdict: Verdict) -> None:
     )
 
 
-def show_problem(upload: Upload, fault: ApiProblem) -> None:
+def show_problem(upload: Upload, fault: ApiProblem, history: tuple[str, ...]) -> None:
     """Why there is no result: the gate's refusal, or a fault in words."""
     if fault.gate is None:
         layout.problem(fault, on_retry=forget_outcome if fault.passing else None)
+        if upload.frame is not None:  # another slice of the same file may do better
+            choose_frame(upload, upload.frames, upload.frame)
         return
     with st.container(border=True, key="card-refused"):
         st.markdown(
-            f'<p class="nl-eyebrow">No result for {html.escape(upload.name)}</p>'
-            '<p class="nl-verdict nl-refused">This does not look like a brain MRI</p>'
+            announced(
+                f"No result for {html.escape(upload.name)}",
+                '<p class="nl-verdict nl-refused" role="heading" aria-level="2">'
+                "This does not look like a brain MRI</p>",
+            )
             + facts(
                 ("Prediction", fault.prediction_id),
                 ("Gate score", f"{fault.gate.score:.2f}"),
@@ -400,6 +498,7 @@ def show_problem(upload: Upload, fault: ApiProblem) -> None:
             show_refused(fault.prediction_id)
         with words:
             st.markdown(layout.plain(layout.as_sentence(fault.gate.reason or fault.detail)))
+            show_history(history)
             choose_frame(upload, fault.frames, fault.frame)
             if fault.gate.threshold_origin:
                 st.caption(layout.plain(fault.gate.threshold_origin))
@@ -417,7 +516,7 @@ def show_problem(upload: Upload, fault: ApiProblem) -> None:
 def show_refused(prediction_id: str) -> None:
     """The refused image as the platform read it: what a reader chose may be no picture that a browser knows."""
     try:
-        st.image(heatmap.grey(layout.api().image(prediction_id)), width="stretch")
+        st.image(layout.api().image(prediction_id), width="stretch", alt="The refused image as it was read")
     except ApiProblem:
         st.caption("The picture cannot be shown for now.")
 
@@ -432,19 +531,24 @@ layout.heading(
     "Upload one slice of a brain MRI. The model says whether it sees a tumour, of which kind, how sure it is, and "
     "where it looked.",
 )
+linked = st.query_params.pop("prediction", "")  # a link to one prediction
+if linked and layout.person().may(Role.READER):
+    choose(st.session_state, reopened(linked))
 panel, result = st.columns([4, 8], gap="medium")
 with panel:
     consent_given, tiles_place = input_panel()
 with result:
-    chosen = current_upload(st.session_state) if consent_given else None
+    chosen = current_upload(st.session_state)
+    if chosen is not None and not (consent_given or chosen.recorded):
+        chosen = None
     with place_of(chosen):
         if chosen is None:
             welcome(consent_given)
         else:
             happened = classify(chosen)
             if happened.answer is not None:
-                show_answer(chosen, happened.answer)
+                show_answer(chosen, happened.answer, happened.history)
             elif happened.problem is not None:
-                show_problem(chosen, happened.problem)
+                show_problem(chosen, happened.problem, happened.history)
 with tiles_place:  # last: rendering them takes a moment at first, and the rest of the page need not wait for it
     sample_tiles(consent_given)

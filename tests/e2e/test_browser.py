@@ -154,11 +154,20 @@ def test_a_reader_uploads_a_scan_reads_the_result_corrects_it_and_sees_the_count
     expect(page.get_by_text("Not a medical device; not for diagnosis.")).to_be_visible()
     page.locator(".st-key-consent label").first.click()
     expect(page.get_by_text("Choose a scan to see its result here")).to_be_visible()
+    page.locator(".st-key-retrain label").first.click()
+    page.wait_for_timeout(1_000)  # until the tick has arrived
     page.locator("input[type=file]").set_input_files({"name": "scan.png", "mimeType": "image/png", "buffer": scan})
     verdict = page.locator(".nl-verdict")
     expect(verdict).to_contain_text("the model sees")
     expect(page.get_by_text("Result for scan.png")).to_be_visible()
     expect(page.get_by_text("The scan as it was read")).to_be_visible()
+
+    expect(page.locator(".st-key-take-7 button").first).to_be_enabled()  # the whole page is drawn
+    assert page.locator("[role=status] .nl-verdict[role=heading]").count() == 1
+    assert page.locator("img").count() >= 10
+    assert not page.locator("img:not([alt]), img[alt='']").count()
+    names = page.locator("[class*=st-key-take-] button:visible").all_inner_texts()
+    assert len(set(names)) == 8, names
 
     choose_first(page, page.locator(".st-key-card-feedback").get_by_role("combobox"))
     page.get_by_role("button", name="Send correction").click()
@@ -215,6 +224,25 @@ def test_what_waits_for_the_api_shows_nothing_of_the_scan_before_and_loses_no_ve
         page.keyboard.press("ArrowLeft")  # the reader goes on meanwhile
         page.wait_for_timeout(1_000)
     expect(page.get_by_text("You are not sure.")).to_be_visible()
+
+
+COVERED = """() => {
+    const focused = document.activeElement.getBoundingClientRect()
+    const notice = document.querySelector('.st-key-notice').getBoundingClientRect()
+    return document.activeElement !== document.body && focused.height > 0 && focused.top >= notice.top
+}"""
+
+
+def test_on_a_small_screen_nothing_has_the_focus_under_the_notice(page, frontend_url):
+    expect.set_options(timeout=60_000)
+    sign_in(page, frontend_url)
+    page.set_viewport_size({"width": 360, "height": 640})
+    page.locator(".st-key-consent label").first.click()
+    expect(page.locator(".st-key-take-7 button").first).to_be_enabled()
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        page.wait_for_timeout(60)
+        assert not page.evaluate(COVERED), page.evaluate("document.activeElement.innerText")
 
 
 UPLOAD = """async tab => {

@@ -19,8 +19,10 @@ def predictions(api) -> int:
     return api.services.log.monitoring().predictions
 
 
-def consent(app: AppTest) -> AppTest:
+def consent(app: AppTest, *, retrain: bool = True) -> AppTest:
     app.checkbox(key="consent").check().run()
+    if retrain:
+        app.checkbox(key="retrain").check().run()
     return app
 
 
@@ -225,6 +227,48 @@ def test_a_refused_scan_is_shown_as_the_platform_read_it_and_another_slice_can_b
     page.number_input[0].set_value(2).run()
     press(page, "Show this slice")
     assert "the model sees a glioma" in words(page)
+
+
+def test_the_slice_that_is_shown_is_not_asked_for_again_nor_a_sample_clicked_twice(page, live_api):
+    before = predictions(live_api)
+    upload(page, dicom(np.stack([head(label) for label in ("glioma", "meningioma", "pituitary")])), "series")
+    press(page, "Show this slice")
+    assert predictions(live_api) == before + 1
+    page.number_input[0].set_value(3).run()
+    press(page, "Show this slice")
+    press(page, "Show this slice")
+    assert predictions(live_api) == before + 2
+    for _ in range(2):
+        page.button(key="take-1").click().run()
+    assert predictions(live_api) == before + 3
+
+
+def test_a_slice_that_cannot_be_read_leaves_the_choice_of_another(open_page, live_api, monkeypatch):
+    app = consent(open_page("classify", live_api))
+    upload(app, dicom(np.stack([head(label) for label in ("glioma", "meningioma", "pituitary")])), "series")
+    app.number_input[0].set_value(3).run()
+    monkeypatch.setenv("NEUROLOOP_API_URL", "http://127.0.0.1:9")
+    press(app, "Show this slice")
+    assert "cannot be reached" in words(app)
+    assert (app.number_input[0].label, app.number_input[0].value) == ("Slice, of 3", 3)
+    assert "Try again" in labels(app)
+
+    monkeypatch.setenv("NEUROLOOP_API_URL", f"http://127.0.0.1:{live_api.port}")
+    app.number_input[0].set_value(1).run()
+    press(app, "Show this slice")
+    assert "the model sees a glioma" in words(app)
+
+
+@pytest.mark.parametrize(("retrain", "consented"), [(False, "record"), (True, "training")])
+def test_a_scan_is_learned_from_only_where_that_was_ticked_too(open_page, live_api, retrain, consented):
+    page = consent(open_page("classify", live_api), retrain=retrain)
+    upload(page, encoded(head("glioma")))
+    answer = page.session_state["outcome"].answer
+    correct_to(page, "pituitary")
+
+    assert live_api.services.log.prediction(answer.id).consent == consented
+    copies = [key for key in live_api.stored() if "ImageLogsWithFeedback" in key and answer.id in key]
+    assert len(copies) == retrain
 
 
 def test_a_scan_whose_header_says_ct_is_refused_with_that_reason(page):

@@ -26,6 +26,13 @@ def test_every_page_carries_the_research_notice_and_one_title(open_page, live_ap
     assert len(app.title) == 1
 
 
+@pytest.mark.parametrize("view", ["classify", "about"])
+def test_every_picture_has_words_for_those_who_do_not_see_it(open_page, live_api, view):
+    pictures = [one for image in open_page(view, live_api).get("image") for one in image.proto.imgs]
+    assert len(pictures) >= 4
+    assert all(one.alt for one in pictures)
+
+
 @pytest.mark.parametrize("view", ["classify", "monitoring", "models", "mail"])
 def test_without_the_api_a_page_says_what_is_wrong_and_offers_to_try_again(open_page, view):
     app = open_page(view)

@@ -8,11 +8,11 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from frontend.conftest import FRONTEND, PASSWORD, sign_in
-from frontend.reading import labels, words
-from frontend.test_classify import consent, press, upload
+from frontend.reading import address, labels, picture, words
+from frontend.test_classify import consent, faint, press, upload
 from neuroloop.core.credentials import Role, new_key
 from neuroloop.serving import keyring
-from serving.running import KEY, encoded, head, wait
+from serving.running import KEY, encoded, head, noise, wait
 
 
 @pytest.fixture
@@ -114,6 +114,45 @@ def test_a_verdict_with_a_personal_key_counts_in_the_name_of_its_holder(open_pag
     press(app, "Agree")
     row = live_api.services.log.feedback(app.session_state["outcome"].answer.id)
     assert [one.reader for one in row] == ["Berta"]
+
+
+def test_a_scan_referred_to_a_reader_is_opened_by_its_id_and_judged_in_the_readers_name(open_page, live_api):
+    theirs = consent(open_page("classify", live_api, name="", secret=personal(live_api, "uploader", "Uma")))
+    assert "open" not in {field.key for field in theirs.text_input}
+    upload(theirs, encoded(faint("glioma")))
+    row = live_api.services.log.prediction(theirs.session_state["outcome"].answer.id)
+    assert f"Give a reader the id <b>{row.id}</b>" in words(theirs)
+
+    before = live_api.services.log.monitoring().predictions
+    reader = open_page("classify", live_api, name="", secret=personal(live_api, "reader"))
+    reader.text_input(key="open").set_value(f" {row.id} ").run()
+    text = words(reader)
+    assert "Refer to a reader" in text
+    assert "Give a reader the id" not in text
+    assert "uploaded by Uma" in text
+    assert picture(reader, "The scan as it was read") == address(faint("glioma"))
+    assert "It came with the answer and is not kept" in text
+    reader.selectbox[0].set_value("pituitary").run()
+    press(reader, "Send")
+    (said,) = live_api.services.log.feedback(row.id)
+    assert (said.reader, said.verdict, said.label) == ("Berta", "correct", "pituitary")
+    assert live_api.services.log.monitoring().predictions == before
+
+    reader.text_input(key="open").set_value("nothing").run()
+    assert "There is no such thing" in words(reader)
+
+
+def test_a_link_opens_a_prediction_also_one_that_the_gate_refused(open_page, live_api):
+    refused = live_api.predict(noise()).json()["id"]
+    live_api.feedback(refused, "correct", "glioma", reader="Carl")
+    app = open_page("classify", live_api, name=None)
+    app.query_params["prediction"] = refused
+    sign_in(app, "Ann", PASSWORD)
+
+    assert "This does not look like a brain MRI" in words(app)
+    assert "Carl: Corrected to glioma" in words(app).replace("\\", "")
+    press(app, "Agree")
+    assert ("Ann", "agree") in {(one.reader, one.verdict) for one in live_api.services.log.feedback(refused)}
 
 
 @pytest.mark.parametrize("doing", ["look", "judge"])

@@ -25,7 +25,7 @@ CONSENT = (
     "I understand that this is for research only and not for diagnosis, that the scan I choose is stored, and that it "
     "carries no patient's name."
 )
-RETRAIN = "It may be used to retrain the model (optional)."
+RETRAIN = "The scan may be used to retrain the model (optional)."
 
 SHORT_NAMES = {"glioma": "glioma", "meningioma": "meningioma", "notumor": "no tumour", "pituitary": "pituitary"}
 

@@ -30,6 +30,31 @@ def test_class_folders_are_found_with_and_without_parts(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("paths", "parts"),
+    [
+        (["Testing/A/glioma/1.png", "Training/A/glioma/1.png", "Training/B/glioma/1.png"], None),
+        (["set/test/glioma/1.png", "set/train/glioma/1.png"], ["test", "train"]),
+        (["glioma/1.png", "set/test/glioma/1.png"], ["", "set/test"]),
+        (["set/train/glioma/1.png", "set/train/pituitary/1.png"], ["train", "train"]),
+        (["glioma/Train/1.png", "glioma/test_2/1.png", "glioma/validation/1.png"], ["Train", "test_2", "validation"]),
+    ],
+)
+def test_the_part_is_all_that_tells_images_apart_above_the_class_and_train_and_test_below_it(tmp_path, paths, parts):
+    files = folder_source(tmp_path, *paths).files()
+    expected = parts or [path.removesuffix("/glioma/1.png") for path in paths]
+    assert [file.part for file in files] == expected
+    assert [snapshot_path(file) for file in files] == [
+        "/".join(piece for piece in (part, file.label, "1.png") if piece)
+        for part, file in zip(expected, files, strict=True)
+    ]
+
+
+def test_a_folder_below_a_class_that_is_no_part_is_refused_by_name(tmp_path):
+    with pytest.raises(InvalidSource, match=r"The class of glioma/train/masks/a\.jpg .*found it in the folder 'masks'"):
+        folder_source(tmp_path, "glioma/train/masks/a.jpg").files()
+
+
 def test_a_linked_folder_belongs_to_a_source_as_it_does_to_an_audit(tmp_path):
     folder_source(tmp_path / "set", "glioma/a.jpg")
     folder_source(tmp_path / "elsewhere", "b.jpg")

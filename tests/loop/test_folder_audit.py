@@ -1,5 +1,6 @@
 """`neuroloop audit FOLDER`: any folder, nothing else of the platform."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,9 +14,11 @@ from data.drawn import ct, four_classes, picture
 from neuroloop import cli
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.core.errors import InvalidSource, NeuroLoopError
+from neuroloop.data.audit import audit
 from neuroloop.data.shortcuts import TRAITS
+from neuroloop.data.source import ObjectSource, snapshot_path
 from neuroloop.imaging.decode import encode_png
-from neuroloop.loop.folder_audit import audit_folder, list_folder
+from neuroloop.loop.folder_audit import Folder, FolderImage, audit_folder, list_folder
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -148,6 +151,40 @@ def test_deeper_folders_links_and_other_spellings_hide_no_leak(tmp_path):
     ]
     assert report["twins_across_parts"] == 18  # "train/site A" is the largest of those one trains on
     assert report["label_conflicts"] == []
+
+
+@pytest.mark.parametrize(
+    "layout", ["{part}/site A/{label}", "set/{part}/{label}", "{label}/{part}", "A/{part}/B/{label}"]
+)
+def test_a_build_sees_the_same_parts_and_the_same_leak_as_the_command(tmp_path, layout):
+    files = {}
+    for path, data in four_classes(4).items():
+        label, name = path.split("/")
+        files |= {f"{layout.format(part=part, label=label)}/{part}{name}": data for part in ("Training", "Testing")}
+    store = FolderStore(str(write(tmp_path, files)))
+    source = ObjectSource("here", store)
+    listed = {snapshot_path(file): file for file in source.files()}
+    images = [
+        FolderImage(path=path, key=file.path, label=file.label, part=file.part,
+                    sha256=hashlib.sha256(files[file.path]).hexdigest(), size=1)
+        for path, file in listed.items()
+    ]  # fmt: skip
+    built = audit(Folder(version="", images=tuple(images), ignored={}), lambda image: store.get(image.key))
+    command = audit_folder(store, "here").audit
+    assert built.source_parts == command.source_parts
+    assert built.leak_rate == 1
+    assert [part.name.partition("/")[0] for part in built.held_out] == ["Testing"]
+
+
+def test_a_class_of_any_name_is_the_folder_above_its_parts(tmp_path):
+    files = {}
+    for path, data in four_classes(4).items():
+        label, name = path.split("/")
+        for part in ("train", "test"):
+            files[f"{label.replace('o', 'x')}/{part}/{name}"] = data
+    report = json.loads(audit_folder(FolderStore(str(write(tmp_path, files))), "here").json_report)
+    assert set(report["classes"]) == {"glixma", "meningixma", "nxtumxr", "pituitary"}
+    assert (report["twins_across_parts"], report["leak_rate"]) == (16, 1)
 
 
 def test_names_that_any_data_set_uses_are_classes_of_ours_among_ours_only(tmp_path):

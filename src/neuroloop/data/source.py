@@ -1,7 +1,11 @@
 """Where training images come from: simulated scans, or a folder or bucket of class folders."""
 
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from neuroloop.core.errors import InvalidSource, NotFound, Unavailable
@@ -32,6 +36,7 @@ _ALIASES: dict[str, Label] = {
     "pituitarytumor": "pituitary",
 }
 _ANYBODYS = frozenset({"no", "none", "healthy", "normal"})  # what a class of any data set may be called
+_PART = re.compile(r"(train|test|val)(ing|id|idation)?(set)?([\W_\d].*)?")  # a folder below a class that is a part
 
 
 def label_of(folder: str, *, among_others: bool = False) -> Label | None:
@@ -42,6 +47,45 @@ def label_of(folder: str, *, among_others: bool = False) -> Label | None:
     """
     name = "".join(character for character in folder.casefold() if character.isalnum())
     return None if among_others and name in _ANYBODYS else _ALIASES.get(name.replace("tumour", "tumor"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the folders of an image say of it."""
+
+    part: str  # the source's own part, empty if it has none
+    label: str  # a class of ours, or the name of a folder as it is first spelt
+    below: tuple[str, ...]  # other folders between the class and the image
+
+
+def places(folders: Sequence[Sequence[str]], ours: Callable[[str], Label | None] = label_of) -> list[Place]:
+    """Part and class of each image from its folders, outermost first, at least one.
+
+    The class is the deepest folder whose name is one of `ours`, else the deepest that is not named like a part. The
+    part is what stands above it, and train, test or val folders below it, but for what all images share; where they
+    share all of it, its last folder.
+    """
+    spelled: dict[str, str] = {}
+
+    def one(names: Sequence[str]) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
+        known = {depth: label for depth, name in enumerate(names) if (label := ours(name)) is not None}
+        others = [depth for depth, name in enumerate(names) if not _is_part(name)] or [len(names) - 1]
+        depth = max(known or others)
+        first = spelled.setdefault(unicodedata.normalize("NFC", names[depth]).casefold(), names[depth])
+        below = names[depth + 1 :]
+        part = (*names[:depth], *filter(_is_part, below))
+        return part, known.get(depth, first), tuple(name for name in below if not _is_part(name))
+
+    found = [one(names) for names in folders]
+    parts = {part for part, _, _ in found}
+    shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False)))
+    if len(parts) == 1:
+        shared -= 1
+    return [Place("/".join(part[max(shared, 0) :]), label, below) for part, label, below in found]
+
+
+def _is_part(name: str) -> bool:
+    return _PART.fullmatch(name.casefold()) is not None
 
 
 def snapshot_path(file: SourceFile) -> str:
@@ -156,7 +200,8 @@ class ObjectSource:
                 why=f"expected {', '.join(IMAGE_SUFFIXES)} files as {LAYOUT}, found only {others}",
                 fix="check NEUROLOOP_DATA_URL",
             )
-        files = [self._file(key) for key in images]
+        named = places([key.split("/")[:-1] or [""] for key in images])
+        files = [self._file(key, place) for key, place in zip(images, named, strict=True)]
         taken: dict[str, str] = {}
         for file in files:
             other = taken.setdefault(snapshot_path(file), file.path)
@@ -168,7 +213,7 @@ class ObjectSource:
                 )
         return files
 
-    def _file(self, key: str) -> SourceFile:
+    def _file(self, key: str, place: Place) -> SourceFile:
         try:
             key.encode()
         except UnicodeEncodeError:
@@ -176,16 +221,15 @@ class ObjectSource:
             raise InvalidSource(
                 f"The name {name} in {self.url} is no text", why="it is not written in UTF-8", fix="rename the file"
             ) from None
-        folders = key.split("/")[:-1]
-        label = label_of(folders[-1]) if folders else None
+        label = None if place.below else label_of(place.label)
         if label is None:
-            where = f"the folder {folders[-1]!r}" if folders else "no folder at all"
+            where = f"the folder {key.split('/')[-2]!r}" if "/" in key else "no folder at all"
             raise InvalidSource(
                 f"The class of {key} in {self.url} is unknown",
                 why=f"expected {LAYOUT} (no_tumor, glioma_tumor and the like will do), found it in {where}",
                 fix="rename the folder to its class, or take it out of the source",
             )
-        return SourceFile(path=key, label=label, part=folders[-2] if len(folders) > 1 else "")
+        return SourceFile(path=key, label=label, part=place.part)
 
     def read(self, file: SourceFile) -> bytes:
         """The bytes of one file. Raises `InvalidSource` where it has gone, `Unavailable` for a fault that may pass."""

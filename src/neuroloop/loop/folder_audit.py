@@ -1,12 +1,10 @@
 """The audit of any folder of images, without the rest of the platform."""
 
 import hashlib
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import takewhile
 
 import numpy as np
 from pydantic import Field
@@ -14,11 +12,11 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from neuroloop.core.errors import InvalidSource, NotFound
 from neuroloop.core.ports import ObjectStore
-from neuroloop.core.schemas import LABELS, NO_TUMOUR, Label, Record
+from neuroloop.core.schemas import LABELS, NO_TUMOUR, Record
 from neuroloop.data import audit_report, shortcuts
 from neuroloop.data.audit import Audit, Looks, judge, look, own_split
 from neuroloop.data.findings import Finding, findings
-from neuroloop.data.source import IMAGE_SUFFIXES, hidden, label_of, passed_over
+from neuroloop.data.source import IMAGE_SUFFIXES, Place, hidden, label_of, passed_over, places
 
 FOLDS = 5
 """A folder has no frozen split; for its shortcuts one group in five is tested on."""
@@ -94,8 +92,7 @@ def audit_folder(store: ObjectStore, name: str, *, say: Callable[[str], None] = 
 def list_folder(store: ObjectStore, name: str) -> Folder:
     """The images below a folder, told by their suffix, each read once for its hash. Raises `InvalidSource`.
 
-    A class is the deepest folder whose name is one of ours, else the folder that holds the image, whatever its case;
-    what is above it, but for what all images share, is the part.
+    Class and part are those of `source.places`; a class may have any name, whatever its case.
     """
     store.check()
     listed = store.list("")
@@ -119,19 +116,17 @@ def list_folder(store: ObjectStore, name: str) -> Folder:
         )
 
     folders = [key.split("/")[:-1] for key in images]
-    placed = _placed(folders, label_of)
-    if not any(label in LABELS and label != NO_TUMOUR for _, label in placed):  # a set of something else
-        placed = _placed(folders, partial(label_of, among_others=True))
-    levels = zip(*(above for above, _ in placed), strict=False)
-    shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, levels))
+    placed = places(folders)
+    if not any(place.label in LABELS and place.label != NO_TUMOUR for place in placed):  # a set of something else
+        placed = places(folders, partial(label_of, among_others=True))
 
-    def one(key: str, place: tuple[Sequence[str], str]) -> FolderImage:
-        data, (above, label) = _get(store, key), place
+    def one(key: str, place: Place) -> FolderImage:
+        data = _get(store, key)
         return FolderImage(
             path=_text(key),
             key=key,
-            label=_text(label),
-            part=_text("/".join(above[shared:])),
+            label=_text(place.label),
+            part=_text(place.part),
             sha256=hashlib.sha256(data).hexdigest(),
             size=len(data),
         )
@@ -143,19 +138,6 @@ def list_folder(store: ObjectStore, name: str) -> Folder:
     if loose:
         ignored["images in no class folder"] = len(loose)
     return Folder(version=version, images=entries, ignored=dict(sorted(ignored.items())))
-
-
-def _placed(folders: Sequence[Sequence[str]], ours: Callable[[str], Label | None]) -> list[tuple[Sequence[str], str]]:
-    """Of each image's folders those above the class, and the class: `ours` if it is one, else as it is first spelt."""
-    spelled: dict[str, str] = {}
-
-    def one(names: Sequence[str]) -> tuple[Sequence[str], str]:
-        for depth in range(len(names) - 1, -1, -1):
-            if (label := ours(names[depth])) is not None:
-                return names[:depth], label
-        return names[:-1], spelled.setdefault(unicodedata.normalize("NFC", names[-1]).casefold(), names[-1])
-
-    return [one(names) for names in folders]
 
 
 def _get(store: ObjectStore, key: str) -> bytes:

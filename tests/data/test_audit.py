@@ -8,7 +8,8 @@ from PIL import Image
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.core.errors import InvalidSource
 from neuroloop.core.schemas import LABELS
-from neuroloop.data.audit import Audit, audit, judge, look, refuse_leaks
+from neuroloop.data import audit_report
+from neuroloop.data.audit import Audit, audit, judge, look, own_split, refuse_leaks
 from neuroloop.data.dataset import canonical_arrays, make_split
 from neuroloop.imaging.decode import encode_png
 from neuroloop.model import evaluation
@@ -128,6 +129,32 @@ def test_of_three_parts_the_one_named_for_training_is_trained_on_and_else_the_la
     files = {f"x/{path}": data for path, data in four_classes(3).items()}
     files["y/glioma/1.png"] = encode_png(picture(77_777))
     assert {part.name: part.held_out for part in audited(files).source_parts} == {"x": False, "y": True}
+
+
+@pytest.mark.parametrize(
+    ("parts", "held_out"),
+    [
+        ({"Training/A": 3, "TRAIN/B": 2, "Testing": 2}, ["Testing"]),
+        ({"A/train": 3, "B/train": 2, "A/test": 2, "B/Val": 4}, ["A/test", "B/Val"]),
+        ({"A/testing/train": 2, "x": 3}, ["x"]),
+        ({"A/test": 4, "B": 2, "C": 3}, ["A/test", "B"]),
+        ({"train 1": 2, "train 2": 2}, []),
+    ],
+)
+def test_all_parts_with_a_folder_named_for_training_are_trained_on_and_else_the_largest(parts, held_out):
+    files = {f"{part}/{path}": data for part, each in parts.items() for path, data in four_classes(each).items()}
+    snapshot = snapshot_of(files)
+    named = {path: path.rsplit("/", 2)[0] for path in files}
+    images = tuple(each.model_copy(update={"part": named[each.path]}) for each in snapshot.images)
+    snapshot = snapshot.model_copy(update={"images": images})
+    looks = look(snapshot.images, lambda entry: files[entry.path])
+    result = judge(snapshot, looks)
+    assert [part.name for part in result.held_out] == held_out
+    assert (own_split(result, looks) is None) == (held_out == [])
+    page = audit_report.to_html(
+        result, (), source="here", images=snapshot.images, read=lambda entry: files[entry.path]
+    ).decode()
+    assert ("no part to test on, so none can leak" in page) == (held_out == [])
 
 
 def test_a_folder_around_all_images_is_no_part():

@@ -6,7 +6,15 @@ from neuroloop.adapters.folder import FolderStore
 from neuroloop.bootstrap import open_source
 from neuroloop.core.errors import InvalidSource
 from neuroloop.core.schemas import LABELS, SourceFile
-from neuroloop.data.source import MINIMUM_PER_CLASS, ObjectSource, PhantomSource, check, label_of, snapshot_path
+from neuroloop.data.source import (
+    MINIMUM_PER_CLASS,
+    ObjectSource,
+    PhantomSource,
+    check,
+    is_test,
+    label_of,
+    snapshot_path,
+)
 from neuroloop.imaging.decode import decode
 
 
@@ -48,6 +56,14 @@ def test_the_part_is_all_that_tells_images_apart_above_the_class_and_train_and_t
         "/".join(piece for piece in (part, file.label, "1.png") if piece)
         for part, file in zip(expected, files, strict=True)
     ]
+
+
+@pytest.mark.parametrize(
+    ("part", "tested"),
+    [("Testing", True), ("site A/TEST_2", True), ("Training", False), ("test site/train", False), ("latest", False)],
+)
+def test_a_part_is_tested_on_if_one_of_its_folders_says_so_and_none_says_that_one_trains_on_it(part, tested):
+    assert is_test(part) == tested
 
 
 def test_a_folder_below_a_class_that_is_no_part_is_refused_by_name(tmp_path):

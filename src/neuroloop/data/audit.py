@@ -23,6 +23,7 @@ from neuroloop.data import modality, shortcuts, similarity
 from neuroloop.data.packed import pack, unpack
 from neuroloop.data.similarity import thumbnail as thumbnail
 from neuroloop.data.similarity import twins as twins
+from neuroloop.data.source import is_test, is_training
 from neuroloop.imaging.decode import FORMATS, SMALLEST_SIDE, decode
 
 BLANK_DEVIATION = 2.0
@@ -86,7 +87,7 @@ class SourcePart(Record):
     identical: int = Field(description="images whose very bytes stand in another part too")
     twins: int = Field(description="images that stand in another part too, identical, re-encoded, mirrored or turned")
     held_out: bool = Field(
-        default=True, description="not the part one trains on: train..., else the largest but test..."
+        default=True, description="none that one trains on: any train..., else the largest but test..."
     )
 
     @property
@@ -401,19 +402,18 @@ def _source_parts(entries: Sequence[AuditedImage], leaks: Collection[str]) -> tu
     images = Counter(image.part for image in entries)
     names = sorted(images)
     if len(names) < 2:  # what all images share is a folder, not a split
-        names = []
-
-    def likely(name: str) -> tuple[bool, bool, int]:
-        return name.casefold().startswith("train"), not name.casefold().startswith("test"), images[name]
-
-    trained_on = max(names, key=likely, default="")
+        return ()
+    identical = Counter(image.part for image in entries if len(where[image.sha256]) > 1)
+    twins = Counter(image.part for image in entries if image.path in leaks)
+    largest = max(names, key=lambda name: (not is_test(name), images[name]))
+    trained_on = set(filter(is_training, names)) or {largest}
     return tuple(
         SourcePart(
             name=name,
             images=images[name],
-            identical=sum(image.part == name and len(where[image.sha256]) > 1 for image in entries),
-            twins=sum(image.part == name and image.path in leaks for image in entries),
-            held_out=name != trained_on,
+            identical=identical[name],
+            twins=twins[name],
+            held_out=name not in trained_on,
         )
         for name in names
     )

@@ -30,8 +30,8 @@ DEFINITIONS: Mapping[str, str] = {
     "blank": "paths of images that show one grey; quarantined",
     "wrong_modality": "paths of images that look like CT among MRI; quarantined",
     "label_conflicts": "pairs of paths: one picture (correlation 0.99 or more) under two classes; quarantined",
-    "parts": "the source's own parts. The one that is named train... (else the largest that is not named test...) is "
-    "trained on, the others are held out. twins: its images that stand in another part too, whatever their class; "
+    "parts": "the source's own parts. Those with a folder named train... (else the largest without one named test...) "
+    "are trained on, the others are held out. twins: its images that stand in another part too, whatever their class; "
     "identical: byte for byte",
     "identical_across_parts": "images of held-out parts whose very bytes stand in another part as well",
     "twins_across_parts": "images of held-out parts that stand in another part as well: identical, re-encoded, "

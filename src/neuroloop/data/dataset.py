@@ -24,6 +24,7 @@ from neuroloop.core.schemas import (
 )
 from neuroloop.data.audit import Audit, FaultKind
 from neuroloop.data.packed import pack, unpack
+from neuroloop.data.source import is_test
 from neuroloop.imaging.augment import AugmentParams, augment_batch
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.imaging.decode import decode
@@ -124,10 +125,10 @@ def source_split(
 ) -> Split:
     """The legacy split: tested on the part that the source itself calls test, to compare with what others report.
 
-    The test part is every usable image of the source's parts whose name starts with "test", otherwise quarantined
-    ones (of another modality, at odds with a twin) included, as others test on them; those outside it are learned
-    from. The rest is divided into train, validation and calibration, fractions of a class's images (small ones: what
-    it is compared with trained on nearly all of them), by groups among themselves, but not kept apart from the test
+    The test part is every usable image of the source's parts that `source.is_test`, otherwise quarantined ones (of
+    another modality, at odds with a twin) included, as others test on them; those outside it are learned from. The
+    rest is divided into train, validation and calibration, fractions of a class's images (small ones: what it is
+    compared with trained on nearly all of them), by groups among themselves, but not kept apart from the test
     part: that is what this split is there to show. So groups that reach into the test part are learned from, as they
     are by others, while enough other groups remain to hold out; these have nothing of the test part in them. `leaked`
     names the test images with a twin in another of the source's parts.
@@ -174,11 +175,6 @@ def source_split(
         name="legacy",
         leaked=tuple(sorted(entry.path for entry in shown if entry.path in leaked)),
     )
-
-
-def is_test(part: str) -> bool:
-    """Whether the name of a source's own part says that one tests on it: Testing, test, TEST_2."""
-    return part.casefold().startswith("test")
 
 
 def canonical_arrays(entries: Sequence[SplitEntry], read: Callable[[SplitEntry], bytes], size: int) -> Arrays:

@@ -88,6 +88,20 @@ def _is_part(name: str) -> bool:
     return _PART.fullmatch(name.casefold()) is not None
 
 
+def is_training(part: str) -> bool:
+    """Whether the name of a source's own part says that one trains on it: Training, site A/train, TRAIN_2."""
+    return _starts(part, "train")
+
+
+def is_test(part: str) -> bool:
+    """Whether it says that one tests on it: Testing, site A/test, TEST_2."""
+    return _starts(part, "test") and not is_training(part)
+
+
+def _starts(part: str, word: str) -> bool:
+    return any(name.startswith(word) for name in part.casefold().split("/"))
+
+
 def snapshot_path(file: SourceFile) -> str:
     """Where the file stands in a snapshot: `[part/]class/name`, with our class names."""
     name = file.path.rsplit("/", 1)[-1]

@@ -56,7 +56,7 @@ def check_source(services: Services, run_id: str, params: Params) -> Result:
     found = services.source(params.data_url, seed=params.seed)
     _journal(_workspace(services, found), run_id).unlink(missing_ok=True)
     summary = source.check(found.files())
-    if params.split == "legacy" and not any(map(dataset.is_test, summary["parts"])):
+    if params.split == "legacy" and not any(map(source.is_test, summary["parts"])):
         raise InvalidSource(
             f"{found.url} has no test part of its own",
             why=f"the legacy split needs a part whose name starts with test; its parts: {summary['parts'] or 'none'}",
@@ -277,7 +277,7 @@ def write_splits(services: Services, snapshot: Snapshot, report: Audit) -> Split
     """The grouped split of a snapshot, frozen; and the legacy one, where the source has a test part of its own."""
     split = splitting.freeze(services.store, snapshot, report)
     services.store.put(keys.split(split.version), split.model_dump_json().encode(), content_type="application/json")
-    if any(dataset.is_test(entry.part) for entry in snapshot.images):
+    if any(source.is_test(entry.part) for entry in snapshot.images):
         try:
             legacy = dataset.source_split(snapshot, report)
         except InvalidSource as error:  # as in a source that tests on some classes only; the build needs it not

@@ -26,6 +26,14 @@ def test_scalp_fat_with_dark_bone_below_it_is_no_ct():
     assert bone_ring(mri()[None])[0] == 0
 
 
+def test_an_mri_on_white_is_no_ct_and_a_ct_that_touches_an_edge_is_one():
+    image = mri()
+    rows, columns = np.mgrid[:128, :128]
+    beyond = np.hypot((rows - 64) / (0.43 * 128), (columns - 64) / (0.35 * 128)) >= 0.91
+    assert bone_ring(np.where(beyond, 255, np.maximum(image, 60))[None].astype(np.uint8))[0] == 0
+    assert bone_ring(frame(ct(240)[20:-20, 40:])[None])[0] >= RING
+
+
 def test_half_a_ring_is_no_ct():
     open_skull = ct()
     open_skull[64:][open_skull[64:] == 255] = 90

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -183,6 +185,63 @@ def test_a_new_source_counts_by_its_share_however_many_images_there_are(versions
 
     result = compare(before, before, of(drawn=images), of(drawn=images, new=round(images * share / (1 - share))))
     assert result.classes["glioma"].shifts["origin"].grade == grade
+
+
+def with_glioma(earlier, of_class, sizes=None, origins=None):
+    """Statistics whose gliomas are unlike images of these sizes and origins, by their number."""
+    (drawn,) = of_class.origins.values()
+    count = sum((sizes or origins).values())
+    changed: dict = {"groups": {"train": count}, "measured": count}
+    if sizes:
+        changed["sizes"] = dict(sizes)
+    if origins:
+        changed["origins"] = {name: drawn.model_copy(update={"images": {"train": n}}) for name, n in origins.items()}
+    return earlier.model_copy(update={"classes": earlier.classes | {"glioma": of_class.model_copy(update=changed)}})
+
+
+@pytest.mark.parametrize("images", [60, 300, 1000])
+@pytest.mark.parametrize("name", ["size", "origin"])
+def test_two_draws_of_many_sizes_or_sources_are_stable_and_chance_bounds_them(versions, generator, name, images):
+    (before, earlier), _ = versions
+
+    def drawn(kind: int) -> Counter[str]:
+        """A third each: widths near 225; one size and any others; frames and sources of 12, 40 and 90 kinds."""
+        if name == "origin":
+            return Counter(f"source {n}" for n in generator.integers((12, 40, 90)[kind], size=images))
+        sides = generator.integers(180, 640, (images, 2))
+        if kind == 0:
+            sides = np.clip(generator.normal(225, 25, (images, 1)), 180, 300).astype(int).repeat(2, axis=1)
+        elif kind == 1:
+            sides[generator.random(images) < 0.6] = 512
+        return Counter(f"{width} x {height}" for width, height in sides)
+
+    shifts = []
+    for number in range(99):
+        old, new = (with_glioma(earlier, earlier.classes["glioma"], **{f"{name}s": drawn(number % 3)}) for _ in "ab")
+        shifts.append(compare(before, before, old, new).classes["glioma"].shifts[name])
+    assert np.mean([shift.psi <= shift.chance for shift in shifts]) >= 0.96
+    assert np.mean([shift.grade == "stable" for shift in shifts]) >= 0.96
+
+
+def test_frames_of_another_area_are_a_shift_of_size_and_others_of_the_same_area_are_none(versions):
+    (before, earlier), _ = versions
+    glioma = earlier.classes["glioma"]
+
+    def grade(*sizes: str) -> str:
+        old, new = (with_glioma(earlier, glioma, sizes={size: 200}) for size in sizes)
+        return compare(before, before, old, new).classes["glioma"].shifts["size"].grade
+
+    assert grade("512 x 512", "256 x 256") == grade("512 x 512", "630 x 630") == "large"
+    assert grade("512 x 512", "512 x 514") == "stable"
+    assert grade("20000 x 20000", "1 x 1") == "large"  # beyond the histogram too
+
+
+def test_many_new_sources_of_a_few_images_each_are_a_shift_as_one_of_all_of_them_is(versions):
+    (before, earlier), _ = versions
+    glioma = earlier.classes["glioma"]
+    old = with_glioma(earlier, glioma, origins={"one": 500})
+    many = with_glioma(earlier, glioma, origins={"one": 300} | {f"rare {n}": 4 for n in range(50)})
+    assert compare(before, before, old, many).classes["glioma"].shifts["origin"].grade == "large"
 
 
 def test_a_version_compared_with_itself_has_not_changed(versions):

@@ -27,6 +27,8 @@ _BINS = 10
 _FEWEST = 20
 _LEAST = 0.01  # share of a size, a source or a class below which it counts as if it had that
 _LISTED = 100
+_RARE = 10  # images of both versions together, below which a source is one of the others: it is mostly chance
+_AREAS = np.linspace(10, 26, 65)  # log2 of a frame's pixels, from 32 x 32 to 8192 x 8192, in quarters
 
 
 class Shift(Record):
@@ -44,7 +46,7 @@ class ClassChange(Record):
     removed: dict[str, int] = Field(description="recovered source -> images that are not there any more")
     relabelled: dict[str, int] = Field(description="class they had before -> images")
     shifts: dict[str, Shift] = Field(
-        description="grey_level and contrast (mean and deviation of an image), size, origin (recovered source)"
+        description="grey_level and contrast (mean and deviation of an image), size (area), origin (recovered source)"
     )
 
 
@@ -187,12 +189,11 @@ def _graded(old: NDArray[np.float64], new: NDArray[np.float64], n: int, m: int, 
 def _class_shifts(earlier: ClassStatistics, later: ClassStatistics) -> dict[str, Shift]:
     # A sample may have been measured of each; of groups there are never more than images.
     groups = tuple(min(each.groups["train"], each.measured) for each in (earlier, later))
-    sizes = _by_frequency(earlier.sizes, later.sizes)
     samples = (groups[0], groups[1])
     return {
         "grey_level": psi(earlier.mean_counts, later.mean_counts, samples=samples),
         "contrast": psi(earlier.deviation_counts, later.deviation_counts, samples=samples),
-        "size": psi(*sizes, samples=samples, least=_LEAST),
+        "size": psi(_areas(earlier.sizes), _areas(later.sizes), samples=samples, least=_LEAST),
         "origin": psi(*_by_frequency(_origins(earlier), _origins(later)), samples=samples, least=_LEAST),
     }
 
@@ -208,9 +209,23 @@ def _mix(earlier: Statistics, later: Statistics) -> Shift:
     return _graded(old, new, n, m, _LEAST) if min(n, m) >= _FEWEST else Shift(psi=0.0, chance=0.0, grade="too few")
 
 
+def _areas(sizes: Mapping[str, int]) -> list[int]:
+    """Images by the area of their frame: of names without an order, two draws of many sizes would share few."""
+    areas = [np.log2(np.prod([int(side) for side in size.split(" x ")])) for size in sizes]
+    counts, _ = np.histogram(np.clip(areas, _AREAS[0], _AREAS[-1]), _AREAS, weights=list(sizes.values()))
+    return [int(count) for count in counts]
+
+
 def _by_frequency(earlier: Mapping[str, int], later: Mapping[str, int]) -> tuple[list[int], list[int]]:
-    names = sorted(earlier.keys() | later.keys(), key=lambda name: (-earlier.get(name, 0), name))
-    return [earlier.get(name, 0) for name in names], [later.get(name, 0) for name in names]
+    """The counts of each name, rare ones as one; by both together, or what was frequent by chance would lead."""
+    both = Counter(earlier) + Counter(later)
+    least = max(_RARE, _LEAST * both.total())
+    names = sorted((name for name in both if both[name] >= least), key=lambda name: (-both[name], name))
+    old, new = ([each.get(name, 0) for name in names] for each in (earlier, later))
+    if len(names) < len(both):
+        old.append(sum(earlier.values()) - sum(old))
+        new.append(sum(later.values()) - sum(new))
+    return old, new
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:

@@ -19,8 +19,8 @@ SATURATED = 0.07
 there; the bright scalp of an MRI near the vertex reaches 0.06 at most."""
 
 EDGE = 0.5
-"""Share of the frame's edge that lies in the "head" from which it is none, but a white background. On the public set the
-heads of CT reach 0.16, those of MRI put on white that would be taken for CT begin at 0.81."""
+"""Share of the frame's edge that lies in the "head" from which it is none, but a white background. On the public set
+the heads of CT reach 0.16, those of MRI put on white that would be taken for CT begin at 0.81."""
 
 _WHITE, _BRIGHT = 0.96, 0.90  # of the 99.5th percentile: saturated; and bone, with JPEG noise and blurred edges
 _THICK, _INSIDE = 3, 5  # steps of a ray: least thickness of bone, and how far inside of it a dark gap would lie

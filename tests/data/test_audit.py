@@ -81,6 +81,12 @@ def test_a_class_of_which_more_than_a_fifth_is_unreadable_is_broken():
     assert audited(files).broken == {"pituitary": tuple(f"pituitary/00{number}.png" for number in range(3))}
 
 
+def test_empty_files_repeat_no_image():
+    files = four_classes(10) | {f"glioma/empty {number}.png": b"" for number in range(2)}
+    files["glioma/copy.png"] = files["glioma/000.png"]
+    assert audited(files).identical == 1
+
+
 def test_one_picture_under_two_classes_is_quarantined_on_both_sides():
     files = four_classes(10)
     files["pituitary/again.png"] = encode_png(np.ascontiguousarray(picture(3)[::-1]))

@@ -128,6 +128,21 @@ def test_the_page_tells_the_leak_first_then_findings_pictures_and_shortcuts(repo
     assert "mirrored r = 1.000" in text
 
 
+@pytest.mark.parametrize(("copies", "says"), [(1, "On these, a score is memory."), (5, "mostly memory")])
+def test_how_much_of_a_score_is_memory_is_said_by_the_rate(copies, says):
+    training = four_classes(5)
+    files = {f"Training/{path}": data for path, data in training.items()}
+    files |= {f"Testing/glioma/{n}.png": encode_png(picture(80_000 + n)) for n in range(5)}
+    files |= {f"Testing/glioma/copy {n}.png": files[f"Training/glioma/00{n}.png"] for n in range(copies)}
+    snapshot = snapshot_of(files)
+    audit = judge(snapshot, look(snapshot.images, lambda entry: files[entry.path]))
+    page = audit_report.to_html(
+        audit, (), source="here", images=snapshot.images, read=lambda entry: files[entry.path]
+    ).decode()
+    assert says in page
+    assert page.count("memory") == 1
+
+
 def test_a_clean_set_without_parts_has_a_page_too():
     files = four_classes(5)
     snapshot = snapshot_of(files)

@@ -111,7 +111,7 @@ class Audit(Record):
     components: int = Field(description="groups of all readable images, before any other was quarantined")
     largest_group: int
     mixed_groups: int = Field(description="groups of similar, not equal, images with more than one class; kept")
-    identical: int = Field(description="images that repeat the bytes of an earlier one")
+    identical: int = Field(description="readable images that repeat the bytes of an earlier one")
     label_conflicts: tuple[tuple[str, str], ...] = Field(description="pairs: one picture, two classes; quarantined")
     source_parts: tuple[SourcePart, ...] = Field(description="the source's own parts, empty where it has none")
     leaks: dict[str, str] = Field(description="image -> its most alike twin in another of the source's own parts")
@@ -310,7 +310,7 @@ def judge(snapshot: AuditedSet[Entry], looks: Looks[Entry]) -> Audit:
         components=len(set(roots.tolist())),
         largest_group=max((len(group) for group in members.values()), default=0),
         mixed_groups=sum(len(set(group)) > 1 for group in members.values()),
-        identical=len(snapshot.images) - len({image.sha256 for image in snapshot.images}),
+        identical=len(entries) - len({image.sha256 for image in entries}),
         label_conflicts=tuple(conflicts),
         source_parts=_source_parts(entries, leaks),
         leaks={one: other for one, (_, other) in sorted(leaks.items())},

@@ -137,6 +137,17 @@ def test_of_three_parts_the_one_named_for_training_is_trained_on_and_else_the_la
     assert {part.name: part.held_out for part in audited(files).source_parts} == {"x": False, "y": True}
 
 
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_a_leak_is_told_with_its_most_alike_twin_whatever_the_order(names):
+    image, other = picture(3).astype(float), picture(4)
+    files = {f"Training/{path}": data for path, data in four_classes(3).items()}
+    for name, weight in zip(names, (0.08, 0.02), strict=True):
+        blend = np.clip(image + weight * other, 0, 255).astype(np.uint8)
+        files[f"Training/glioma/blend {name}.png"] = encode_png(blend)
+    files["Testing/glioma/own.png"] = encode_png(picture(3))
+    assert audited(files).leaks["Testing/glioma/own.png"] == f"Training/glioma/blend {names[1]}.png"
+
+
 @pytest.mark.parametrize(
     ("parts", "held_out"),
     [

@@ -101,6 +101,31 @@ def test_images_that_are_all_the_same_are_one_group():
     assert same == []
 
 
+def test_of_thousands_of_copies_each_is_told_of_a_twin_in_the_other_part_and_class_but_not_of_all():
+    copies = thumbnail(picture(3)) + np.random.default_rng(0).normal(0, 5e-4, (4000, 1024)).astype(np.float32)
+    copies -= copies.mean(axis=1, keepdims=True)
+    copies /= np.linalg.norm(copies, axis=1, keepdims=True)
+    numbers = np.arange(4000)
+    parts, labels = numbers % 2, np.select([numbers < 20, numbers < 23], [1, 2], 0)
+    roots, same, scores = connect(copies, labels.tolist(), parts.tolist())
+    assert set(roots.tolist()) == {0}
+    assert scores.min() >= SAME
+    pairs = np.array(same)
+    for kind in (parts, labels):
+        apart = pairs[kind[pairs[:, 0]] != kind[pairs[:, 1]]]
+        assert set(apart.ravel().tolist()) == set(range(4000))
+    assert len(pairs) < 32 * 4000  # of 4 million
+
+
+def test_of_two_twins_in_another_part_both_are_told_with_their_correlations():
+    image = picture(3).astype(float)
+    close, closer = (np.clip(image + weight * picture(4), 0, 255).astype(np.uint8) for weight in (0.08, 0.02))
+    thumbnails = np.stack([thumbnail(each) for each in (close, picture(3), closer)])
+    _, same, scores = connect(thumbnails, ["train", "test", "train"])
+    assert same == [(0, 1), (1, 2)]
+    assert SAME <= scores[0] < scores[1]
+
+
 @pytest.mark.parametrize("quarter", range(4))
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_the_relation_of_twins_tells_how_one_becomes_the_other(quarter, mirrored):

@@ -270,8 +270,8 @@ def judge(snapshot: AuditedSet[Entry], looks: Looks[Entry]) -> Audit:
         )
     reasons = {path: reason for path, (_, reason) in faults.items()}
 
-    kinds = [(image.label, image.part) for image in entries]
-    roots, same, scores = similarity.connect(looks.thumbnails, kinds)
+    labels, parts = [image.label for image in entries], [image.part for image in entries]
+    roots, same, scores = similarity.connect(looks.thumbnails, labels, parts)
     conflicts = sorted((entries[i].path, entries[j].path) for i, j in same if entries[i].label != entries[j].label)
     label = {image.path: image.label for image in entries}
     for pair in conflicts:

@@ -43,6 +43,8 @@ _SAMPLE = 4096  # thumbnails that the principal axes are taken from; any axes wo
 _BLOCK = 512  # signatures looked up at a time: bounds memory even where all images are alike
 _CHUNK = 1 << 14  # pairs compared in full at a time: 130 MB of thumbnails
 _ROWS = 1 << 12  # thumbnails transformed at a time
+_PARTNERS = 8
+"""Pictures of another kind that an image is told of at most, if they have as many: n copies are n^2 pairs."""
 _SLACK = 1e-4  # for rounding in single precision; a pair too many costs nothing
 _PIECES = np.cumsum([136, 120, 136, 120, 256])  # 16x16 symmetric, antisymmetric, twice; then the exchanged two
 
@@ -99,20 +101,21 @@ def across(thumbnails: Floats, parts: Sequence[str], threshold: float = SIMILAR)
 
 
 @_one_thread
-def connect(thumbnails: Floats, kinds: Sequence[object]) -> tuple[Indices, Pairs, Floats]:
-    """Group what is similar, and find the pictures that stand under two kinds (say class and source part).
+def connect(thumbnails: Floats, *kinds: Sequence[object]) -> tuple[Indices, Pairs, Floats]:
+    """Group what is similar, and find the pictures that stand under two kinds (say two classes, or two source parts).
 
-    `thumbnails` (n, 1024), `kinds` (n,) -> roots (n,), the lowest index of each image's connected component at
-    `SIMILAR`; the sorted pairs (i, j), i < j, at `SAME` whose kinds differ; and their correlations.
+    `thumbnails` (n, 1024), `kinds` (n,) each -> roots (n,), the lowest index of each image's connected component at
+    `SIMILAR`; the sorted pairs (i, j), i < j, at `SAME` that differ in one of the kinds; and their correlations. Of a
+    picture with many copies these are not all pairs, but each copy that differs in a kind from another is in one.
     """
     n = len(thumbnails)
     roots = np.arange(n)
     if n == 0:
         return roots, [], np.zeros(0, np.float32)
-    pieces, codes = _pieces(thumbnails), _codes(kinds)
+    pieces, partners = _pieces(thumbnails), [_Partners(_codes(kind)) for kind in kinds]
     same: list[tuple[Indices, Indices, Floats]] = []
     for i, j, distance in _near_one_another(_Axes.of(pieces).signatures(pieces), SIMILAR):
-        told = (codes[i] != codes[j]) & (distance <= _radius(SAME))
+        told = (distance <= _radius(SAME)) & _wanting(partners, i, j)
         wanted = np.flatnonzero(told | (roots[i] != roots[j]))
         # The nearest first: they connect most, and what is connected already need not be compared.
         wanted = wanted[np.argsort(distance[wanted], kind="stable")]
@@ -123,11 +126,34 @@ def connect(thumbnails: Floats, kinds: Sequence[object]) -> tuple[Indices, Pairs
             roots = _merge(roots, i[:_CHUNK][hit], j[:_CHUNK][hit])
             hit = told[:_CHUNK] & (score >= SAME)
             same.append((i[:_CHUNK][hit], j[:_CHUNK][hit], score[hit]))
+            for each in partners:
+                each.add(*same[-1][:2])
             i, j, told = i[_CHUNK:], j[_CHUNK:], told[_CHUNK:]
+            told = told & _wanting(partners, i, j)
             apart = told | (roots[i] != roots[j])
             i, j, told = i[apart], j[apart], told[apart]
     pairs = sorted(pair for i, j, score in same for pair in zip(i.tolist(), j.tolist(), score.tolist(), strict=True))
     return roots, [(i, j) for i, j, _ in pairs], np.array([score for _, _, score in pairs], np.float32)
+
+
+class _Partners:
+    """Of how many pictures of another kind each image has been told."""
+
+    def __init__(self, codes: Indices) -> None:
+        self._codes, self._told = codes, np.zeros(len(codes), np.int64)
+
+    def wanting(self, i: Indices, j: Indices) -> NDArray[np.bool_]:
+        """Which pairs are of two kinds, and of too few such pairs on either side."""
+        few = self._told < _PARTNERS
+        return (self._codes[i] != self._codes[j]) & (few[i] | few[j])
+
+    def add(self, i: Indices, j: Indices) -> None:
+        apart = self._codes[i] != self._codes[j]
+        self._told += np.bincount(np.concatenate([i[apart], j[apart]]), minlength=len(self._told))
+
+
+def _wanting(partners: Sequence[_Partners], i: Indices, j: Indices) -> NDArray[np.bool_]:
+    return np.any([each.wanting(i, j) for each in partners], axis=0)
 
 
 def relation(a: Floats, b: Floats) -> tuple[float, int, bool]:

@@ -85,6 +85,8 @@ def test_the_json_has_every_figure_and_says_what_each_means(reported):
     assert len(report["quarantined"]) == 6
     assert set(report["shortcuts"]) == set(shortcuts.TRAITS)
     assert report["shortcuts"]["border"]["grouped"] is None
+    assert report["shortcuts_images"] == {"source": [81, 23]}
+    assert report["shortcuts_left_out"] == []
     assert 0 <= report["shortcuts"]["border"]["source"] <= 1
     assert [part["name"] for part in report["parts"] if part["held_out"]] == ["Testing"]
     assert {"images", "groups", "twins_across_parts", "shortcuts"} <= set(report["definitions"])

@@ -28,8 +28,9 @@ def faulty():
     return audit(snapshot_of(files), lambda entry: files[entry.path])
 
 
+IMAGES = {"source": (800, 200), "grouped": (800, 200)}
 SHORTCUTS = Shortcuts(
-    source={"majority": 0.3, "border": 0.9}, grouped={"majority": 0.3, "border": 0.8}, images={}, sampled=False
+    source={"majority": 0.3, "border": 0.9}, grouped={"majority": 0.3, "border": 0.8}, images=IMAGES, sampled=False
 )
 
 
@@ -83,9 +84,9 @@ def test_a_shortcut_is_quoted_on_the_split_that_it_tells_most_on(faulty):
     measured = Shortcuts(
         source={"majority": 0.3, "border": 0.3, "nearest": 0.9},
         grouped={"majority": 0.25, "border": 0.75, "nearest": 0.3},
-        images={},
+        images=IMAGES,
         sampled=False,
     )
     (found,) = (each for each in findings(faulty, measured) if each.name == "shortcuts")
     assert "nearest 90.0% on the source's split, border 75.0% on the grouped split" in found.what
-    assert "the largest class: 30.0% on the source's and 25.0% on the grouped" in found.what
+    assert "the largest class of those tested on: 30.0% on the source's and 25.0% on the grouped" in found.what

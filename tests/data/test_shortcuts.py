@@ -23,6 +23,15 @@ def thumbnails_of(frames):
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
+def noise(count, generator):
+    """Traits and thumbnails that say nothing."""
+    traits = {
+        name: generator.normal(size=(count, 4)).astype(np.float32)
+        for name in shortcuts.TRAITS.keys() - {"majority", "nearest"}
+    }
+    return dict(sorted(traits.items())), generator.normal(size=(count, 1024)).astype(np.float32)
+
+
 @pytest.fixture(scope="module")
 def betrayed():
     """200 images in two classes that differ at the edge, and in the size of every file."""
@@ -101,7 +110,44 @@ def test_the_most_telling_shortcut_comes_first_on_whichever_split():
     measured = Shortcuts(
         source={"majority": 0.3, "border": 0.5, "histogram": 0.35, "nearest": 0.99},
         grouped={"majority": 0.3, "border": 0.9, "histogram": 0.35, "nearest": 0.4},
-        images={},
+        images={"source": (800, 200), "grouped": (800, 200)},
         sampled=False,
     )
     assert measured.tempting() == ["nearest", "border"]
+    assert measured.telling() == {"nearest": "source", "border": "grouped"}
+
+
+def test_what_chance_makes_of_few_images_is_no_shortcut_and_the_same_on_many_is():
+    def tempting(tested: int) -> list[str]:
+        scores = {"majority": 0.25, "border": 0.375}
+        return Shortcuts(source={}, grouped=scores, images={"grouped": (4 * tested, tested)}, sampled=False).tempting()
+
+    assert tempting(16) == tempting(80) == []
+    assert tempting(96) == tempting(4000) == ["border"]
+
+
+def test_noise_is_seldom_a_shortcut_however_small_the_set():
+    generator, alarms = np.random.default_rng(0), 0
+    for _ in range(8):
+        labels = generator.choice(list("abcd"), 60).tolist()
+        split = np.arange(45), np.arange(45, 60)
+        alarms += bool(measure(*noise(60, generator), labels, {"grouped": split}, generator=generator).tempting())
+    assert alarms == 0
+
+
+def test_a_guess_is_no_shortcut_where_the_classes_are_mixed_otherwise_in_the_part_tested_on():
+    generator = np.random.default_rng(0)
+    labels = ["a"] * 160 + ["b"] * 140 + ["a"] * 20 + ["b"] * 180
+    split = np.arange(300), np.arange(300, 500)
+    measured = measure(*noise(500, generator), labels, {"source": split}, generator=generator)
+    assert measured.source["majority"] == 0.9
+    assert measured.source["border"] > 0.25  # far above the 0.1 that the class most trained on would give
+    assert measured.tempting() == []
+
+
+def test_the_nearest_image_gives_its_class():
+    thumbnails = np.eye(1024, dtype=np.float32)[[0, 1, 2, 0, 1, 2, 2]]
+    thumbnails[4] = 0.8 * thumbnails[1] + 0.6 * thumbnails[0]
+    generator, split = np.random.default_rng(0), (np.arange(3), np.arange(3, 7))
+    measured = measure(noise(7, generator)[0], thumbnails, list("abcabca"), {"grouped": split}, generator=generator)
+    assert measured.grouped["nearest"] == 0.75  # all but the last, which is a picture of c under a

@@ -116,11 +116,24 @@ def test_a_source_without_parts_is_measured_on_a_split_by_groups_only(tmp_path):
     assert report["shortcuts"]["majority"]["grouped"] == pytest.approx(0.25, abs=0.1)
 
 
-def test_classes_too_small_to_split_and_a_single_class_are_audited_without_shortcuts(tmp_path):
-    few = FolderStore(str(write(tmp_path / "few", four_classes(2))))
-    assert json.loads(audit_folder(few, "few").json_report)["shortcuts"] == {}
+def test_classes_too_small_to_split_are_left_out_of_the_split_by_groups_which_is_said(tmp_path):
+    files = four_classes(10) | {"unsorted/1.png": encode_png(picture(905))}
+    audited = audit_folder(FolderStore(str(write(tmp_path / "stray", files))), "stray")
+    report = json.loads(audited.json_report)
+    assert set(report["shortcuts"]) == set(TRAITS)
+    assert sum(report["shortcuts_images"]["grouped"]) == 40
+    assert report["shortcuts_left_out"] == ["unsorted"]
+    assert "too few groups of images: unsorted." in audited.html_report.decode()
+
+    audited = audit_folder(FolderStore(str(write(tmp_path / "few", four_classes(2)))), "few")
+    report = json.loads(audited.json_report)
+    assert report["shortcuts"] == report["shortcuts_images"] == {}
+    assert report["shortcuts_left_out"] == ["glioma", "meningioma", "notumor", "pituitary"]
+    assert "too few groups of images: glioma, meningioma" in audited.html_report.decode()
+
     one = {path: data for path, data in four_classes(8).items() if path.startswith("glioma")}
-    assert json.loads(audit_folder(FolderStore(str(write(tmp_path / "one", one))), "one").json_report)["groups"] == 8
+    report = json.loads(audit_folder(FolderStore(str(write(tmp_path / "one", one))), "one").json_report)
+    assert (report["groups"], report["shortcuts"], report["shortcuts_left_out"]) == (8, {}, [])
 
 
 def test_a_folder_in_which_nothing_can_be_read_is_audited_and_says_so(tmp_path):

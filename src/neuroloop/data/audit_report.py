@@ -44,7 +44,10 @@ DEFINITIONS: Mapping[str, str] = {
     "groups_of_all_readable": "the same, counted before anything readable was quarantined",
     "group_of": "path -> number of its group, for images that are not quarantined, or only for lying between two parts",
     "shortcuts": "name -> accuracy of a classifier that sees only this, trained and tested on the source's own parts "
-    "(source) and on a split in which no group stands in two parts (grouped); null where there is no such split",
+    "(source) and on a split in which no group stands in two parts (grouped); null where there is no such split. "
+    "majority: the share of the largest class of those tested on",
+    "shortcuts_images": "split -> images that the shortcuts were trained and tested on",
+    "shortcuts_left_out": "classes that are not in the grouped split, because they have too few groups of images",
 }
 
 _SIDE = 112  # pixels of a picture's longer side in the report
@@ -85,6 +88,8 @@ def document(
             for name in shortcuts.TRAITS
             if any(name in scores for scores in splits.values())
         },
+        "shortcuts_images": {split: list(counts) for split, counts in measured.images.items()} if measured else {},
+        "shortcuts_left_out": list(measured.left_out) if measured else [],
         "shortcuts_sampled": bool(measured and measured.sampled),
         "findings": [finding.model_dump() for finding in found],
         "leaks": audit.leaks,

@@ -180,22 +180,21 @@ def _likeness(audit: Audit) -> Iterator[Finding]:
 
 
 def _tempting(measured: Shortcuts) -> Iterator[Finding]:
-    names = measured.tempting()
-    if names:
-        splits = {
-            which: split for which, split in (("source's", measured.source), ("grouped", measured.grouped)) if split
-        }
+    if found := measured.telling():
+        splits = {"source": ("source's", measured.source), "grouped": ("grouped", measured.grouped)}
 
         def told(name: str) -> str:
-            which = max(splits, key=lambda which: splits[which][name] - splits[which]["majority"])
-            return f"{name} {splits[which][name]:.1%} on the {which} split"
+            which, scores = splits[found[name]]
+            return f"{name} {scores[name]:.1%} on the {which} split"
 
-        largest = " and ".join(f"{split['majority']:.1%} on the {which}" for which, split in splits.items())
+        largest = " and ".join(
+            f"{scores['majority']:.1%} on the {which}" for which, scores in splits.values() if scores
+        )
         yield Finding(
             grade="warning",
             name="shortcuts",
-            what=f"Traits that are no lesion predict the class: {', '.join(map(told, names))} "
-            f"(the largest class: {largest})",
+            what=f"Traits that are no lesion predict the class: {', '.join(map(told, found))} "
+            f"(the largest class of those tested on: {largest})",
             why="a model may learn how the images were made instead of what they show",
             fix="train on the canonical form, and demand a score well above these",
             images=0,

@@ -70,12 +70,14 @@ def audit_folder(store: ObjectStore, name: str, *, say: Callable[[str], None] = 
     looks = look(folder.images, read, progress=progress)
     audit = judge(folder, looks)
     say(f"{len(set(audit.groups.values())):,} groups of similar images")
+    splits, left_out = _splits(looks, audit)
     measured = shortcuts.measure(
         looks.traits,
         looks.thumbnails,
         [image.label for image in looks.images],
-        _splits(looks, audit),
+        splits,
         generator=np.random.default_rng(0),
+        left_out=left_out,
     )
     say("shortcuts measured")
     found = findings(audit, measured, folder.ignored)
@@ -148,19 +150,22 @@ def _get(store: ObjectStore, key: str) -> bytes:
         return b""
 
 
-def _splits(looks: Looks[FolderImage], audit: Audit) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _splits(looks: Looks[FolderImage], audit: Audit) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
+    """The folder's own split and one by groups, where there are such; and the classes too small for the latter."""
     own = own_split(audit, looks)
     splits = {"source": own} if own else {}
     kept = looks.indices(audit.groups.keys())
-    groups = [audit.groups[looks.images[index].path] for index in kept]
-    labels = [looks.images[index].label for index in kept]
+    groups = np.array([audit.groups[looks.images[index].path] for index in kept])
+    labels = np.array([looks.images[index].label for index in kept])
     # Of each class, that many groups at least, or a fold may have no image of it.
-    fewest = min(Counter(label for label, _ in set(zip(labels, groups, strict=True))).values(), default=0)
-    if fewest >= FOLDS:
+    many = Counter(label for label, _ in set(zip(labels.tolist(), groups.tolist(), strict=True)))
+    large = [label for label, count in many.items() if count >= FOLDS]
+    if len(large) > 1:
+        within = np.isin(labels, large)
         folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
-        train, test = next(folds.split(np.zeros(len(kept)), labels, groups))
-        splits["grouped"] = kept[train], kept[test]
-    return splits
+        train, test = next(folds.split(np.zeros(within.sum()), labels[within], groups[within]))
+        splits["grouped"] = kept[within][train], kept[within][test]
+    return splits, sorted({image.label for image in looks.images} - set(large))
 
 
 def _text(name: str) -> str:

@@ -47,6 +47,13 @@ def test_every_kind_of_fault_is_a_finding_that_says_what_why_and_how_to_mend_it(
     assert (counts["ignored"], counts["between_parts"]) == (3, 1)
 
 
+def test_a_label_conflict_is_not_said_to_be_a_wrong_label_where_it_may_be_a_neighbouring_slice(faulty):
+    (found,) = (each for each in findings(faulty) if each.name == "label_conflicts")
+    assert "or neighbouring slices" in found.what
+    assert "slice by slice both may be right" in found.fix
+    assert any("or a neighbouring slice, stands as glioma in" in each.reason for each in faulty.quarantined)
+
+
 def test_the_gravest_findings_come_first(faulty):
     grades = [GRADES.index(finding.grade) for finding in findings(faulty, SHORTCUTS)]
     assert grades == sorted(grades)

@@ -112,7 +112,9 @@ class Audit(Record):
     largest_group: int
     mixed_groups: int = Field(description="groups of similar, not equal, images with more than one class; kept")
     identical: int = Field(description="readable images that repeat the bytes of an earlier one")
-    label_conflicts: tuple[tuple[str, str], ...] = Field(description="pairs: one picture, two classes; quarantined")
+    label_conflicts: tuple[tuple[str, str], ...] = Field(
+        description="pairs: one picture (or two neighbouring slices), two classes; quarantined"
+    )
     source_parts: tuple[SourcePart, ...] = Field(description="the source's own parts, empty where it has none")
     leaks: dict[str, str] = Field(description="image -> its most alike twin in another of the source's own parts")
 
@@ -276,7 +278,9 @@ def judge(snapshot: AuditedSet[Entry], looks: Looks[Entry]) -> Audit:
     label = {image.path: image.label for image in entries}
     for pair in conflicts:
         for one, other in (pair, pair[::-1]):
-            reasons.setdefault(one, f"label conflict: the same picture stands as {label[other]} in {other}")
+            reasons.setdefault(
+                one, f"label conflict: the same picture, or a neighbouring slice, stands as {label[other]} in {other}"
+            )
 
     groups: dict[str, int] = {}
     members: dict[int, list[str]] = {}

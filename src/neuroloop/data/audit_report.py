@@ -29,7 +29,8 @@ DEFINITIONS: Mapping[str, str] = {
     "tiny": "paths of images with a side of less than 32 pixels; quarantined",
     "blank": "paths of images that show one grey; quarantined",
     "wrong_modality": "paths of images that look like CT among MRI; quarantined",
-    "label_conflicts": "pairs of paths: one picture (correlation 0.99 or more) under two classes; quarantined",
+    "label_conflicts": "pairs of paths: one picture (correlation 0.99 or more) under two classes, or neighbouring "
+    "slices of a volume, which may be as much alike; quarantined",
     "parts": "the source's own parts. Those with a folder named train... (else the largest without one named test...) "
     "are trained on, the others are held out. twins: its images that stand in another part too, whatever their class; "
     "identical: byte for byte",

@@ -140,9 +140,11 @@ def _quarantined(audit: Audit) -> Iterator[Finding]:
         yield Finding(
             grade="warning",
             name="label_conflicts",
-            what=f"{_images(count)} show one picture under two classes, in {len(audit.label_conflicts)} pairs",
-            why="one label of each pair is wrong, and nothing here says which: both are quarantined",
-            fix="have a reader decide, and remove the wrong one from the source",
+            what=f"{_images(count)} show one picture under two classes, or neighbouring slices that cannot be told "
+            f"from it, in {len(audit.label_conflicts)} pairs",
+            why="of one picture one label is wrong, and nothing here says which: both are quarantined",
+            fix="have a reader decide, and remove the wrong one from the source; where a volume was labelled slice by "
+            "slice both may be right",
             images=count,
         )
     if tied := [each for each in audit.quarantined if each.path in audit.groups]:

@@ -30,7 +30,9 @@ SIMILAR = 0.95
 
 SAME = 0.99
 """Correlation from which two images are one picture. On the public set the count of leaked test images is the same
-(992) at every threshold from 0.99 to 0.999, so nothing hangs on the exact value."""
+(992) at every threshold from 0.99 to 0.999, so nothing hangs on the exact value. Slices of a volume 1 mm apart are as
+much alike (median 0.998), and more pixels do not help: at 128 px those reach 0.997, and true twins, mirrored or stored
+anew, 0.95 to 0.99."""
 
 SIDE = 32
 """Pixels of a thumbnail's side."""

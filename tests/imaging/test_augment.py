@@ -89,3 +89,63 @@ def test_rotation_and_zoom_stay_within_their_ranges():
     assert 6 < max(angles) < 12.5
     assert 52 <= min(lengths) < 58
     assert 64 < max(lengths) <= 69
+
+
+def drawn(count=200, size=101, **ranges):
+    """The maps of copies, read from pictures of the coordinates: the source of x and y as (count, 2, 2), and the shift.
+
+    `ranges` names the parameters that are not still.
+    """
+    params = AugmentParams(**(vars(STILL) | ranges))
+    across = np.tile(2 * np.arange(size, dtype=np.uint8), (size, 1))
+    x, y = (
+        augment_batch(np.ascontiguousarray([picture] * count), np.random.default_rng(0), params).astype(float) / 2
+        for picture in (across, across.T)
+    )
+    middle, far = size // 2, 30
+    matrix = np.empty((count, 2, 2))
+    for row, source in enumerate((x, y)):
+        matrix[:, row, 0] = source[:, middle, middle + far] - source[:, middle, middle - far]
+        matrix[:, row, 1] = source[:, middle + far, middle] - source[:, middle - far, middle]
+    centre = np.stack([x[:, middle, middle], y[:, middle, middle]], axis=1)
+    return matrix / (2 * far), (middle - centre) / size
+
+
+def assert_fills(values, low, high, slack=0.02):
+    """All of the range, evenly on both sides of its middle, and no more."""
+    assert low - slack <= values.min() <= low + 0.1 * (high - low)
+    assert high - 0.1 * (high - low) <= values.max() <= high + slack
+    assert 0.35 < (values > np.median([low, high])).mean() < 0.65
+
+
+def test_rotation_goes_both_ways():
+    matrix, shift = drawn(rotation_degrees=10)
+    assert_fills(np.degrees(np.arctan2(matrix[:, 1, 0], matrix[:, 0, 0])), -10, 10, slack=0.7)
+    np.testing.assert_allclose(np.linalg.det(matrix), 1, atol=0.03)
+    assert np.abs(shift).max() < 0.01
+
+
+def test_shear_slants_both_ways_and_changes_nothing_else():
+    matrix, shift = drawn(shear_degrees=15)
+    assert_fills(matrix[:, 0, 1], -np.tan(np.radians(15)), np.tan(np.radians(15)))
+    assert np.abs(matrix[:, 1, 0]).max() < 0.02
+    np.testing.assert_allclose(matrix[:, [0, 1], [0, 1]], 1, atol=0.02)
+    assert np.abs(shift).max() < 0.01
+
+
+def test_zoom_goes_in_and_out_on_each_axis_on_its_own():
+    matrix, shift = drawn(zoom=0.2)
+    scales = 1 / matrix[:, [0, 1], [0, 1]]
+    for axis in range(2):
+        assert_fills(scales[:, axis], 0.8, 1.2)
+    assert abs(np.corrcoef(scales.T)[0, 1]) < 0.3
+    assert np.abs(matrix[:, [0, 1], [1, 0]]).max() < 0.02
+    assert np.abs(shift).max() < 0.01
+
+
+def test_shifts_go_both_ways_on_each_axis_on_its_own():
+    matrix, shift = drawn(shift=0.1)
+    for axis in range(2):
+        assert_fills(shift[:, axis], -0.1, 0.1, slack=0.01)
+    assert abs(np.corrcoef(shift.T)[0, 1]) < 0.3
+    np.testing.assert_allclose(matrix, np.tile(np.eye(2), (len(matrix), 1, 1)), atol=0.02)

@@ -327,12 +327,19 @@ def test_the_images_a_registered_model_was_trained_on_come_back_exactly(request,
     assert versions.restore(services, back, version=version).version == version
     stranger = back / "data" / "notes.txt"
     stranger.write_text("my own")
-    with pytest.raises(InvalidSource, match=r"1 files would be removed, first notes\.txt"):
+    with pytest.raises(InvalidSource, match=r"1 files would be removed or overwritten, first notes\.txt"):
         versions.restore(services, back, version=version)
     stranger.unlink()
+    mine = tmp_path / "mine" / "data" / snapshot.images[0].path
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"my own, under a name that the version has too")
+    with pytest.raises(InvalidSource, match=r"1 files would be removed or overwritten, first Training/glioma"):
+        versions.restore(services, tmp_path / "mine", version=version)
+    assert mine.read_bytes().startswith(b"my own")
 
-    other = snapshot.images[0].model_copy(update={"sha256": "0" * 64})
-    wrong = snapshot.model_copy(update={"images": (other, *snapshot.images[1:])})
+    # One that the other version has as it is, so that only the look at what came back can tell.
+    first, other, *rest = snapshot.images
+    wrong = snapshot.model_copy(update={"images": (first, other.model_copy(update={"sha256": "0" * 64}), *rest)})
     services.store.put(keys.snapshot(version), wrong.model_dump_json().encode())
     with pytest.raises(InvalidSource, match="1 files are missing, too many or different, first Training/glioma"):
         versions.restore(services, back, version=version)

@@ -14,11 +14,11 @@ from data.drawn import ct, four_classes, picture
 from neuroloop import cli
 from neuroloop.adapters.folder import FolderStore
 from neuroloop.core.errors import InvalidSource, NeuroLoopError
-from neuroloop.data.audit import audit
+from neuroloop.data.audit import audit, judge, look
 from neuroloop.data.shortcuts import TRAITS
 from neuroloop.data.source import ObjectSource, snapshot_path
 from neuroloop.imaging.decode import encode_png
-from neuroloop.loop.folder_audit import Folder, FolderImage, audit_folder, list_folder
+from neuroloop.loop.folder_audit import Folder, FolderImage, _splits, audit_folder, list_folder
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -136,6 +136,26 @@ def test_classes_too_small_to_split_are_left_out_of_the_split_by_groups_which_is
     assert (report["groups"], report["shortcuts"], report["shortcuts_left_out"]) == (8, {}, [])
 
 
+def test_the_splits_of_a_folder_share_no_image_and_the_one_by_groups_no_group(tmp_path):
+    files = {f"Training/{path}": data for path, data in four_classes(12).items()}
+    for n, path in enumerate(four_classes(5)):
+        files[f"Testing/{path}"] = encode_png(picture(50_000 + n))
+    for path, data in list(files.items()):  # each with a twin
+        files[path.replace(".png", " again.png")] = data
+    store = FolderStore(str(write(tmp_path, files)))
+    folder = list_folder(store, "here")
+    looks = look(folder.images, lambda image: store.get(image.key))
+    result = judge(folder, looks)
+    splits, left_out = _splits(looks, result)
+    assert splits.keys() == {"source", "grouped"}
+    assert left_out == []
+    for train, test in splits.values():
+        assert len({*train, *test}) == len(train) + len(test) == len(files)
+    train, test = ({result.groups[looks.images[index].path] for index in some} for some in splits["grouped"])
+    assert not train & test
+    assert len(test) == pytest.approx(68 / 5, abs=2)
+
+
 def test_a_folder_in_which_nothing_can_be_read_is_audited_and_says_so(tmp_path):
     store = FolderStore(str(write(tmp_path, {"glioma/1.png": b"broken", "glioma/2.png": b"broken"})))
     report = json.loads(audit_folder(store, "here").json_report)
@@ -227,6 +247,8 @@ def test_what_is_not_looked_at_is_said_and_what_is_not_there_is_unreadable(tmp_p
     root = write(tmp_path, four_classes(4) | {"cover.jpg": b"x", "glioma/a.dcm": b"x", "glioma/b.DCM": b"x", "n": b"x"})
     write(tmp_path, {".old/glioma/1.png": b"x", "glioma/.2.png": b"x"})
     (root / "glioma" / "gone.png").symlink_to(root / "nowhere.png")
+    (root / "glioma" / "itself.png").symlink_to(root / "glioma" / "itself.png")
+    os.mkfifo(root / "glioma" / "pipe.png")
     audited = audit_folder(FolderStore(str(root)), "here")
     report = json.loads(audited.json_report)
     assert report["ignored"] == {
@@ -235,7 +257,7 @@ def test_what_is_not_looked_at_is_said_and_what_is_not_there_is_unreadable(tmp_p
         "hidden images": 2,
         "images in no class folder": 1,
     }
-    assert report["unreadable"] == ["glioma/gone.png"]
+    assert report["unreadable"] == ["glioma/gone.png", "glioma/itself.png", "glioma/pipe.png"]
     assert "6 files were not looked at" in audited.html_report.decode()
 
 

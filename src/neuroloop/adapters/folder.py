@@ -48,12 +48,17 @@ class FolderStore:
             _flush_folder(target.parent)
 
     def get(self, key: str) -> bytes:
-        """The bytes under `key`. Raises `NotFound`."""
+        """The bytes under `key`. Raises `NotFound`, also for what is no file: a pipe would never end."""
+        path = self._path(key)
         try:
-            return self._path(key).read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            if stat.S_ISREG(path.stat().st_mode):
+                return path.read_bytes()
+            raise NotFound(f"{key!r} in {self._root} is no file")
+        except (FileNotFoundError, NotADirectoryError):
             raise NotFound(f"there is no {key!r} in {self._root}") from None
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise NotFound(f"{key!r} in {self._root} is a link to itself") from None
             self._fail(f"cannot read {key!r} from {self._root}", error)
 
     def exists(self, key: str) -> bool:

@@ -143,7 +143,7 @@ def list_folder(store: ObjectStore, name: str) -> Folder:
 
 
 def _get(store: ObjectStore, key: str) -> bytes:
-    """The bytes of an image; none of one that is listed and not there, as a link that leads nowhere is."""
+    """The bytes of an image; none of one that is listed and no file, such as a pipe or a link that leads nowhere."""
     try:
         return store.get(key)
     except NotFound:

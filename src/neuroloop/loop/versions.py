@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Collection
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -100,10 +100,10 @@ def restore(services: Services, folder: Path, *, version: str = "", model: str =
     except NotFound as error:
         raise NotFound(f"there is no data version {version}", why=str(error), fix="check the version") from error
     wanted = {image.path: image.sha256 for image in snapshot.images}
-    if strangers := _strangers(services, folder / "data", wanted.keys()):
+    if strangers := _strangers(services, folder / "data", wanted):
         raise InvalidSource(
             f"{folder / 'data'} holds files that are of no data version",
-            why=f"{len(strangers)} files would be removed, first {strangers[0]}",
+            why=f"{len(strangers)} files would be removed or overwritten, first {strangers[0]}",
             fix="restore into an empty folder (--to), or move them away",
         )
     services.versions.restore(data_dvc, folder)
@@ -166,13 +166,15 @@ def _model(services: Services, model: str) -> ModelVersion:
     return found
 
 
-def _strangers(services: Services, data: Path, wanted: Collection[str]) -> list[str]:
-    """The files in a folder that neither this nor any other data version names; hidden ones count for nothing."""
-    found = {path.relative_to(data).as_posix() for path in _files(data) if not path.name.startswith(".")}
-    for each in services.store.list(keys.VERSIONS) if found - set(wanted) else ():
+def _strangers(services: Services, data: Path, wanted: Mapping[str, str]) -> list[str]:
+    """The files in a folder that no data version has, by name and content; hidden ones count for nothing."""
+    files = {path.relative_to(data).as_posix(): path for path in _files(data) if not path.name.startswith(".")}
+    found = {(name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in files.items()} - wanted.items()
+    for each in services.store.list(keys.VERSIONS) if found else ():
         if each == keys.snapshot(each.removeprefix(keys.VERSIONS).partition("/")[0]):
-            found -= {image.path for image in Snapshot.model_validate_json(services.store.get(each)).images}
-    return sorted(found - set(wanted))
+            others = Snapshot.model_validate_json(services.store.get(each)).images
+            found -= {(image.path, image.sha256) for image in others}
+    return sorted(name for name, _ in found)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -81,6 +81,24 @@ def test_a_class_of_which_more_than_a_fifth_is_unreadable_is_broken():
     assert audited(files).broken == {"pituitary": tuple(f"pituitary/00{number}.png" for number in range(3))}
 
 
+def test_a_tiny_image_of_many_bytes_is_tiny_and_not_unreadable():
+    files = four_classes(10)
+    noise = np.random.default_rng(0).integers(256, size=(31, 400)).astype(np.uint8)
+    files["glioma/strip.png"] = encode_png(noise)
+    assert audited(files).faults["tiny"] == ("glioma/strip.png",)
+
+
+def test_the_sources_own_split_has_no_image_twice_and_all_of_them():
+    files = {f"Training/{path}": data for path, data in four_classes(6).items()}
+    files |= {f"Testing/{path}": encode_png(picture(50_000 + n)) for n, path in enumerate(four_classes(2))}
+    snapshot = snapshot_of(files)
+    looks = look(snapshot.images, lambda entry: files[entry.path])
+    train, test = own_split(judge(snapshot, looks), looks)
+    assert {looks.images[index].part for index in train} == {"Training"}
+    assert {looks.images[index].part for index in test} == {"Testing"}
+    assert sorted([*train, *test]) == list(range(32))
+
+
 def test_empty_files_repeat_no_image():
     files = four_classes(10) | {f"glioma/empty {number}.png": b"" for number in range(2)}
     files["glioma/copy.png"] = files["glioma/000.png"]
@@ -137,15 +155,15 @@ def test_of_three_parts_the_one_named_for_training_is_trained_on_and_else_the_la
     assert {part.name: part.held_out for part in audited(files).source_parts} == {"x": False, "y": True}
 
 
-@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
-def test_a_leak_is_told_with_its_most_alike_twin_whatever_the_order(names):
+@pytest.mark.parametrize("weights", [(0.08, 0.02), (0.02, 0.08)])
+def test_a_leak_is_told_with_its_most_alike_twin_whatever_the_order(weights):
     image, other = picture(3).astype(float), picture(4)
     files = {f"Training/{path}": data for path, data in four_classes(3).items()}
-    for name, weight in zip(names, (0.08, 0.02), strict=True):
+    for weight in weights:
         blend = np.clip(image + weight * other, 0, 255).astype(np.uint8)
-        files[f"Training/glioma/blend {name}.png"] = encode_png(blend)
+        files[f"Training/glioma/{weight}.png"] = encode_png(blend)
     files["Testing/glioma/own.png"] = encode_png(picture(3))
-    assert audited(files).leaks["Testing/glioma/own.png"] == f"Training/glioma/blend {names[1]}.png"
+    assert audited(files).leaks["Testing/glioma/own.png"] == "Training/glioma/0.02.png"
 
 
 @pytest.mark.parametrize(

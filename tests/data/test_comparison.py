@@ -5,7 +5,7 @@ import pytest
 
 from neuroloop.core.schemas import LABELS
 from neuroloop.data.audit import audit
-from neuroloop.data.comparison import LARGE, MODERATE, Comparison, compare, psi
+from neuroloop.data.comparison import LARGE, MODERATE, Comparison, Shift, compare, psi
 from neuroloop.data.dataset import make_split
 from neuroloop.data.statistics import capture, measure
 from neuroloop.imaging.decode import decode, encode_png
@@ -47,6 +47,15 @@ def test_draws_from_one_distribution_are_stable_however_small_and_chance_bounds_
         ]
         assert np.mean([shift.psi <= shift.chance for shift in shifts]) >= 0.96
         assert np.mean([shift.grade == "stable" for shift in shifts]) >= 0.96
+
+
+def test_what_is_chance_hangs_on_both_samples(generator):
+    # Of two bins: chi-square with one degree of freedom, whose 0.99 quantile is 6.635.
+    large, small = psi([5000, 5000], [5000, 5000]).chance, psi([5000, 5000], [50, 50]).chance
+    assert large == pytest.approx(6.635 * 2 / 10_000, abs=1e-4)
+    assert small == psi([50, 50], [5000, 5000]).chance == pytest.approx(6.635 * (1 / 10_000 + 1 / 100), abs=1e-4)
+    old, new = counts(generator.normal(100, 20, 3000)), counts(generator.normal(100, 20, 60))
+    assert psi(old, new).grade == psi(new, old).grade == "stable"
 
 
 def test_a_shift_of_the_mean_is_graded_by_its_size(generator):
@@ -185,6 +194,20 @@ def test_a_new_source_counts_by_its_share_however_many_images_there_are(versions
 
     result = compare(before, before, of(drawn=images), of(drawn=images, new=round(images * share / (1 - share))))
     assert result.classes["glioma"].shifts["origin"].grade == grade
+
+
+def test_the_largest_index_leaves_out_what_is_chance(versions):
+    (before, earlier), _ = versions
+    result = compare(before, before, earlier, earlier)
+    chance, real = Shift(psi=0.9, chance=1.2, grade="stable"), Shift(psi=0.3, chance=0.2, grade="large")
+    glioma = result.classes["glioma"]
+
+    def psi_max(**shifts: Shift) -> float:
+        changed = glioma.model_copy(update={"shifts": glioma.shifts | shifts})
+        return result.model_copy(update={"classes": result.classes | {"glioma": changed}}).psi_max
+
+    assert psi_max(size=chance) == 0
+    assert psi_max(size=chance, origin=real) == 0.3
 
 
 def with_glioma(earlier, of_class, sizes=None, origins=None):

@@ -34,6 +34,23 @@ def test_an_mri_on_white_is_no_ct_and_a_ct_that_touches_an_edge_is_one():
     assert bone_ring(frame(ct(240)[20:-20, 40:])[None])[0] >= RING
 
 
+def ringed(inner, outer, white=255, gap=90):
+    """A head with a ring between two shares of its radius, and a gap inside of it."""
+    rows, columns = np.mgrid[:128, :128]
+    distance = np.hypot((rows - 64) / (0.43 * 128), (columns - 64) / (0.35 * 128))
+    shares = [distance < inner - 0.08, distance < inner, distance < outer, distance < 1]
+    return np.select(shares, [90, gap, white, 60], 0).astype(np.uint8)
+
+
+def test_a_ring_is_no_ct_if_it_is_thin_or_a_dark_gap_lies_inside_of_it_or_too_little_is_saturated():
+    assert bone_ring(ringed(0.8, 0.93)[None])[0] >= RING
+    assert bone_ring(ringed(0.9, 0.95)[None])[0] == 0
+    assert bone_ring(ringed(0.8, 0.93, gap=20)[None])[0] == 0
+    shaded = ringed(0.8, 0.93, white=236)
+    shaded[53:75, 53:75] = 255  # 3 % of the frame: enough to be looked at, and 6 % of the head
+    assert bone_ring(shaded[None])[0] == 0
+
+
 def test_half_a_ring_is_no_ct():
     open_skull = ct()
     open_skull[64:][open_skull[64:] == 255] = 90

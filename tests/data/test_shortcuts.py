@@ -62,6 +62,19 @@ def test_traits_have_their_columns_and_say_what_they_are_called():
     assert traits["thumbnail"].reshape(8, 8)[2].tolist() == [0] + [255] * 7
 
 
+@pytest.mark.parametrize("row", [slice(8), slice(-8, None)])
+@pytest.mark.parametrize("column", [slice(8), slice(-8, None)])
+def test_each_corner_stands_in_the_border_by_its_own_mean_and_deviation(row, column):
+    images = np.zeros((2, 128, 128), np.uint8)
+    images[1, row, column] = 200
+    black, marked = traits_of(list(images))["border"]
+    assert not black.any()
+    corners = marked[8:].reshape(4, 2)  # after those of the four edges
+    assert sorted(corners[:, 0].tolist()) == [0, 0, 0, 200]
+    assert not corners[:, 1].any()
+    assert np.count_nonzero(marked[:8:2]) == 2  # the two edges that meet there
+
+
 def test_a_trait_that_betrays_the_class_is_found_and_one_that_does_not_is_not(betrayed):
     frames, sizes, labels = betrayed
     split = np.arange(150), np.arange(150, 200)

@@ -45,7 +45,7 @@ _SAMPLE = 4096  # thumbnails that the principal axes are taken from; any axes wo
 _BLOCK = 512  # signatures looked up at a time: bounds memory even where all images are alike
 _CHUNK = 1 << 14  # pairs compared in full at a time: 130 MB of thumbnails
 _ROWS = 1 << 12  # thumbnails transformed at a time
-_PARTNERS = 8
+_PARTNERS = 16
 """Pictures of another kind that an image is told of at most, if they have as many: n copies are n^2 pairs."""
 _SLACK = 1e-4  # for rounding in single precision; a pair too many costs nothing
 _PIECES = np.cumsum([136, 120, 136, 120, 256])  # 16x16 symmetric, antisymmetric, twice; then the exchanged two

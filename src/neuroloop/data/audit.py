@@ -87,7 +87,7 @@ class SourcePart(Record):
     identical: int = Field(description="images whose very bytes stand in another part too")
     twins: int = Field(description="images that stand in another part too, identical, re-encoded, mirrored or turned")
     held_out: bool = Field(
-        default=True, description="none that one trains on: any train..., else the largest but test..."
+        default=True, description="not trained on, as all parts named train... are, else the largest not named test..."
     )
 
     @property

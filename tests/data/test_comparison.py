@@ -259,6 +259,15 @@ def test_frames_of_another_area_are_a_shift_of_size_and_others_of_the_same_area_
     assert grade("20000 x 20000", "1 x 1") == "large"  # beyond the histogram too
 
 
+@pytest.mark.parametrize("name", ["a", "z"])
+def test_a_source_that_takes_the_place_of_another_is_a_shift_whatever_its_name(versions, name):
+    (before, earlier), _ = versions
+    old, new = (
+        with_glioma(earlier, earlier.classes["glioma"], origins={"kept": 500, other: 400}) for other in ("m", name)
+    )
+    assert compare(before, before, old, new).classes["glioma"].shifts["origin"].grade == "large"
+
+
 def test_many_new_sources_of_a_few_images_each_are_a_shift_as_one_of_all_of_them_is(versions):
     (before, earlier), _ = versions
     glioma = earlier.classes["glioma"]

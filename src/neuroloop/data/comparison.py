@@ -155,7 +155,7 @@ def psi(
     below all of the reference are one of their own, and half an image is added to each, so that an empty one does not
     make the index infinite. `samples` are the independent images in each, where they are fewer than the counts say:
     similar images of one group count once for what is chance. No bin counts for less than the share `least`: else a
-    name that is new would weigh more, the more images there are.
+    size that is new would weigh more, the more images there are.
     """
     old, new = np.asarray(reference, float), np.asarray(current, float)
     if len(old) != len(new):
@@ -194,7 +194,7 @@ def _class_shifts(earlier: ClassStatistics, later: ClassStatistics) -> dict[str,
         "grey_level": psi(earlier.mean_counts, later.mean_counts, samples=samples),
         "contrast": psi(earlier.deviation_counts, later.deviation_counts, samples=samples),
         "size": psi(_areas(earlier.sizes), _areas(later.sizes), samples=samples, least=_LEAST),
-        "origin": psi(*_by_frequency(_origins(earlier), _origins(later)), samples=samples, least=_LEAST),
+        "origin": _by_name(_origins(earlier), _origins(later), samples),
     }
 
 
@@ -216,16 +216,18 @@ def _areas(sizes: Mapping[str, int]) -> list[int]:
     return [int(count) for count in counts]
 
 
-def _by_frequency(earlier: Mapping[str, int], later: Mapping[str, int]) -> tuple[list[int], list[int]]:
-    """The counts of each name, rare ones as one; by both together, or what was frequent by chance would lead."""
+def _by_name(earlier: Mapping[str, int], later: Mapping[str, int], samples: tuple[int, int]) -> Shift:
+    """Each name is a bin, for names have no neighbours to be joined with; rare ones together are one."""
     both = Counter(earlier) + Counter(later)
+    if min(*samples, sum(earlier.values()), sum(later.values())) < _FEWEST:
+        return Shift(psi=0.0, chance=0.0, grade="too few")
     least = max(_RARE, _LEAST * both.total())
-    names = sorted((name for name in both if both[name] >= least), key=lambda name: (-both[name], name))
-    old, new = ([each.get(name, 0) for name in names] for each in (earlier, later))
+    names = [name for name in both if both[name] >= least]
+    old, new = ([float(each.get(name, 0)) for name in names] for each in (earlier, later))
     if len(names) < len(both):
         old.append(sum(earlier.values()) - sum(old))
         new.append(sum(later.values()) - sum(new))
-    return old, new
+    return _graded(np.array(old), np.array(new), *samples, _LEAST)
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:

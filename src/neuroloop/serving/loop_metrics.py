@@ -40,7 +40,7 @@ class LoopMetrics:
         self._ended = gauge("pipeline_last_end_timestamp_seconds", "When a DAG last ended so", "dag", "outcome")
         self._macro_f1 = gauge("ledger_macro_f1", "On the frozen test part, of the ledger's latest row", "model")
         self._accuracy = gauge(
-            "live_accuracy", "Share of what readers looked at in 30 days and confirmed", "model_version"
+            "live_accuracy", "Share of the answers that readers looked at in 30 days and confirmed", "model_version"
         )
         self._reviewed = gauge(
             "live_reviewed", "Predictions that readers confirmed or corrected in 30 days", "model_version"

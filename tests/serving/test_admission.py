@@ -252,6 +252,64 @@ def test_the_parts_of_a_request_that_was_let_in_are_not_sent_off():
     assert asyncio.run(play()) == [*range(1 + BURST), 0]
 
 
+def test_after_a_crowd_batches_turn_no_single_upload_away():
+    async def play() -> list[int]:
+        places, gate = Places(1, "test", Clock()), threading.Event()
+        places.turned_away()
+        parts = start(places, lambda n: gate.wait(20), 3 * 2, patient=True)
+        await settled()
+        assert not places.full()
+        single = start(places, lambda n: gate.wait(20) and 7, 1)
+        await settled()
+        assert places.full()  # in a crowd but one may wait
+        gate.set()
+        said = await asyncio.gather(*single)
+        await asyncio.gather(*parts)
+        places.close()
+        return said
+
+    assert asyncio.run(play()) == [7]
+
+
+def test_single_uploads_and_the_parts_of_batches_take_turns():
+    async def play() -> list[str]:
+        places, order, gate = Places(1, "test", Clock()), [], threading.Event()
+        tasks = start(places, lambda n: (gate.wait(20), order.append("part")), 1 + 4, patient=True)
+        await settled()
+        tasks += start(places, lambda n: order.append("single"), 3)
+        await settled()
+        gate.set()
+        await asyncio.gather(*tasks)
+        places.close()
+        return order
+
+    assert asyncio.run(play()) == ["part", "part", "single", "part", "single", "part", "single", "part"]
+
+
+def test_batches_beyond_a_burst_of_parts_are_turned_away_at_the_door():
+    async def application(scope, receive, send) -> None:
+        inside.append(scope["path"])
+
+    async def send(message) -> None:
+        said.append(message.get("status"))
+
+    inside, said = [], []
+
+    async def play() -> None:
+        places, gate = Places(1, "test", Clock()), threading.Event()
+        parts = start(places, lambda n: gate.wait(20), 1 + BURST, patient=True)
+        await settled()
+        door = Door(application, places, frozenset({"/one", "/batch"}), patient=frozenset({"/batch"}))
+        for path in ("/one", "/batch"):
+            await door({"type": "http", "method": "POST", "path": path, "headers": []}, None, send)
+        gate.set()
+        await asyncio.gather(*parts)
+        places.close()
+
+    asyncio.run(play())
+    assert (inside, said[0]) == (["/one"], 503)
+
+
 def test_a_place_is_free_when_the_work_has_ended_not_when_somebody_stops_waiting():
     async def play() -> None:
         places, gate, ran = Places(1, "test"), threading.Event(), threading.Event()

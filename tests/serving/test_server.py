@@ -9,7 +9,7 @@ import pytest
 
 from neuroloop.serving import server
 from neuroloop.serving.server import MOST_SILENT, BoundedHttp
-from serving.running import KEY, Api
+from serving.running import KEY, Api, wait
 
 HEAD = b"POST /v1/predictions HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = (
@@ -122,3 +122,53 @@ def test_of_too_many_connections_the_longest_idle_one_makes_room(live_api: Api, 
         monkeypatch.setattr(BoundedHttp, "most", 2)
         latest.sendall(ASKING)
         assert latest.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def deaf(api: Api) -> socket.socket:
+    """A client that asks for far more than the system's buffers hold, and has little room for it."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(20)
+    client.connect(("127.0.0.1", api.port))
+    client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+    return client
+
+
+def cut_off(client: socket.socket) -> bool:
+    """Whether the server has hung up, told without reading."""
+    try:
+        client.sendall(b"\r\n")
+    except OSError:
+        return True
+    return False
+
+
+def test_clients_that_never_read_their_answers_do_not_keep_others_out(live_api: Api, monkeypatch):
+    monkeypatch.setattr(BoundedHttp, "most", 2)
+    monkeypatch.setattr(server, "WRITE_SECONDS", 0.5)
+    with deaf(live_api) as one, deaf(live_api) as another:
+        wait(lambda: cut_off(one))
+        wait(lambda: cut_off(another))
+        with connected(live_api, ASKING) as client:
+            assert client.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_that_reads_slowly_gets_the_whole_of_its_answers(live_api: Api, monkeypatch):
+    whole = 100 * len(live_api.client.get("/openapi.json").content)
+    monkeypatch.setattr(server, "WRITE_SECONDS", 1.0)
+    with deaf(live_api) as client:
+        read, started = 0, time.monotonic()
+        while read < whole:
+            piece = client.recv(2**17)
+            assert piece, f"it was cut off after {read} of {whole} bytes"
+            read += len(piece)
+            if time.monotonic() < started + 3:
+                time.sleep(0.1)
+
+
+def test_a_connection_that_is_closed_before_its_answers_were_read_does_not_stay(live_api: Api, monkeypatch):
+    monkeypatch.setattr(server, "WRITE_SECONDS", 0.5)
+    monkeypatch.setattr(server, "MOST_SILENT", 1000)
+    with deaf(live_api) as client:
+        client.sendall(b"GET /" + b"x" * 2000)  # answered with 400 behind all that is not read, then closed
+        wait(lambda: cut_off(client))

@@ -42,15 +42,11 @@ _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class _Waiting(NamedTuple):
-    turn: "asyncio.Future[None]"
-    patient: bool
-
-
 class Places:
     """`at_once` threads for blocking work, and a bounded queue in front of them. One event loop uses it.
 
-    Of the threads, only `in_a_crowd` are used while others are being turned away; all by default.
+    Who is patient waits in a queue apart, and the two take turns: single uploads need not wait for batches, nor batches
+    for them. Of the threads, only `in_a_crowd` are used while others are being turned away; all by default.
     """
 
     def __init__(
@@ -59,16 +55,18 @@ class Places:
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix=name)
         self._free, self._clock = at_once, clock
         self._spared = at_once - min(max(in_a_crowd or at_once, 1), at_once)
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[asyncio.Future[None]] = deque()
+        self._patient: deque[asyncio.Future[None]] = deque()
+        self._patient_next = False
         self._coming: dict[object, float] = {}  # since when, the latest last
         self._crowded_until = 0.0
 
-    def full(self) -> bool:
-        """Whether one more would be turned away."""
-        idle = self._usable() > 0 and not self._queue
+    def full(self, patient: bool = False) -> bool:
+        """Whether one more, or one more whose parts are patient, would be turned away."""
+        idle = self._has_place() and not self._somebody_waits()
         since = self._clock() - (COMING_WHILE_IDLE_SECONDS if idle else COMING_SECONDS)
         coming = sum(1 for _ in takewhile(lambda began: began > since, reversed(self._coming.values())))
-        return len(self._queue) + coming >= self._limit()
+        return len(self._patient if patient else self._queue) + coming >= self._limit(patient)
 
     @contextlib.contextmanager
     def coming(self) -> Iterator[None]:
@@ -88,11 +86,9 @@ class Places:
         if now >= self._crowded_until:
             _LOG.warning("more requests than can be answered; some are turned away")
         self._crowded_until = now + CALM_SECONDS
-        latest = [each for each in self._queue if not each.patient][CROWD:]
-        for each in latest:
-            self._queue.remove(each)
-            if not each.turn.done():
-                each.turn.set_exception(_busy())
+        while len(self._queue) > CROWD:
+            if not (turn := self._queue.pop()).done():
+                turn.set_exception(_busy())
         return _busy()
 
     async def run(self, function: Callable[..., T], *args: Any, seconds: float, patient: bool = False) -> T:
@@ -115,19 +111,20 @@ class Places:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _place(self, seconds: float, patient: bool) -> None:
-        if self._has_place() and not self._queue:
+        if self._has_place() and not self._somebody_waits():
             self._free -= 1
             return
         if not patient and len(self._queue) >= self._limit():  # those who came later are nobody to wait for
             raise self.turned_away()
-        waiting = _Waiting(asyncio.get_running_loop().create_future(), patient)
-        self._queue.append(waiting)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue = self._patient if patient else self._queue
+        queue.append(turn)
         try:
-            await asyncio.wait_for(waiting.turn, seconds)
+            await asyncio.wait_for(turn, seconds)
         except BaseException:
-            if waiting in self._queue:
-                self._queue.remove(waiting)
-            elif waiting.turn.done() and not waiting.turn.cancelled() and waiting.turn.exception() is None:
+            if turn in queue:
+                queue.remove(turn)
+            elif turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._pass_on()  # the turn came as the client left
             raise
 
@@ -144,20 +141,26 @@ class Places:
         return job
 
     def _pass_on(self) -> None:
-        """A place is free: give it to whoever has waited longest, and others that are free to the next."""
+        """A place is free: give it to whoever has waited longest, by turns of both queues, and others that are free to
+        the next."""
         self._free += 1
-        while self._queue and self._has_place():
-            turn = self._queue.popleft().turn
+        while self._somebody_waits() and self._has_place():
+            self._patient_next = not self._patient_next
+            first, second = (self._patient, self._queue) if self._patient_next else (self._queue, self._patient)
+            turn = (first or second).popleft()
             if not turn.done():
                 turn.set_result(None)
                 self._free -= 1
 
+    def _somebody_waits(self) -> bool:
+        return bool(self._queue or self._patient)
+
     def _has_place(self) -> bool:
         return self._usable() > 0
 
-    def _limit(self) -> int:
+    def _limit(self, patient: bool = False) -> int:
         """How many may be on their way to a thread: as many as are free, and those who may wait."""
-        return max(self._usable(), 0) + (CROWD if self._crowded() else BURST)
+        return max(self._usable(), 0) + (CROWD if self._crowded() and not patient else BURST)
 
     def _usable(self) -> int:
         """Free threads; fewer than none where more are at work than a crowd should have."""
@@ -170,20 +173,26 @@ class Places:
 class Door:
     """ASGI middleware that turns requests to `paths` away while `places` are full: at no cost, so before all else.
 
-    Only who is `expected` counts, and can send others off. A stranger passes, to be refused for want of a key.
+    Of them, the parts of what is sent to `patient` paths are. Only who is `expected` counts, and can send others off. A
+    stranger passes, to be refused for want of a key.
     """
 
     def __init__(
-        self, app: ASGIApp, places: Places, paths: frozenset[str], expected: Callable[[Scope], bool] = lambda _: True
+        self,
+        app: ASGIApp,
+        places: Places,
+        paths: frozenset[str],
+        expected: Callable[[Scope], bool] = lambda _: True,
+        patient: frozenset[str] = frozenset(),
     ) -> None:
-        self._app, self._places, self._paths, self._expected = app, places, paths, expected
+        self._app, self._places, self._paths, self._expected, self._patient = app, places, paths, expected, patient
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on, or not."""
         counts = scope["type"] == "http" and scope["path"] in self._paths and scope["method"] == "POST"
         if not counts or not self._expected(scope):
             return await self._app(scope, receive, send)
-        if self._places.full():
+        if self._places.full(scope["path"] in self._patient):
             scope["route"] = _Named(scope["path"])  # for the log and the metrics, as if it had been reached
             answer = problems.from_error(self._places.turned_away())
             if "transfer-encoding" in Headers(scope=scope):  # it may have no end, and nobody will read it

@@ -109,7 +109,8 @@ _SANDBOX = {
     "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
     "frame-ancestors 'none'",
 }
-_PREDICTING = ("/v1/predictions", "/v1/predictions:batch", "/invocations")
+_BATCH = "/v1/predictions:batch"
+_PREDICTING = ("/v1/predictions", _BATCH, "/invocations")
 _UPLOAD = {
     "required": True,
     "content": {
@@ -254,7 +255,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         intake.BodyLimit,
         limit=lambda path: {
             "/v1/predictions": upload_limit,
-            "/v1/predictions:batch": upload_limit * batch.BODY_UPLOADS,
+            _BATCH: upload_limit * batch.BODY_UPLOADS,
             "/invocations": upload_limit,
         }.get(path, intake.ENVELOPE_BYTES),
         together=upload_limit * UPLOADS_TOGETHER,
@@ -263,6 +264,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         admission.Door,
         places=predicting,
         paths=frozenset(_PREDICTING),
+        patient=frozenset({_BATCH}),
         expected=lambda scope: (managed and f"POST {scope['path']}" in access.MANAGED) or door.knows(scope),
     )
     app.add_middleware(RequestLog, metrics=metrics)
@@ -297,7 +299,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         return problems.refusal(answer)
 
     @app.post(
-        "/v1/predictions:batch",
+        _BATCH,
         tags=["predictions"],
         openapi_extra={"requestBody": batch.REQUEST_BODY},
         responses=problems.responses(400, 408, 413, 415, 422, 503, 507),

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import resource
+import socket
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -17,6 +18,8 @@ HEADER_SECONDS = 20.0
 """Longest time from the first byte of a request, or from the connection, to the end of its header section."""
 LEFTOVER_SECONDS = UPLOAD_SECONDS
 """Longest time that the rest of a body may take to come that was answered before it had."""
+WRITE_SECONDS = 30.0
+"""A client that takes nothing of its answers for so long is cut off; however slow it is, one that reads is not."""
 MOST_CONNECTIONS = 2_000
 """Open at once, where the system allows that many files; beyond it, one that asks for nothing makes room."""
 _SPARE_FILES = 200  # for store, database, registry and decoding
@@ -25,7 +28,9 @@ _LOG = logging.getLogger(__name__)
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's faster protocol, which would keep headers, and connections that ask for nothing, without a bound."""
+    """uvicorn's faster protocol, which would keep headers, connections that ask for nothing, and answers that nobody
+    reads, without a bound.
+    """
 
     most = MOST_CONNECTIONS
     _silent, _heard = 0, False
@@ -36,6 +41,9 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request; where there are too many connections, the longest idle one is closed."""
         super().connection_made(transport)
+        # The system knows what was taken, to the byte; it also ends what is being closed and has not been read.
+        patience = round(WRITE_SECONDS * 1000)
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         self._last = self.loop.time()
         self._expect_headers(HEADER_SECONDS)
         if len(self.connections) > self.most:

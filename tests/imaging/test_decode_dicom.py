@@ -124,6 +124,48 @@ def test_colour_becomes_luma_and_palettes_show_their_colours():
     assert apart(decode(dicom(GREY, PhotometricInterpretation="PALETTE COLOR", **table)), 255 - GREY) <= 1
 
 
+def coloured(values: np.ndarray, descriptor: list[int], entries: np.ndarray, **tags) -> np.ndarray:
+    """The greys of values with one table for all three colours."""
+    dataset = header(values, PhotometricInterpretation="PALETTE COLOR", **tags)
+    for colour in ("Red", "Green", "Blue"):
+        setattr(dataset, f"{colour}PaletteColorLookupTableDescriptor", descriptor)
+        setattr(dataset, f"{colour}PaletteColorLookupTableData", entries.tobytes())
+    return decode(saved(dataset))
+
+
+TWELVE = {"BitsStored": 12, "HighBit": 11}
+RAMP = np.arange(256, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_entries_of_8_bits_in_words_keep_their_steps_whatever_the_palette_says(bits: int):
+    assert np.array_equal(coloured(GREY, [256, 0, bits], RAMP[::-1].astype(np.uint16)), 255 - GREY)
+
+
+@pytest.mark.parametrize("first", [0, 1000])
+def test_values_beyond_a_palette_have_its_last_colours(first: int):
+    expected = np.clip(DEEP.astype(int) - first, 0, 255)
+    assert np.array_equal(coloured(DEEP, [256, first, 8], RAMP, **TWELVE), expected)
+
+
+@pytest.mark.parametrize("first", [0, -1000, 65536 - 1000])
+@pytest.mark.parametrize("syntax", ["ExplicitVRLittleEndian", "ImplicitVRLittleEndian"])
+def test_a_palette_may_have_thousands_of_entries_of_a_byte_and_begin_below_zero(first: int, syntax: str):
+    values = DEEP.astype(np.int16) - 1000 if first else DEEP
+    dataset = header(values, PhotometricInterpretation="PALETTE COLOR", **({} if first else TWELVE))
+    dataset.file_meta.TransferSyntaxUID = getattr(uid, syntax)
+    for colour in ("Red", "Green", "Blue"):
+        setattr(dataset, f"{colour}PaletteColorLookupTableDescriptor", [4096, first, 8])
+        dataset[f"{colour}PaletteColorLookupTableDescriptor"].VR = "SS" if first < 0 else "US"
+        setattr(dataset, f"{colour}PaletteColorLookupTableData", (np.arange(4096) >> 4).astype(np.uint8).tobytes())
+    assert np.array_equal(decode(saved(dataset)), DEEP >> 4)
+
+
+def test_a_palette_that_is_shorter_than_it_says_is_refused():
+    with pytest.raises(InvalidImage, match="contradict"):
+        coloured(GREY, [256, 0, 16], RAMP[:100])
+
+
 def test_the_window_decides_what_is_black_and_what_is_white():
     pixels = decode(dicom(DEEP, WindowCenter=2000.5, WindowWidth=1001))
     expected = np.clip((DEEP.astype(float) - 1500) / 1000 * 255, 0, 255)

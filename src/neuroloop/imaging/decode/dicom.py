@@ -18,6 +18,7 @@ from neuroloop.imaging.decode.greys import eight_bits, luma, scaled, square
 if TYPE_CHECKING:  # half a second that only those pay who read DICOM
     from pydicom import Dataset
 
+_PALETTE = tuple(f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue"))
 READ = (
     *("Modality", "BodyPartExamined", "BurnedInAnnotation"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
@@ -25,11 +26,7 @@ READ = (
     *("PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence"),
     *("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
-    *(
-        f"{colour}PaletteColorLookupTable{part}"
-        for colour in ("Red", "Green", "Blue")
-        for part in ("Descriptor", "Data")
-    ),
+    *(f"{name}{part}" for name in _PALETTE for part in ("Descriptor", "Data")),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *("PixelData", "FloatPixelData", "DoubleFloatPixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
 )
@@ -96,8 +93,6 @@ def read(data: bytes, frame: int | None, limits: Limits) -> Frame:
 
 
 def _frame(header: "Dataset", frame: int | None, limits: Limits) -> Frame:
-    from pydicom.pixels import apply_color_lut
-
     if not any(name in header for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise InvalidImage(
             "The DICOM file holds no image",
@@ -115,15 +110,13 @@ def _frame(header: "Dataset", frame: int | None, limits: Limits) -> Frame:
     frames = int(header.get("NumberOfFrames") or 1)
     chosen = choose(frame, frames, limits)
     values = _stored(header, chosen - 1, frames)
-    photometric = str(header.PhotometricInterpretation)
     settings = _settings(header, chosen - 1)
-    if photometric == "PALETTE COLOR":
-        values = apply_color_lut(values, header)
-    pixels = (
-        luma(values, bits=_bits(header, values))
-        if values.ndim == 3
-        else _window(_rescale(values, settings), settings, _padding(values, settings))
-    )
+    if header.PhotometricInterpretation == "PALETTE COLOR":
+        pixels = _coloured(values, settings)
+    elif values.ndim == 3:
+        pixels = luma(values, bits=int(header.BitsStored))
+    else:
+        pixels = _window(_rescale(values, settings), settings, _padding(values, settings))
     return Frame(
         square(pixels, *_spacing(settings), limits),
         frames,
@@ -178,9 +171,20 @@ def _extended_jpeg(header: "Dataset", index: int, frames: int) -> NDArray[Any]:
     return np.frombuffer(data, "<i2" if signed else "<u2").reshape(int(header.Rows), int(header.Columns))
 
 
-def _bits(header: "Dataset", values: NDArray[Any]) -> int:
-    """How many bits colours have: those of a palette fill their words."""
-    return 8 * values.itemsize if header.PhotometricInterpretation == "PALETTE COLOR" else int(header.BitsStored)
+def _coloured(values: NDArray[Any], settings: "Dataset") -> NDArray[np.uint8]:
+    """The greys of the colours that a palette has for the values (PS3.3, C.7.6.3.1.5 and C.7.6.3.1.6).
+
+    Colours have 8 bits where no entry needs more, whatever the palette says of itself: some say 16.
+    """
+    red, green, blue = (
+        _table(settings[f"{name}Descriptor"].value, settings[f"{name}Data"].value, values, settings)
+        for name in _PALETTE
+    )
+    first = min(red.first, green.first, blue.first)
+    steps = np.arange(first, max(table.first + len(table.entries) for table in (red, green, blue)))
+    colours = np.stack([table.of(steps) for table in (red, green, blue)], axis=-1)
+    greys = luma(colours[None], bits=8 if colours.max() <= 255 else 16)[0]  # of the table: the pixels are many more
+    return _Table(greys, first).of(values)
 
 
 def _settings(header: "Dataset", index: int) -> "Dataset":
@@ -248,14 +252,32 @@ def _window(values: NDArray[Any], settings: "Dataset", padding: NDArray[np.bool_
     return eight_bits(values, turned=turned, padding=padding)
 
 
-def _through(table: "Dataset", values: NDArray[Any], settings: "Dataset") -> NDArray[np.uint16]:
-    """What a table of greys makes of the values, which may also be packed two to a word (PS3.3, C.11.1 and C.11.2).
+def _through(table: "Dataset", values: NDArray[Any], settings: "Dataset") -> NDArray[Any]:
+    """What a table of greys makes of the values. Raises one of `_SENSELESS`, see `_table`."""
+    return _table(table.LUTDescriptor, table.LUTData, values, settings).of(values)
+
+
+class _Table(NamedTuple):
+    entries: NDArray[Any]
+    first: int
+    """The value that the first entry is for."""
+
+    def of(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The entries of the values; those beyond either end have the entry there."""
+        if values.dtype.kind == "f":
+            values = np.rint(np.clip(np.nan_to_num(values), self.first, self.first + len(self.entries) - 1))
+        index = values.astype(np.intp)
+        index -= self.first
+        return np.take(self.entries, index, mode="clip")
+
+
+def _table(descriptor: Any, data: Any, values: NDArray[Any], settings: "Dataset") -> _Table:
+    """A table for the values, of words or packed two to a word (PS3.3, C.7.6.3.1.5, C.11.1 and C.11.2).
 
     Raises one of `_SENSELESS` for a table that contradicts itself.
     """
-    entries, first, bits = (int(each) for each in table.LUTDescriptor)
+    entries, first, bits = (int(each) for each in descriptor)
     entries = entries % 65_536 or 65_536  # some read it as a signed number
-    data = table.LUTData
     if isinstance(data, bytes):
         little = settings.file_meta.TransferSyntaxUID.is_little_endian
         words = np.frombuffer(data[: len(data) // 2 * 2], "<u2" if little else ">u2").astype(np.uint16)
@@ -267,8 +289,7 @@ def _through(table: "Dataset", values: NDArray[Any], settings: "Dataset") -> NDA
         raise ValueError("the table is shorter than it says")
     if first > 32_767 and values.max() < first:
         first -= 65_536
-    index = np.rint(np.nan_to_num(values)) if values.dtype.kind == "f" else values.astype(np.int64)
-    return words[np.clip(index - first, 0, entries - 1).astype(np.intp)]
+    return _Table(words[:entries], first)
 
 
 def _spacing(settings: "Dataset") -> tuple[float, float]:

@@ -2,8 +2,6 @@
 
 import pytest
 
-from neuroloop.serving import problems
-from neuroloop.serving.rollback import LedgerBehind
 from serving.running import Api, head
 
 FIELDS = {"type", "title", "status", "detail", "fix"}
@@ -69,9 +67,3 @@ def test_openapi_documents_errors_as_what_they_are(api: Api):
                 if code >= "400":
                     assert list(response["content"]) == ["application/problem+json"]
     assert set(schema["components"]["schemas"]["Problem"]["properties"]) == FIELDS
-
-
-def test_a_change_that_was_made_but_not_written_down_is_told_in_words():
-    answer = problems.from_error(LedgerBehind("Version 3 is the champion now", why="the database went away"))
-    assert answer.status_code == 500
-    assert b"Version 3 is the champion now" in answer.body

@@ -1,6 +1,8 @@
 """Back to another version: by one command and by one request."""
 
+import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -161,3 +163,101 @@ def test_without_the_database_the_champion_stays(services, champion, promote, po
             postgres_server.start()
         assert answer.status_code == 503
         assert services.registry.by_alias("champion").version == newer
+
+
+def while_fetching(services, monkeypatch, do) -> None:
+    """`do()` while a bundle is being fetched."""
+    whole = services.registry.download_bundle
+
+    def meanwhile(*where):
+        do()
+        return whole(*where)
+
+    monkeypatch.setattr(services.registry, "download_bundle", meanwhile)
+
+
+def test_a_champion_that_was_promoted_meanwhile_is_not_lost(
+    services, champion, promote, register, tmp_path, monkeypatch
+):
+    promote(write_bundle(tmp_path / "b", data_version="d2"))
+    latest = register(write_bundle(tmp_path / "c", data_version="d3"))
+    with serving(services) as api:
+        while_fetching(services, monkeypatch, lambda: services.registry.set_alias("champion", latest))
+        answer = api.client.post(f"/v1/models/{champion}/champion", json={"by": "ann", "reason": "x"})
+        assert (answer.status_code, "meanwhile" in answer.json()["detail"]) == (409, True)
+        assert services.registry.by_alias("champion").version == latest
+        assert services.log.promotions() == []
+
+
+def test_a_change_that_was_answered_503_is_not_made_later(services, champion, promote, tmp_path, monkeypatch):
+    newer = promote(write_bundle(tmp_path / "b", data_version="d2"))
+    monkeypatch.setattr("neuroloop.serving.api.CHAMPION_SECONDS", 0.2)
+    monkeypatch.setattr("neuroloop.serving.api.MOVING_SECONDS", 0.2)
+    answered, fetched, others = threading.Event(), threading.Event(), set(threading.enumerate())
+    with serving(services) as api:
+        while_fetching(services, monkeypatch, lambda: answered.wait(60) and fetched.set())
+        answer = api.client.post(f"/v1/models/{champion}/champion", json={"by": "ann", "reason": "x"})
+        answered.set()
+        assert answer.status_code == 503
+        assert fetched.wait(60)
+        moving = [each for each in threading.enumerate() if each.name.startswith("registry") and each not in others]
+        assert moving
+    for each in moving:  # it ends with the server, once its work is done
+        each.join(60)
+    assert services.registry.by_alias("champion").version == newer
+    assert services.log.promotions() == []
+
+
+def test_a_change_whose_caller_has_gone_is_not_made(services, champion, promote, tmp_path, monkeypatch, caplog):
+    newer = promote(write_bundle(tmp_path / "b", data_version="d2"))
+    caplog.set_level(logging.INFO)
+    gone, fetching = threading.Event(), threading.Event()
+    with serving(services) as api:
+        while_fetching(services, monkeypatch, lambda: fetching.set() or gone.wait(60))
+        body = b'{"by": "ann", "reason": "x"}'
+        with socket.create_connection(("127.0.0.1", api.port)) as client:
+            start = f"POST /v1/models/{champion}/champion HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            client.sendall(f"{start}Content-Type: application/json\r\nAuthorization: Bearer {api.key}\r\n\r\n".encode())
+            client.sendall(body)
+            assert fetching.wait(60)
+        for _ in range(3):  # by then the server has noticed
+            assert api.client.get("/health/live").status_code == 200
+        gone.set()
+        wait(lambda: "/v1/models/{version}/champion" in caplog.text)
+        assert services.registry.by_alias("champion").version == newer
+        assert services.log.promotions() == []
+
+
+FAR = {"X-Forwarded-For": "203.0.113.9"}
+
+
+def test_a_change_that_was_made_but_not_written_down_is_told_and_the_reason_is_for_the_log(
+    services, champion, promote, tmp_path, monkeypatch, caplog
+):
+    promote(write_bundle(tmp_path / "b", data_version="d2"))
+
+    def away(_) -> None:
+        raise Unavailable("the database does not answer", why="no route to db-7.internal")
+
+    with serving(services) as api, api.holder("admin") as admin:
+        monkeypatch.setattr(services.log, "record_promotion", away)
+        answer = admin.post(f"/v1/models/{champion}/champion", json={"reason": "x"}, headers=FAR)
+        assert (answer.status_code, answer.json()["type"]) == (500, "urn:neuroloop:problem:ledger-behind")
+        assert f"Version {champion} is the champion now" in answer.json()["detail"]
+        assert services.registry.by_alias("champion").version == champion
+    assert "db-7" not in answer.text
+    assert "db-7" in caplog.text
+
+
+def test_a_version_without_a_bundle_is_refused_without_the_address_of_the_registry(services, champion, mlflow_uri):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(mlflow_uri, mlflow_uri)
+    run = services.registry.open_run("without a bundle", experiment="serving")
+    empty = client.create_model_version(MODEL, f"{client.get_run(run).info.artifact_uri}/model", run_id=run).version
+    with serving(services) as api, api.holder("admin") as admin:
+        answer = admin.post(f"/v1/models/{empty}/champion", json={"reason": "x"}, headers=FAR)
+    assert (answer.status_code, answer.json()["type"]) == (409, "urn:neuroloop:problem:not-promotable")
+    assert "no bundle" in answer.json()["detail"]
+    assert mlflow_uri not in answer.text
+    assert services.registry.by_alias("champion").version == champion

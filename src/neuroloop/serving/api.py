@@ -5,6 +5,7 @@ import contextlib
 import contextvars
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -55,8 +56,10 @@ ANSWER_SECONDS = 12.0
 """Longest wait of a request for a thread, the store and the database together; then it is a 503."""
 UPLOADS_TOGETHER = 20
 """As many of the largest uploads may be held in memory at once, those of batches included."""
-CHAMPION_SECONDS = 60.0
-"""Longest wait of a person who moves the champion: the bundle is fetched and verified first."""
+CHAMPION_SECONDS = 45.0
+"""Longest wait of a person who moves the champion until its bundle is fetched and verified; later it is not moved."""
+MOVING_SECONDS = 12.0
+"""Longest wait for the move itself. Both together are less than the frontend waits."""
 PREDICTING_THREADS = 4
 """Predictions at a time of plain uploads. Others have places of their own, as many as images are decoded at a time: a
 few slow files must not keep all threads. That bounds memory too, for 40 megapixels take 500 MB while worked on."""
@@ -410,8 +413,20 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         It is verified first; every server follows within seconds. The answer is the ledger's new row.
         """
         who = caller_of(request).speaks_as(said.by)
-        move = partial(rollback.make_champion, services, version, by=who, reason=said.reason)
-        return await registry.run(move, seconds=CHAMPION_SECONDS)
+        until = time.monotonic() + CHAMPION_SECONDS
+        leaving = asyncio.create_task(request.receive())  # behind the body nothing comes but the end of the connection
+        move = partial(
+            rollback.make_champion,
+            services,
+            version,
+            by=who,
+            reason=said.reason,
+            wanted=lambda: not leaving.done() and time.monotonic() < until,
+        )
+        try:
+            return await registry.run(move, seconds=CHAMPION_SECONDS + MOVING_SECONDS)
+        finally:
+            leaving.cancel()
 
     @app.get("/v1/monitoring", tags=["monitoring"], responses=problems.responses(503))
     async def monitoring() -> Monitoring:

@@ -1,14 +1,18 @@
 """A person makes another version the champion, as a rule the one before; servers follow within seconds."""
 
+import logging
 import tempfile
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from neuroloop.bootstrap import Services
-from neuroloop.core.errors import InvalidBundle, NeuroLoopError, NotFound
+from neuroloop.core.errors import Busy, InvalidBundle, NeuroLoopError, NotFound
 from neuroloop.core.ports import Registry
 from neuroloop.core.schemas import Check, ModelVersion, Promotion, now
 from neuroloop.model.bundle import BUNDLE_TAG, Bundle
+
+_LOG = logging.getLogger(__name__)
 
 
 class NotPromotable(NeuroLoopError):
@@ -19,13 +23,15 @@ class LedgerBehind(NeuroLoopError):
     """The champion is another, and the ledger has no row of it."""
 
 
-def make_champion(services: Services, version: str | None, *, by: str, reason: str) -> Promotion:
+def make_champion(
+    services: Services, version: str | None, *, by: str, reason: str, wanted: Callable[[], bool] = lambda: True
+) -> Promotion:
     """Point `champion` at `version` (None: at what `previous` names) and `previous` at the champion there was.
 
     The version is fetched and verified first, so that no server is sent after a broken one, and the ledger gets a row
-    that says who did it and why. Raises `NotFound`, `NotPromotable`, `InvalidBundle` and `Unavailable`; then the
-    champion has not moved, unless the registry went away in the midst of it. Raises `LedgerBehind` where the database
-    goes away once it has.
+    that says who did it and why. Nothing moves where another became the champion meanwhile, or it is no longer
+    `wanted`. Raises `NotFound`, `NotPromotable`, `InvalidBundle` and `Unavailable`; then the champion has not moved,
+    unless the registry went away in the midst of it. Raises `LedgerBehind` where the database goes away once it has.
     """
     registry = services.registry
     champion = registry.by_alias("champion")
@@ -43,13 +49,22 @@ def make_champion(services: Services, version: str | None, *, by: str, reason: s
         promoted=True,
         checks=(Check(name="by_hand", passed=True, reason=f"{by} went {step}: {reason.rstrip('.')}."),),
     )
+    latest = registry.by_alias("champion")
+    if (latest and latest.version) != before:
+        raise NotPromotable(
+            "The champion has changed meanwhile, so nothing was changed",
+            why=f"it was {f'version {before}' if before else 'none'} when this was asked",
+            fix="look at the Models page, and ask again if it is still right",
+        )
+    if not wanted():
+        raise Busy("Nothing was changed", why="it took longer than anybody waits to verify it", fix="try again shortly")
     _move(registry, target.version, before)
     try:
         services.log.record_promotion(row)
     except NeuroLoopError as error:
+        _LOG.exception("version %s is the champion, and the ledger has no row of it", target.version)
         raise LedgerBehind(
             f"Version {target.version} is the champion now, but the ledger does not say so",
-            why=str(error),
             fix="repeat it the other way round and back once the database answers",
         ) from error
     return row
@@ -103,6 +118,12 @@ def _verify(services: Services, target: ModelVersion) -> None:
         except InvalidBundle as error:
             raise NotPromotable(
                 f"Version {target.version} cannot be served, so nothing was changed", why=str(error), fix="name another"
+            ) from error
+        except NotFound as error:  # its own words name the registry's address
+            raise NotPromotable(
+                f"Version {target.version} cannot be served, so nothing was changed",
+                why="the registry has no bundle of it",
+                fix="name another",
             ) from error
     if bundle.manifest.split == "legacy":
         raise NotPromotable(

@@ -1,6 +1,7 @@
 """Bodies: bounded while they arrive, and read from forms with care."""
 
 import asyncio
+import contextlib
 import http.client
 import socket
 
@@ -10,7 +11,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.responses import Response
 
 from neuroloop.serving.intake import BodyLimit
-from serving.running import Api, encoded, head
+from serving.running import Api, encoded, head, serving
 
 MEGABYTE = 1_000_000  # the limit of this API
 
@@ -114,3 +115,81 @@ def test_bodies_that_together_are_too_large_wait_for_nobody_and_the_next_finds_r
             ]
 
     assert asyncio.run(clients()) == [200, 503, 200]
+
+
+def test_a_holder_of_a_key_who_fills_their_share_keeps_nobody_else_out():
+    reading, go = [], asyncio.Event()
+
+    async def app(scope, receive, send):
+        reading.append((await receive())["body"])
+        await go.wait()
+        await Response("read")(scope, receive, send)
+
+    def holder(scope) -> str:
+        return scope["path"]
+
+    limited = ExceptionMiddleware(BodyLimit(app, limit=lambda path: 30, together=160, holder=holder), handlers={})
+
+    async def clients() -> list[int]:
+        transport = httpx.ASGITransport(app=limited)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            first = asyncio.create_task(client.post("/eve", content=bytes(30)))
+            while not reading:
+                await asyncio.sleep(0.01)
+            second = await client.post("/eve", content=bytes(30))
+            other = asyncio.create_task(client.post("/ann", content=bytes(30)))
+            while len(reading) < 2:
+                await asyncio.sleep(0.01)
+            go.set()
+            held = [await first, await other]
+            return [each.status_code for each in (*held, second, await client.post("/eve", content=bytes(30)))]
+
+    assert asyncio.run(clients()) == [200, 200, 429, 200]
+
+
+def test_one_uploader_does_not_take_the_room_of_all(services, champion):
+    batch = 5 * MEGABYTE + 60_000  # nearly the largest body, and of these four are all that is held at once
+    with serving(services) as api, contextlib.ExitStack() as stack:
+        eve, ann = (stack.enter_context(api.holder("uploader", name)) for name in ("eve", "ann"))
+        start = (
+            "POST /v1/predictions:batch HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            f"Authorization: {eve.headers['Authorization']}\r\nContent-Length: {batch + 1}\r\n\r\n"
+        )
+        said = []
+        for _ in range(4):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", api.port), timeout=30))
+            with contextlib.suppress(OSError):
+                client.sendall(start.encode() + bytes(batch))
+            client.settimeout(0.5)
+            with contextlib.suppress(OSError):
+                said.append(client.recv(4096))
+        assert ann.post("/v1/predictions", files={"file": ("a", encoded(head("glioma")))}).status_code == 201
+        assert all(each.startswith(b"HTTP/1.1 429") for each in said)
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type"),
+    [
+        ("/v1/predictions/{id}/feedback", "application/json"),
+        ("/v1/keys", "application/json"),
+        ("/v1/predictions", "image/png"),
+        ("/v1/predictions:batch", "multipart/form-data; boundary=b"),
+    ],
+)
+def test_a_body_that_does_not_come_to_its_end_is_408(api: Api, monkeypatch, path: str, content_type: str):
+    path = path.format(id=api.predict(head("glioma")).json()["id"])
+    monkeypatch.setattr("neuroloop.serving.intake.UPLOAD_SECONDS", 0.5)
+    start = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api.key}\r\nContent-Type: {content_type}\r\n"
+    with socket.create_connection(("127.0.0.1", api.port), timeout=30) as client:
+        client.sendall(f"{start}Content-Length: 1000\r\n\r\n{{".encode())
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        assert (answer.status, answer.headers["Connection"]) == (408, "close")
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert b"had not arrived" in answer.read()
+        assert client.recv(1) == b""
+
+
+def test_a_json_body_that_grows_too_large_is_413(api: Api):
+    response = api.client.post("/v1/keys", content=chunks(MEGABYTE), headers={"Content-Type": "application/json"})
+    assert response.status_code == 413

@@ -300,6 +300,12 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
+def holder(scope: Scope) -> str | None:
+    """Whom a request is from, for limits; None where it shows no key."""
+    caller: Caller | None = scope.get("state", {}).get("caller")
+    return f"{caller.key_id} {caller.name}" if caller and caller.key_id else None
+
+
 def document(app: FastAPI) -> None:
     """Let OpenAPI say which key each route takes, and how it is refused."""
     schema = app.openapi()

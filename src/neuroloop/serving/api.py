@@ -262,6 +262,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
             "/invocations": upload_limit,
         }.get(path, intake.ENVELOPE_BYTES),
         together=upload_limit * UPLOADS_TOGETHER,
+        holder=access.holder,
     )
     app.add_middleware(
         admission.Door,
@@ -362,7 +363,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     @app.post(
         "/v1/predictions/{prediction_id}/feedback",
         tags=["feedback"],
-        responses=problems.responses(404, 410, 413, 422, 503, 507),
+        responses=problems.responses(404, 408, 410, 413, 422, 503, 507),
     )
     async def feedback(prediction_id: str, said: FeedbackRequest, request: Request) -> inference.FeedbackReceipt:
         """Agree with a prediction, correct it, or say that you are not sure or that it shows no brain."""
@@ -406,7 +407,9 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         """All registered versions, and the ledger of promotions with their reasons."""
         return await registry.run(service.models)
 
-    @app.post("/v1/models/{version}/champion", tags=["models"], responses=problems.responses(404, 409, 413, 422, 503))
+    @app.post(
+        "/v1/models/{version}/champion", tags=["models"], responses=problems.responses(404, 408, 409, 413, 422, 503)
+    )
     async def make_champion(version: str, said: ChampionRequest, request: Request) -> Promotion:
         """Make a registered version the champion, by hand: as a rule to go back to the one before.
 
@@ -448,7 +451,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         """All keys, newest first, those no longer valid included."""
         return await asking.run(lambda: keyring.listed(services.keys))
 
-    @app.post("/v1/keys", status_code=201, tags=["access"], responses=problems.responses(422, 503))
+    @app.post("/v1/keys", status_code=201, tags=["access"], responses=problems.responses(408, 413, 422, 503))
     async def make_key(asked: KeyRequest, request: Request) -> keyring.KeyMade:
         """Make a key. The answer shows it this once."""
         by = caller_of(request).name

@@ -60,7 +60,7 @@ class BatchAnswer(Record):
 
 
 async def read_files(request: Request) -> list[bytes]:
-    """The bytes of every field `file` of the form. Raises `HTTPException` with status 400, 408 or 415."""
+    """The bytes of every field `file` of the form. Raises `HTTPException` with status 400 or 415."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise HTTPException(415, "The request is no form, going by its Content-Type")
     body = await intake.body_of(request)

@@ -1,8 +1,10 @@
 """What comes in: bounded bodies, and the image in them."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 
+import fastapi
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
@@ -20,19 +22,30 @@ ENVELOPE_BYTES = 64_000
 UPLOAD_SECONDS = 60.0
 """Within which a body must have arrived; 20 MB then need 2.7 Mbit/s."""
 
+SHARE = 0.25
+"""Of the bytes of all bodies together, the part that one holder of a key may take, though always one whole body."""
+
 _BINARY = (b"application/dicom", b"application/gzip", b"application/x-gzip", b"application/octet-stream")
 
 
 class BodyLimit:
     """ASGI middleware that refuses a body beyond `limit(path)` bytes with 413: by its announced length where there is
-    one, else as soon as more has arrived. Nothing beyond the limit is kept in memory, and beyond `together` bytes of
-    all bodies that are being worked on the one that comes last gets 503: a few senders of large batches would otherwise
-    fill the machine.
+    one, else as soon as more has arrived; and with 408 one that has not arrived after `UPLOAD_SECONDS`.
+
+    Nothing beyond the limit is kept in memory. A few senders of large batches would fill the machine all the same:
+    beyond `together` bytes of all bodies that are being worked on the one that comes last gets 503, and beyond `SHARE`
+    of that one `holder(scope)` gets 429, so that nobody keeps the others out. None holds no share.
     """
 
-    def __init__(self, app: ASGIApp, limit: Callable[[str], int], together: int) -> None:
-        self._app, self._limit, self._together = app, limit, together
-        self._held = 0
+    def __init__(
+        self,
+        app: ASGIApp,
+        limit: Callable[[str], int],
+        together: int,
+        holder: Callable[[Scope], str | None] = lambda _: None,
+    ) -> None:
+        self._app, self._limit, self._together, self._holder = app, limit, together, holder
+        self._held: Counter[str | None] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on, counted."""
@@ -42,24 +55,38 @@ class BodyLimit:
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced) > limit:
             return await problems.from_status(413, _too_large(limit))(scope, receive, send)
-        received = 0
+        received, whole = 0, False
+        until: float | None = None
+        holder: str | None = None
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, whole, until, holder
+            if whole:  # behind it nothing comes but the end of the connection
+                return await receive()
+            if until is None:
+                until, holder = asyncio.get_running_loop().time() + UPLOAD_SECONDS, self._holder(scope)
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise _refused(408, f"The body had not arrived after {UPLOAD_SECONDS:.0f} s") from None
+            whole = not message.get("more_body", False)
             size = len(message.get("body", b""))
             received += size
-            self._held += size
+            self._held[holder] += size
             if received > limit:
-                raise HTTPException(413, _too_large(limit), {"Connection": "close"})
-            if self._held > self._together:
-                raise HTTPException(503, "The service is busy with other large uploads", {"Connection": "close"})
+                raise _refused(413, _too_large(limit))
+            if holder is not None and self._held[holder] > max(limit, self._together * SHARE):
+                raise _refused(429, "Other large uploads with this key are still being worked on")
+            if self._held.total() > self._together:
+                raise _refused(503, "The service is busy with other large uploads")
             return message
 
         try:
             await self._app(scope, counted, send)
         finally:
-            self._held -= received
+            self._held[holder] -= received
+            self._held += Counter()  # forgets who holds nothing
 
 
 def consent(stated: Consent | None, settings: Settings) -> Consent:
@@ -73,7 +100,7 @@ async def read_image(request: Request) -> bytes:
     """The bytes of the uploaded image: the form's field `file`, or the body itself where its type says an image.
 
     Which kind of image it is, is for the bytes to say. Kept in memory throughout, an upload never touches the server's
-    disk, and its file name is not looked at. Raises `HTTPException` with status 400, 408 or 415.
+    disk, and its file name is not looked at. Raises `HTTPException` with status 400 or 415.
     """
     content_type = request.headers.get("content-type", "")
     kind = parse_options_header(content_type)[0]
@@ -85,13 +112,8 @@ async def read_image(request: Request) -> bytes:
 
 
 async def body_of(request: Request) -> bytes:
-    """The whole body, waited for `UPLOAD_SECONDS` at most; then it is an `HTTPException` with status 408."""
-    try:
-        async with asyncio.timeout(UPLOAD_SECONDS):
-            return b"".join([part async for part in request.stream()])  # request.body() would keep it to the end
-    except TimeoutError:
-        message = f"The body had not arrived after {UPLOAD_SECONDS:.0f} s"
-        raise HTTPException(408, message, {"Connection": "close"}) from None
+    """The whole body."""
+    return b"".join([part async for part in request.stream()])  # request.body() would keep it to the end
 
 
 class InMemory(MultiPartParser):
@@ -112,6 +134,11 @@ async def _field(headers: Headers, body: bytes) -> bytes:
     if not isinstance(file, UploadFile):
         raise HTTPException(400, "The form has no file in its field 'file'")
     return await file.read()
+
+
+def _refused(status: int, detail: str) -> HTTPException:
+    """A refusal in the midst of a body, whose rest nobody will read; FastAPI would make a 400 of Starlette's own."""
+    return fastapi.HTTPException(status, detail, {"Connection": "close"})
 
 
 def _too_large(limit: int) -> str:

@@ -69,7 +69,7 @@ _STATUS_FIXES = {
     400: "send multipart/form-data with a field named file, under a short name, or the image itself",
     404: "see /docs for the paths there are",
     405: "see /docs for the methods of this path",
-    408: "send the file again, over a faster connection",
+    408: "send it again, over a faster connection",
     413: "upload a single slice, such as a JPEG or PNG",
     415: "send multipart/form-data with a field named file, or the image itself as image/png or image/jpeg",
     422: "see /docs for what this path expects",

@@ -2,9 +2,10 @@
 ### Housekeeping: what is kept of uploads, and what is not
 
 Finishes erasures that broke off half-way, erases what is older than `NEUROLOOP_RETENTION_DAYS`, puts the corrected
-copies in order with the readers' verdicts, and removes images without a row that a killed server left behind. Safe to
-run at any time. `neuroloop sweep` does the same without Airflow. Where so many images have no row that the database
-must be another one, none is removed and a mail says so.
+copies in order with the readers' verdicts, and removes images without a row that a killed server left behind, and
+after a day what was noted of uploads that were never answered. Safe to run at any time. `neuroloop sweep` does the
+same without Airflow. Where so many images have no row that the database must be another one, none is removed and a
+mail says so.
 
 *For research only. Not a medical device.*
 """

@@ -236,6 +236,19 @@ def test_a_claim_that_was_given_up_gets_a_new_id_and_the_old_request_can_no_long
     assert log.claim("key", "yet another", "asked").prediction_id == fresh.id  # answered: for ever
 
 
+def test_claims_that_were_never_answered_can_be_forgotten_and_no_others(log: PostgresLog):
+    row = prediction()
+    log.claim("answered", row.id, "asked")
+    log.record_prediction(row, request="answered")
+    log.claim("never", "never", "asked")
+    assert log.forget_claims(log.clock() - timedelta(hours=1)) == 0
+    assert log.forget_claims(log.clock() + timedelta(hours=1)) == 1
+    assert log.claimed(row.id).answered
+    with pytest.raises(NotFound):
+        log.claimed("never")
+    assert log.claim("never", "anew", "asked otherwise").prediction_id == "anew"
+
+
 # --- erasure ------------------------------------------------------------------------------------
 
 

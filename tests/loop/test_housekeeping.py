@@ -9,6 +9,7 @@ import uuid
 from datetime import timedelta
 from pathlib import Path
 
+import psycopg2
 import pytest
 
 from neuroloop.adapters.folder import FolderStore
@@ -79,6 +80,7 @@ def test_the_command_finishes_erasures_keeps_the_retention_and_removes_leftovers
     assert ast.literal_eval(done.stdout) == {
         "erasures_finished": 1,
         "expired": 1,
+        "claims_forgotten": 0,
         "corrections_mended": 0,
         "leftovers_removed": 1,
     }
@@ -88,6 +90,22 @@ def test_the_command_finishes_erasures_keeps_the_retention_and_removes_leftovers
         old.id: "retention",
         marked.id: "mistake",
     }
+
+
+def test_of_a_file_that_was_never_answered_nothing_stays_for_longer_than_a_day(services: Services):
+    services.log.claim("old", "first", "secret-hash 1")
+    services.log.claim("late", "second", "other-hash 1")
+    with psycopg2.connect(services.settings.database_url) as connection, connection.cursor() as cursor:
+        for key, hours in (("old", 25), ("late", 23)):
+            cursor.execute(
+                "UPDATE requests SET claimed_at = now() - make_interval(hours => %s) WHERE key = %s", (hours, key)
+            )
+    assert tidy(services)["claims_forgotten"] == 1
+    with psycopg2.connect(services.settings.database_url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT key, fingerprint FROM requests")
+        assert cursor.fetchall() == [("late", "other-hash 1")]
+    assert services.log.claim("late", "third", "other-hash 1").prediction_id == "third"  # a retry goes on
+    assert tidy(services)["claims_forgotten"] == 0
 
 
 def test_what_a_broken_off_run_left_goes_even_where_the_leftovers_are_too_many_to_remove(services: Services):

@@ -204,6 +204,15 @@ class PostgresLog:
             raise NotFound(f"no request has claimed prediction {prediction_id!r}")
         return Claim(**row)
 
+    def forget_claims(self, before: datetime) -> int:
+        """Remove the claims made before this time that were never answered; how many there were.
+
+        Each holds the hash of a file of which nothing else was kept.
+        """
+        with self._transaction() as cursor:
+            cursor.execute("DELETE FROM requests WHERE answered_at IS NULL AND claimed_at < %s", (before,))
+            return int(cursor.rowcount)
+
     def record_prediction(
         self, prediction: Prediction, *, request: str = "", explanation: Mapping[str, Any] | None = None
     ) -> None:

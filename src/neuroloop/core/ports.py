@@ -69,6 +69,9 @@ class PredictionLog(Protocol):
     def claimed(self, prediction_id: str) -> Claim:
         """The claim of a prediction. Raises `NotFound`."""
 
+    def forget_claims(self, before: datetime) -> int:
+        """Remove the claims made before this time that were never answered; how many there were."""
+
     def record_prediction(
         self, prediction: Prediction, *, request: str = "", explanation: Mapping[str, Any] | None = None
     ) -> None:

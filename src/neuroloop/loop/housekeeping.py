@@ -11,6 +11,8 @@ from neuroloop.records import erasure, orphans
 
 LEFTOVER_AGE = timedelta(hours=1)
 """An object without a row may be one whose row is just being written; an hour is longer than any request lasts."""
+RETRY_AGE = timedelta(days=1)
+"""For so long a client may repeat a request that was never answered; then what its key says of the file goes."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -22,6 +24,7 @@ def tidy(services: Services, *, force: bool = False) -> Result:
     log, store, days = services.log, services.store, services.settings.retention_days
     result: Result = {"erasures_finished": erasure.finish_all(log, store)}
     result["expired"] = erasure.expire(log, store, now() - timedelta(days=days)) if days else 0
+    result["claims_forgotten"] = log.forget_claims(now() - RETRY_AGE)
     result["corrections_mended"] = orphans.settle_corrections(log, store) + orphans.bring_back_corrections(log, store)
     drop_stale(services)
     try:

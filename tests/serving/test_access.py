@@ -135,6 +135,17 @@ def test_health_and_documentation_are_open(api: Api, route: str):
         assert call(client, route).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/ping", "/docs", "/openapi.json", "/metrics"])
+def test_probes_may_ask_for_the_head_of_what_is_open(api: Api, path: str):
+    with api.client_of(None) as stranger:
+        said, whole = stranger.head(path), stranger.get(path)
+        assert (said.status_code, said.content) == (200, b"")
+        assert said.headers.get("Content-Type") == whole.headers.get("Content-Type")
+        if path == "/metrics":
+            assert stranger.head(path, headers=FAR).status_code == 401
+    assert not any("head" in operations for operations in api.client.get("/openapi.json").json()["paths"].values())
+
+
 def test_a_route_that_nobody_wrote_a_rule_for_takes_an_admin(api: Api, holders: dict[str, httpx.Client]):
     app: FastAPI = create_app(api.services)
     app.add_api_route("/v1/forgotten", lambda: {"secret": 1})

@@ -67,3 +67,10 @@ def test_openapi_documents_errors_as_what_they_are(api: Api):
                 if code >= "400":
                     assert list(response["content"]) == ["application/problem+json"]
     assert set(schema["components"]["schemas"]["Problem"]["properties"]) == FIELDS
+
+
+@pytest.mark.parametrize("path", ["/v1/predictions/", "/v1/model/", "/health/live/"])
+def test_a_trailing_slash_is_no_path_and_leads_nowhere_else(api: Api, path: str):
+    response = api.client.request("POST", path, headers={"Host": "scans.example.org"})
+    assert (response.status_code, response.headers["content-type"]) == (404, "application/problem+json")
+    assert "Location" not in response.headers

@@ -16,6 +16,7 @@ from functools import partial
 from urllib.parse import unquote
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -324,6 +325,14 @@ def document(app: FastAPI) -> None:
                 operation["description"] = f"{operation.get('description', '')}\n\nRole: **{needed}**.".strip()
                 for status, words in refusals.items():
                     operation["responses"][status] = {"description": words, "content": content}
+
+
+def allow_head(app: FastAPI) -> None:
+    """Let probes ask `HEAD` where they may `GET`; behind `document`, for OpenAPI would list each such route twice."""
+    for route in app.routes:
+        rule = f"GET {getattr(route, 'path', '')}"
+        if isinstance(route, APIRoute) and (RULES.get(rule, Role.ADMIN) is OPEN or rule in LOCAL):
+            route.methods.add("HEAD")
 
 
 def _shown(headers: Headers) -> tuple[str, str] | None:

@@ -243,6 +243,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # below, with headers of its own
         redoc_url=None,
+        redirect_slashes=False,  # the way there would be the client's words: another host, and http behind a proxy
     )
     upload_limit = services.settings.max_upload_bytes + intake.ENVELOPE_BYTES
     door = access.Access(
@@ -505,6 +506,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     sagemaker.install(app, services.settings, service, run=run, ready=readiness, upload=_UPLOAD)
     access.document(app)
     problems.document(app)
+    access.allow_head(app)
     return app
 
 

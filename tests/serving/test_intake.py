@@ -10,7 +10,7 @@ import pytest
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.responses import Response
 
-from neuroloop.serving.intake import BodyLimit
+from neuroloop.serving.intake import ENVELOPE_BYTES, BodyLimit
 from serving.running import Api, encoded, head, serving
 
 MEGABYTE = 1_000_000  # the limit of this API
@@ -148,7 +148,7 @@ def test_a_holder_of_a_key_who_fills_their_share_keeps_nobody_else_out():
 
 
 def test_one_uploader_does_not_take_the_room_of_all(services, champion):
-    batch = 5 * MEGABYTE + 60_000  # nearly the largest body, and of these four are all that is held at once
+    batch = 5 * (MEGABYTE + ENVELOPE_BYTES) - 10  # nearly the largest body; four of these are all that is held at once
     with serving(services) as api, contextlib.ExitStack() as stack:
         eve, ann = (stack.enter_context(api.holder("uploader", name)) for name in ("eve", "ann"))
         start = (
@@ -164,7 +164,7 @@ def test_one_uploader_does_not_take_the_room_of_all(services, champion):
             with contextlib.suppress(OSError):
                 said.append(client.recv(4096))
         assert ann.post("/v1/predictions", files={"file": ("a", encoded(head("glioma")))}).status_code == 201
-        assert all(each.startswith(b"HTTP/1.1 429") for each in said)
+        assert all(each.startswith(b"HTTP/1.1 429") and b"retry-after: 5" in each.lower() for each in said)
 
 
 @pytest.mark.parametrize(

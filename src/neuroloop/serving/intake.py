@@ -4,7 +4,6 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 
-import fastapi
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
@@ -137,8 +136,8 @@ async def _field(headers: Headers, body: bytes) -> bytes:
 
 
 def _refused(status: int, detail: str) -> HTTPException:
-    """A refusal in the midst of a body, whose rest nobody will read; FastAPI would make a 400 of Starlette's own."""
-    return fastapi.HTTPException(status, detail, {"Connection": "close"})
+    """A refusal in the midst of a body, whose rest nobody will read."""
+    return HTTPException(status, detail, {"Connection": "close"})
 
 
 def _too_large(limit: int) -> str:

@@ -99,7 +99,7 @@ def problem(
     """A problem document as a response; `more` are further members."""
     document = Problem(type=f"urn:neuroloop:problem:{name}", title=title, status=status, detail=detail, fix=fix, **more)
     headers = dict(headers or {})
-    if status in (http.HTTPStatus.SERVICE_UNAVAILABLE, http.HTTPStatus.INSUFFICIENT_STORAGE):
+    if status in (429, 503, 507):
         headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
     return JSONResponse(document.model_dump(mode="json"), status, headers=headers, media_type=MEDIA_TYPE)
 

@@ -418,7 +418,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         """
         who = caller_of(request).speaks_as(said.by)
         until = time.monotonic() + CHAMPION_SECONDS
-        leaving = asyncio.ensure_future(request.receive())  # behind the body nothing comes but the end of the connection
+        leaving = asyncio.ensure_future(request.receive())  # behind the body comes only the end of the connection
         move = partial(
             rollback.make_champion,
             services,

@@ -60,7 +60,7 @@ class BodyLimit:
 
         async def counted() -> Message:
             nonlocal received, whole, until, holder
-            if whole:  # behind it nothing comes but the end of the connection
+            if whole:  # behind it comes only the end of the connection
                 return await receive()
             if until is None:
                 until, holder = asyncio.get_running_loop().time() + UPLOAD_SECONDS, self._holder(scope)

@@ -141,7 +141,7 @@ def answering(response):
         (problems.from_error(Unavailable("no database")), "try again in 5 s"),
         (problems.from_error(OutOfSpace("full")), "try again later"),
         (problems.internal_error(), "give the operator the id of this request"),
-        (problems.from_status(408), "send the file again"),
+        (problems.from_status(408), "send it again"),
     ],
 )
 def test_advice_can_be_followed_by_somebody_who_sees_no_headers(response, said):

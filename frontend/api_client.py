@@ -57,13 +57,11 @@ class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
-class Answer(_Answer):
-    """What `POST /v1/predictions` says of an accepted image. `image` and `heatmap` are grey PNGs of one frame."""
+class _Prediction(_Answer):
+    """What the API says of a prediction both at once and later."""
 
     id: str
-    label: str
     probabilities: dict[str, float]
-    tumour: bool
     gate: ExplainedGate
     model_version: str
     data_version: str
@@ -71,32 +69,27 @@ class Answer(_Answer):
     seconds: float
     width: int
     height: int
-    image: Base64Bytes
-    heatmap: Base64Bytes | None = None
     prediction_sets: dict[str, tuple[str, ...]] = {}
     refer: bool = False
     refer_reason: str = ""
+
+
+class Answer(_Prediction):
+    """What `POST /v1/predictions` says of an accepted image. `image` and `heatmap` are grey PNGs of one frame."""
+
+    label: str
+    tumour: bool
+    image: Base64Bytes
+    heatmap: Base64Bytes | None = None
     frames: int = 1
     frame: int = 1
 
 
-class Recorded(_Answer):
+class Recorded(_Prediction):
     """What `GET /v1/predictions/{id}` says; `label` is None for an image that the gate refused."""
 
-    id: str
-    created_at: datetime
     label: str | None
-    probabilities: dict[str, float]
-    gate: ExplainedGate
-    model_version: str
-    data_version: str
-    simulated_model: bool
-    seconds: float
-    width: int
-    height: int
-    prediction_sets: dict[str, tuple[str, ...]] = {}
-    refer: bool = False
-    refer_reason: str = ""
+    created_at: datetime
     owner: str = ""
     feedback: tuple[Feedback, ...] = ()
 

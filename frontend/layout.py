@@ -112,6 +112,12 @@ def in_words(fault: ApiProblem) -> str:
     return plain(" ".join(as_sentence(part) for part in (fault.title, fault.detail, fault.fix, request) if part))
 
 
+def note(done: bool, text: str) -> None:
+    """What came of something that was asked for, below where it was asked."""
+    show, icon = (st.success, ":material/task_alt:") if done else (st.warning, ":material/warning:")
+    show(text, icon=icon)
+
+
 def own_key_refused(fault: ApiProblem) -> bool:
     """Whether the API refuses the key of whoever is signed in; then the next drawing asks them to sign in again."""
     refused = fault.status == 401 and person().key != ""

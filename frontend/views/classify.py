@@ -437,10 +437,8 @@ def show_feedback(prediction_id: str, predicted: str | None, *, refer: bool = Fa
         )
         # Of a referred scan the most probable class may be chosen too; the API records that as agreement.
         button(send, "Send" if refer else "Send correction", Verdict.CORRECT, disabled=label is None)
-        recorded, note = st.session_state.get("notes", {}).get(prediction_id, (True, ""))
-        if note:
-            show = st.success if recorded else st.warning
-            show(note, icon=":material/task_alt:" if recorded else ":material/warning:")
+        if prediction_id in (notes := st.session_state.get("notes", {})):
+            layout.note(*notes[prediction_id])
 
 
 def send_feedback(prediction_id: str, verdict: Verdict) -> None:

@@ -122,9 +122,8 @@ def change_champion(models: Models) -> None:
     """Another version is made the champion by hand, the one before as a rule; asks before it does."""
     candidates = [v for v in champion_first(models) if "champion" not in v.aliases and not is_legacy(v)]
     candidates.sort(key=lambda v: "previous" not in v.aliases)  # the one to go back to first; else as they were
-    done, note = st.session_state.get("champion-notes", {}).pop("latest", (True, ""))
-    if note:
-        (st.success if done else st.warning)(note, icon=":material/task_alt:" if done else ":material/warning:")
+    if latest := st.session_state.get("champion-notes", {}).pop("latest", None):
+        layout.note(*latest)
     if not candidates:
         return
     with st.expander("**Go back to another version**", icon=":material/history:"):

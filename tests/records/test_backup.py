@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -196,6 +197,34 @@ def test_what_is_erased_while_the_backup_is_made_is_not_in_it(small, tmp_path):
     predictions = [target.get(key) for key in target.list("databases/neuroloop/predictions/")]
     assert not any(name.encode() in data for data in predictions)
     assert not [key for key in target.list("objects/") if name in key]
+
+
+def test_what_comes_and_is_corrected_while_the_backup_is_made_is_not_in_it_without_its_row(small, tmp_path):
+    """Restored without a row, nobody could erase it, and a retraining would learn from it."""
+    databases, store, log = small
+    store.put(elsewhere := keys.correction("glioma", str(uuid.uuid4())), b"brought here by hand, before")
+    before, came = store.list(""), prediction("glioma")
+    came = came.model_copy(update={"object_key": keys.prediction("glioma", came.id)})
+    at_once = threading.Lock()
+
+    class Busy(FolderStore):
+        """The same folder; a scan comes and is corrected while objects are being copied."""
+
+        def get(self, key: str) -> bytes:
+            with at_once:
+                if not self.exists(came.object_key):
+                    self.put(came.object_key, b"an image")
+                    log.record_prediction(came)
+                    self.put(keys.correction("pituitary", came.id), b"an image")
+            return super().get(key)
+
+    target = FolderStore(str(tmp_path / "backup"))
+    manifest = backup(databases, Busy(str(tmp_path / "store")), target, say=silent)
+    assert sorted(manifest.objects) == before
+    assert elsewhere in manifest.objects
+    assert [key for key in target.list("") if came.id in key] == []
+    again = backup(databases, store, FolderStore(str(tmp_path / "later")), say=silent)
+    assert {came.object_key, keys.correction("pituitary", came.id)} <= again.objects.keys()
 
 
 @pytest.mark.parametrize("moment", ["before it is read", "once it was read", "while it is listed"])

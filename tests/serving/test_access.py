@@ -232,6 +232,18 @@ def test_nobody_votes_in_the_name_of_another(api: Api):
     assert [(one["reader"], one["verdict"]) for one in given] == [("ann", "not_sure")]
 
 
+def test_a_key_that_speaks_for_others_has_to_say_for_whom(api: Api):
+    """Whatever it does in a person's name; the fault is not called one of feedback, for clients branch on the type."""
+    prediction = api.predict(head("glioma")).json()["id"]
+    path = f"/v1/predictions/{prediction}"
+    for response in (
+        api.client.post(f"{path}/feedback", json={"verdict": "agree"}),
+        api.client.delete(path, params={"reason": "requested"}),
+        api.client.post("/v1/models/1/champion", json={"reason": "better"}),
+    ):
+        assert (response.status_code, response.json()["type"]) == (422, "urn:neuroloop:problem:names-nobody")
+
+
 def test_the_frontend_acts_for_the_person_who_signed_in_and_with_that_persons_role(api: Api):
     prediction = api.predict(head("glioma")).json()["id"]
     person = {PERSON_HEADER: quote("Zoë Müller"), ROLE_HEADER: "reader"}

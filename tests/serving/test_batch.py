@@ -75,6 +75,27 @@ def test_a_form_without_files_and_a_body_that_is_none_are_problems(api: Api):
     assert api.client.post("/v1/predictions:batch", content=b"--b\r\nno form", headers=bad).status_code in (400, 422)
 
 
+@pytest.mark.parametrize(
+    ("second", "end", "said"),
+    [
+        ('name="file"; filename="2"', b"--b", "cut off"),
+        ('name="file"; filename="2"', b"", "cut off"),
+        ('name="files"; filename="2"', b"--b--\r\n", "'files'"),
+        ('name="file"', b"--b--\r\n", "not a file"),
+    ],
+)
+def test_a_form_that_would_lose_a_file_is_refused_as_a_whole(api: Api, second: str, end: bytes, said: str):
+    stored, image = api.stored(), encoded(head("glioma"))
+    body = b"".join(
+        b"--b\r\nContent-Disposition: form-data; " + each.encode() + b"\r\n\r\n" + image + b"\r\n"
+        for each in ('name="file"; filename="1"', second)
+    )
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    response = api.client.post("/v1/predictions:batch", content=body + end, headers=kind)
+    assert (response.status_code, said in response.json()["detail"]) == (400, True)
+    assert api.stored() == stored
+
+
 def test_without_the_database_the_whole_batch_is_503_at_once_and_its_repeat_succeeds(
     services, champion, postgres_server
 ):

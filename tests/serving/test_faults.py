@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psycopg2
 import pytest
 
 from neuroloop.bootstrap import Services
@@ -79,6 +80,18 @@ def whole(services: Services) -> int:
     assert sorted(stored) == sorted(row.object_key for row in rows.values())
     assert services.log.monitoring().predictions == len(stored)
     return len(stored)
+
+
+def test_many_slow_monitoring_pages_leave_connections_to_the_database_for_predictions(services, champion):
+    with serving(services) as api, ThreadPoolExecutor(24) as pool:
+        with contextlib.closing(psycopg2.connect(services.settings.database_url)) as other, other.cursor() as cursor:
+            cursor.execute("LOCK TABLE feedback IN ACCESS EXCLUSIVE MODE")  # predictions do without it
+            pages = [pool.submit(api.client.get, "/v1/monitoring") for _ in range(24)]
+            time.sleep(1.0)
+            assert [api.predict(head("glioma")).status_code for _ in range(3)] == [201] * 3
+            assert api.client.get("/health/ready").status_code == 200
+            other.rollback()
+        assert {page.result().status_code for page in pages} <= {200, 503}
 
 
 def test_a_database_that_falls_silent_is_503_in_time_and_recovers_without_a_restart(

@@ -137,8 +137,30 @@ def test_of_two_readers_corrections_the_latest_stands_and_the_other_returns_when
     assert corrections(api, glioma) == ["notumor"]
     api.feedback(glioma, "correct", "pituitary", "ann")  # the same again: no later word than ben's
     assert corrections(api, glioma) == ["notumor"]
-    api.feedback(glioma, "agree", reader="ben")
+    api.feedback(glioma, "not_sure", reader="ben")
     assert corrections(api, glioma) == ["pituitary"]
+
+
+@pytest.mark.parametrize(("verdict", "label"), [("agree", None), ("correct", "glioma"), ("not_brain_mri", None)])
+def test_a_reader_who_denies_the_correction_of_another_later_takes_the_copy_away(
+    api: Api, glioma: str, verdict: str, label: str | None
+):
+    api.feedback(glioma, "correct", "pituitary", "ann")
+    api.feedback(glioma, verdict, label, "ben")
+    assert corrections(api, glioma) == []
+    api.feedback(glioma, "correct", "meningioma", "ann")
+    assert corrections(api, glioma) == ["meningioma"]
+
+
+@pytest.mark.parametrize("verdict", ["agree", "not_brain_mri"])
+def test_a_refused_image_that_one_reader_gave_a_class_is_not_trained_on_once_another_says_that_it_is_no_brain_mri(
+    api: Api, refused: str, verdict: str
+):
+    api.feedback(refused, "correct", "glioma", "ann")
+    api.feedback(refused, "brain_mri", reader="eve")
+    assert corrections(api, refused) == ["glioma"]
+    api.feedback(refused, verdict, reader="ben")
+    assert corrections(api, refused) == []
 
 
 def test_readers_who_correct_at_the_same_moment_leave_one_image_that_the_rows_explain(api: Api, glioma: str):

@@ -16,8 +16,9 @@ from serving.running import Api, encoded, head, serving
 MEGABYTE = 1_000_000  # the limit of this API
 
 
-def part(disposition: str) -> bytes:
-    return f"--b\r\nContent-Disposition: form-data; {disposition}\r\n\r\nx\r\n--b--\r\n".encode()
+def part(*dispositions: str, end: str = "--b--\r\n", content: str = "x") -> bytes:
+    parts = (f"--b\r\nContent-Disposition: form-data; {each}\r\n\r\n{content}\r\n" for each in dispositions)
+    return "".join([*parts, end]).encode()
 
 
 def chunks(total: int):
@@ -81,6 +82,26 @@ def test_a_body_that_holds_no_file_is_a_problem_that_says_so(api: Api, content_t
     response = api.client.post("/v1/predictions", content=body, headers={"Content-Type": content_type})
     assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
     assert "file" in response.json()["detail"] + response.json()["fix"] or "form" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("path", ["/v1/predictions", "/v1/predictions:batch"])
+@pytest.mark.parametrize("charset", ["punycode", "undefined", "utf-7"])
+def test_a_form_in_a_charset_of_its_own_is_refused_before_anything_is_decoded(api: Api, path: str, charset: str):
+    """Decoding 60 kB of punycode takes Python half a second, of 1 MB minutes, in which nobody else is answered."""
+    body = part('name="note"', 'name="file"; filename="f"', content="b" * 60_000)
+    kind = "multipart/form-data; boundary=b"
+    response = api.client.post(path, content=body, headers={"Content-Type": f"{kind}; charset={charset}"})
+    assert (response.status_code, "utf-8" in response.json()["detail"]) == (400, True)
+    response = api.client.post(path, content=body, headers={"Content-Type": f"{kind}; charset=UTF-8"})
+    assert response.status_code in (200, 415)  # read, and what it holds is no image
+
+
+def test_a_text_field_of_a_form_has_a_limit_of_its_own(api: Api):
+    body = part('name="note"', content="b" * (ENVELOPE_BYTES + 1))
+    response = api.client.post(
+        "/v1/predictions", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}
+    )
+    assert (response.status_code, "maximum size" in response.json()["detail"]) == (400, True)
 
 
 def test_a_second_file_in_the_form_is_refused(api: Api):

@@ -79,3 +79,7 @@ def unknown_prediction(prediction_id: str) -> NotFound:
 
 class KeyReused(NeuroLoopError):
     """An idempotency key came with another request than the one it was first used for."""
+
+
+class NamesNobody(NeuroLoopError):
+    """A request that acts in a person's name, with a key that speaks for others, says for whom in no way."""

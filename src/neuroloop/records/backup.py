@@ -10,14 +10,15 @@ The databases are dumped first, each as of one moment, then the objects are copi
 before the row that names it, so what the rows name is there. What is erased while the copying goes on would be missed:
 then the databases are dumped anew, until rows and objects agree. No row names a corrected copy, and it moves when a
 reader changes the class: the copies are listed again after the copying, a few times at most, until none has moved or
-come meanwhile. The prediction log is dumped before MLflow's database, so that the ledger names no version that the
-registry lacks. Airflow's own database is not in it, nor are the logs of its tasks: its history of runs is no part of
-the loop, whose steps and batches stand in the store.
+come meanwhile. What came after the last dump and belongs to no row of it is left out: once restored, nobody could erase
+it, and corrected copies would be trained on. The prediction log is dumped before MLflow's database, so that the ledger
+names no version that the registry lacks. Airflow's own database is not in it, nor are the logs of its tasks: its
+history of runs is no part of the loop, whose steps and batches stand in the store.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
@@ -28,6 +29,7 @@ from neuroloop.core import keys
 from neuroloop.core.errors import AlreadyExists, NeuroLoopError, NotFound
 from neuroloop.core.ports import Database, ObjectStore
 from neuroloop.core.schemas import DatabaseDump, Record, now
+from neuroloop.records.orphans import prediction_id
 
 MANIFEST = "manifest.json"
 UNFINISHED = "restore-unfinished.json"
@@ -89,15 +91,20 @@ def backup(
     for attempt in range(1, _ATTEMPTS + 1):
         for key in target.list("databases/"):  # of the attempt before: what was erased since must not stay in it
             target.delete(key)
+        there = _kept(store)
         dumps = {name: _dumped(name, database, target) for name, database in databases.items()}
         say(f"databases: {sum(table.rows for dump in dumps.values() for table in dump.tables):,} rows")
         _copy_all(store, target, copied)
         say(f"objects: {len(copied):,}")
-        missing = {key for dump_key in dumps for key in _named(dumps[dump_key], dump_key, target)} - copied.keys()
+        rows = {column: _column(dumps, column, target) for column in ("object_key", "id")}
+        missing = rows["object_key"] - copied.keys()
         if missing <= lost:  # nobody moved them: they were not there before either
             break
         lost = missing
         say(f"{len(missing)} objects went while they were copied: once more (attempt {attempt})")
+    for key in [key for key in copied.keys() - there if _of_a_later_row(key, rows["id"])]:
+        target.delete(_object(key))
+        del copied[key]
     manifest = Manifest(
         databases=dumps, objects=copied, missing=tuple(sorted(missing)), mlflow_elsewhere=mlflow_elsewhere
     )
@@ -204,16 +211,24 @@ def _dumped(name: str, database: Database, target: ObjectStore) -> DatabaseDump:
     return database.dump(lambda part, data: target.put(_part(name, part), data))
 
 
-def _named(dump: DatabaseDump, name: str, target: ObjectStore) -> Iterable[str]:
-    """The keys that rows of a dump name: the images of predictions."""
-    for table in dump.tables:
-        if "object_key" in table.columns:
-            index = table.columns.index("object_key")
-            for part in table.parts:
-                # Not splitlines(): a name may hold what Unicode counts as the end of a line, and COPY leaves it there.
-                for line in target.get(_part(name, part.name)).decode().split("\n"):
-                    if line:
-                        yield line.split("\t")[index]
+def _column(dumps: Mapping[str, DatabaseDump], column: str, target: ObjectStore) -> set[str]:
+    """What stands in this column of the predictions, the table whose rows name objects."""
+    found = set()
+    for name, dump in dumps.items():
+        for table in dump.tables:
+            if "object_key" in table.columns:
+                index = table.columns.index(column)
+                for part in table.parts:
+                    # Not splitlines(): a name may hold what Unicode counts as the end of a line; COPY leaves it there.
+                    lines = target.get(_part(name, part.name)).decode().split("\n")
+                    found |= {line.split("\t")[index] for line in lines if line}
+    return found
+
+
+def _of_a_later_row(key: str, ids: Collection[str]) -> bool:
+    """Whether this is the image, or the corrected copy, of a prediction that is not among these."""
+    own = prediction_id(key) if key.startswith((keys.PREDICTIONS, keys.INVALID, keys.CORRECTIONS)) else None
+    return own is not None and own not in ids
 
 
 def _copy_all(store: ObjectStore, target: ObjectStore, copied: dict[str, CopiedObject]) -> None:

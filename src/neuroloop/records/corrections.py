@@ -2,9 +2,10 @@
 
 A prediction has at most one corrected copy, under the class of the latest standing correction: several readers may have
 corrected it to different classes, all their verdicts are kept, the last word counts. A reader who takes a correction
-back moves the copy to what another reader's correction says, or removes it where there is none. A later "not a brain
-MRI" of any reader removes it too: a knee is no glioma. An image whose uploader agreed to its record only gets no copy,
-whatever readers say, nor does a simulated scan that a model of real ones has answered.
+back by "not sure" moves the copy to what another reader's correction says, or removes it where there is none. A later
+"agree" or "not a brain MRI" of any reader removes it too: what one calls right is in doubt, and a knee is no glioma.
+An image whose uploader agreed to its record only gets no copy, whatever readers say, nor does a simulated scan that a
+model of real ones has answered.
 """
 
 import logging
@@ -39,8 +40,9 @@ def may_train(prediction: Prediction) -> bool:
 
 
 def standing(verdicts: Sequence[Feedback]) -> Label | None:
-    """The class of the latest correction; None where no reader corrects, or one says later that it is no brain MRI."""
-    said = [one for one in verdicts if one.verdict in (Verdict.CORRECT, Verdict.NOT_BRAIN_MRI)]
+    """The class of the latest correction; None where there is none, or a reader agrees with the answer later, or says
+    that it is no brain MRI (of a refused image that is to agree)."""
+    said = [one for one in verdicts if one.verdict in (Verdict.CORRECT, Verdict.AGREE, Verdict.NOT_BRAIN_MRI)]
     return max(said, key=lambda one: (one.created_at, one.reader)).label if said else None
 
 

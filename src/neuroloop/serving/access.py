@@ -24,12 +24,11 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from neuroloop.core.credentials import ApiKey, Role, parted, recorded, valid_name
-from neuroloop.core.errors import AlreadyExists, Busy, NeuroLoopError, Unavailable
+from neuroloop.core.errors import AlreadyExists, Busy, NamesNobody, NeuroLoopError, Unavailable
 from neuroloop.core.ports import ApiKeys
 from neuroloop.core.rates import Rate, network
 from neuroloop.core.schemas import Record
 from neuroloop.serving import problems
-from neuroloop.serving.feedback import InvalidFeedback
 from neuroloop.serving.origin import is_local
 
 OPEN = None
@@ -98,12 +97,11 @@ class Caller(Record):
     def speaks_as(self, named: str | None) -> str:
         """The person in whose name a verdict or another act counts: the caller, or whom a key that delegates names.
 
-        Raises `HTTPException` 403 where the request names somebody else, `InvalidFeedback` where such a key names
-        nobody.
+        Raises `HTTPException` 403 where the request names somebody else, `NamesNobody` where such a key names nobody.
         """
         if self.delegate:
             if not named:
-                raise InvalidFeedback(
+                raise NamesNobody(
                     "The request names nobody who says so",
                     why="this key speaks for others",
                     fix=f"send the name, or {PERSON_HEADER} and {ROLE_HEADER}",

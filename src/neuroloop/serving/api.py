@@ -214,6 +214,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     predicting = admission.Places(PREDICTING_THREADS, "predict", in_a_crowd=1 + cores)
     reading = admission.Places(services.settings.decode_workers, "read")
     asking = _Threads(8, "ask")
+    reporting = _Threads(2, "report")  # sums over a month: many open pages must not take all database connections
     registry = _Threads(3, "registry")  # a registry that hangs must not keep verdicts and erasures waiting
     probing = _Threads(4, "probe")
     parts = {"database": service.check_database, "store": service.check_store, "model": service.check_model}
@@ -228,7 +229,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
         await asyncio.to_thread(service.decoder.close)
         for places in (predicting, reading):
             places.close()
-        for threads in (asking, registry, probing):
+        for threads in (asking, reporting, registry, probing):
             threads.close()
 
     async def run(work: Callable[[], T], data: bytes, *, patient: bool = False) -> T:
@@ -435,7 +436,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     @app.get("/v1/monitoring", tags=["monitoring"], responses=problems.responses(503))
     async def monitoring() -> Monitoring:
         """Live figures of the last 30 days, and how many corrections wait, however old."""
-        return await asking.run(service.monitoring)
+        return await reporting.run(service.monitoring)
 
     @app.get("/v1/mails", tags=["monitoring"], responses=problems.responses(503))
     async def mails() -> list[Mail]:
@@ -500,7 +501,7 @@ def create_app(services: bootstrap.Services, *, first_key: str = "") -> FastAPI:
     async def prometheus() -> Response:
         """Figures for Prometheus: of this server, and of the loop as the database has them."""
         with contextlib.suppress(Unavailable):  # the figures of this server are worth having all the same
-            await asking.run(loop.refresh, seconds=CHECK_SECONDS)
+            await reporting.run(loop.refresh, seconds=CHECK_SECONDS)
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     sagemaker.install(app, services.settings, service, run=run, ready=readiness, upload=_UPLOAD)

@@ -3,13 +3,11 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pydantic import Field
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
@@ -63,19 +61,7 @@ async def read_files(request: Request) -> list[bytes]:
     """The bytes of every field `file` of the form. Raises `HTTPException` with status 400 or 415."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise HTTPException(415, "The request is no form, going by its Content-Type")
-    body = await intake.body_of(request)
-
-    async def once() -> AsyncGenerator[bytes, None]:
-        yield body
-
-    try:
-        form = await intake.InMemory(request.headers, once(), max_files=FILES, max_fields=10).parse()
-    except MultiPartException as error:
-        raise HTTPException(400, f"The form cannot be read, or has more than {FILES} files: {error.message}") from None
-    files = [each for each in form.getlist("file") if isinstance(each, UploadFile)]
-    if not files:
-        raise HTTPException(400, "The form has no file in a field 'file'")
-    return [await each.read() for each in files]
+    return await intake.files_of(request, await intake.body_of(request), most=FILES)
 
 
 async def answer(

@@ -107,7 +107,7 @@ async def read_image(request: Request) -> bytes:
     if not form and not kind.startswith(b"image/") and kind not in _BINARY:
         raise HTTPException(415, "The request is neither a form nor an image, going by its Content-Type")
     body = await body_of(request)
-    return await _field(request.headers, body) if form else body
+    return (await files_of(request, body, most=1))[0] if form else body
 
 
 async def body_of(request: Request) -> bytes:
@@ -115,24 +115,44 @@ async def body_of(request: Request) -> bytes:
     return b"".join([part async for part in request.stream()])  # request.body() would keep it to the end
 
 
-class InMemory(MultiPartParser):
-    """A form parser that keeps every file in memory."""
+async def files_of(request: Request, body: bytes, *, most: int) -> list[bytes]:
+    """The bytes of every file in the form's field `file`, in their order: one to `most`.
 
-    spool_max_size = 2**40
+    Raises `HTTPException` with status 400 for a form that is cut off, that has files elsewhere too, or that names a
+    charset of its own: Python decodes some, such as punycode, in quadratic time, and none of the text is of use.
+    """
+    if parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8").lower() != b"utf-8":
+        raise HTTPException(400, "The form names a charset other than utf-8")
 
-
-async def _field(headers: Headers, body: bytes) -> bytes:
     async def once() -> AsyncGenerator[bytes, None]:
         yield body
 
+    parser = _InMemory(request.headers, once(), max_files=most, max_fields=10, max_part_size=ENVELOPE_BYTES)
     try:
-        form = await InMemory(headers, once(), max_files=1, max_fields=10).parse()
+        form = await parser.parse()
     except MultiPartException as error:
-        raise HTTPException(400, f"The form cannot be read: {error.message}") from None
-    file = form.get("file")
-    if not isinstance(file, UploadFile):
-        raise HTTPException(400, "The form has no file in its field 'file'")
-    return await file.read()
+        raise HTTPException(400, f"The form cannot be read, or has more than {most} files: {error.message}") from None
+    if not parser.ended:  # what is missing may have been another file
+        raise HTTPException(400, "The form is cut off: it lacks its closing boundary")
+    files = []
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile) and name == "file":
+            files.append(await value.read())
+        elif isinstance(value, UploadFile) or name == "file":
+            raise HTTPException(400, f"The form has a part {name[:50]!r} that is not a file in the field 'file'")
+    if not files:
+        raise HTTPException(400, "The form has no file in a field 'file'")
+    return files
+
+
+class _InMemory(MultiPartParser):
+    """A form parser that keeps every file in memory and tells whether it saw the closing boundary."""
+
+    spool_max_size = 2**40
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
 
 
 def _refused(status: int, detail: str) -> HTTPException:

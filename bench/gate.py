@@ -4,7 +4,8 @@
 scans, sets its threshold on validation brains, and prints the shares of validation and calibration brains accepted and
 of every kind of other image rejected. `--without KIND...` leaves kinds out of the learning, which says more of unseen
 images than any figure on kinds that were learned. `--brains FOLDER` and `--others FOLDER` are images of your own, of
-any format that can be uploaded; none of them is learned from. JSON goes to bench/results/gate.json.
+any format that can be uploaded, judged as uploads are; none of them is learned from. JSON goes to
+bench/results/gate.json.
 """
 
 import argparse
@@ -24,8 +25,8 @@ from neuroloop.core.errors import InvalidImage
 from neuroloop.core.schemas import LABELS
 from neuroloop.data import dataset
 from neuroloop.data.audit import audit
+from neuroloop.imaging import decode
 from neuroloop.imaging.canonical import canonicalize
-from neuroloop.imaging.decode import decode
 from neuroloop.imaging.phantom import scan
 from neuroloop.model import gate_training, outliers
 from neuroloop.model.gate import InputGate
@@ -54,18 +55,21 @@ def brains() -> tuple[str, dict[str, Images]]:
     return "real scans", parts
 
 
-def read(folder: Path) -> Iterator[tuple[str, Images]]:
-    """File name and canonical image of what can be decoded below `folder`, each content once."""
+def read(folder: Path) -> Iterator[tuple[str, Images, bool]]:
+    """File name, canonical image and whether header or colour object, of what can be decoded below `folder`.
+
+    Each content once.
+    """
     seen = set()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
-            pixels = decode(path.read_bytes())
+            found = decode.read(path.read_bytes())
         except InvalidImage as error:
             print(f"{path.name}: {error}")
             continue
-        if (content := pixels.tobytes()) not in seen:
+        if (content := found.pixels.tobytes()) not in seen:
             seen.add(content)
-            yield str(path.relative_to(folder)), canonicalize(pixels, SIZE)
+            yield str(path.relative_to(folder)), canonicalize(found.pixels, SIZE), bool(decode.objection(found))
 
 
 def main() -> None:
@@ -106,8 +110,8 @@ def main() -> None:
     ):
         if folder is None:
             continue
-        files, images = zip(*read(folder), strict=True)
-        passed = gate.scores(np.stack(images)) >= 0.5
+        files, images, objected = zip(*read(folder), strict=True)
+        passed = (gate.scores(np.stack(images)) >= 0.5) & ~np.array(objected)
         table[f"{name} ({len(files)})"] = float((passed == is_brain).mean())
         wrong[name] = [file for file, one in zip(files, passed, strict=True) if one != is_brain]
 

@@ -324,7 +324,7 @@ def test_pixels_that_are_higher_than_wide_are_made_square():
 def test_modality_and_body_part_are_evidence_in_words_of_the_standard_only(said, modality, part, why):
     found = read(dicom(GREY, **said))
     assert (found.modality, found.body_part) == (modality, part)
-    reason = objection(found.modality, found.body_part)
+    reason = objection(found)
     assert bool(reason) == bool(why)
     assert "SMITH" not in reason
     assert re.search(why, reason)

@@ -103,6 +103,17 @@ def test_of_many_frames_the_middle_or_the_chosen_one_is_classified(api: Api, kin
     assert api.upload(data, frame=0).status_code == 422
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])  # read by the server itself, and by the decoding worker
+def test_a_picture_in_colour_is_a_rejection_that_a_reader_can_contest(api: Api, kind: str):
+    image = Image.fromarray((head("glioma")[..., None] * np.array([1.0, 0.4, 0.1])).astype(np.uint8))
+    refused = api.upload(picture(image, kind))
+    problem = refused.json()
+    assert (refused.status_code, problem["type"]) == (422, "urn:neuroloop:problem:not-a-brain-mri")
+    assert "in colour (100% of what is lit)" in problem["detail"]
+    assert api.feedback(problem["id"], "brain_mri").status_code == 200
+    assert api.upload(picture(image.convert("L"), kind)).status_code == 201
+
+
 @pytest.mark.parametrize("content_type", ["application/dicom", "application/octet-stream", "image/dicom-rle"])
 def test_a_bare_body_is_read_whatever_image_its_type_says(api: Api, content_type: str):
     response = api.client.post("/v1/predictions", content=dicom(head("glioma")), headers={"Content-Type": content_type})

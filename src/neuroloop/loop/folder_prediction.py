@@ -157,7 +157,7 @@ def with_bundle(folder: Path) -> Ask:
         canonical = canonicalize(seen.pixels, bundle.image_size)
         outputs = bundle.predict(canonical[None])
         judged = bundle.gate.judge(canonical, float(outputs.novelty[0]))
-        gate = declared(judged, objection(seen.modality, seen.body_part))
+        gate = declared(judged, objection(seen))
         row: Row = {"gate_score": gate.score, "novelty": gate.novelty, "model_version": f"bundle {bundle.sha256[:12]}"}
         row |= {"frame": seen.frame, "frames": seen.frames}
         if not gate.accepted:

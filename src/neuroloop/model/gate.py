@@ -221,5 +221,5 @@ def _likeness(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 
 
 def declared(gate: GateResult, objection: str) -> GateResult:
-    """The gate's judgement, or a rejection where the image's own header objects: that is certain, so its score is 0."""
+    """The gate's judgement, or a rejection, of score 0, where something else than greys objects: header or colours."""
     return gate.model_copy(update={"accepted": False, "score": 0.0, "reason": objection}) if objection else gate

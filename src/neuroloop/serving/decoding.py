@@ -152,11 +152,15 @@ class Decoder:
             height, width = (int(side) for side in head["pixels"])
             decode.check_size(width, height, self._limits)
             pixels = np.frombuffer(answer, np.uint8, offset=4 + size).reshape(height, width)
-            modality, body_part = (
+            return Decoded(
+                pixels,
+                str(head["kind"]),
+                int(head["frames"]),
+                int(head["frame"]),
                 decode.declared.modality(head["modality"]),
                 decode.declared.body_part(head["body_part"]),
+                float(head["colour"]),
             )
-            return Decoded(pixels, str(head["kind"]), int(head["frames"]), int(head["frame"]), modality, body_part)
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 

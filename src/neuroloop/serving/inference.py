@@ -184,7 +184,7 @@ class InferenceService:
         canonical, box = canonical_and_box(pixels, bundle.image_size)
         outputs = bundle.predict(canonical[None])
         judged = bundle.gate.judge(canonical, float(outputs.novelty[0]))
-        gate = declared(judged, objection(read.modality, read.body_part))
+        gate = declared(judged, objection(read))
         prediction_id = claim.prediction_id if claim else str(uuid.uuid4())
         index = int(outputs.probabilities[0].argmax())
         label = LABELS[index] if gate.accepted else None

@@ -1,7 +1,8 @@
 """From bytes of unknown origin to grey pixels, and back to PNG.
 
-`read` takes pictures (`raster`), DICOM (`dicom`) and NIfTI (`nifti`). Only pixels leave it, and what a DICOM header
-says of modality and body part, in words of the standard (`declared`). No text of a file gets into an error or a log.
+`read` takes pictures (`raster`), DICOM (`dicom`) and NIfTI (`nifti`). Only pixels leave it, and evidence for the gate:
+what a DICOM header says of modality and body part, in words of the standard (`declared`), and how much is in colour
+(`colour`). No text of a file gets into an error or a log.
 """
 
 from typing import NamedTuple
@@ -10,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuroloop.core.errors import ImageTooLarge, UnsupportedImage
-from neuroloop.imaging.decode import declared, dicom, foreign, nifti, raster
+from neuroloop.imaging.decode import colour, declared, dicom, foreign, nifti, raster
 from neuroloop.imaging.decode.bounds import SMALLEST_SIDE, Limits, check_bytes, check_size
-from neuroloop.imaging.decode.declared import objection
 from neuroloop.imaging.decode.greys import encode_png
 
 __all__ = [
@@ -54,6 +54,8 @@ class Decoded(NamedTuple):
     """As a DICOM header declares it, see `declared.modality`; empty: it says nothing"""
     body_part: str = ""
     """The same, see `declared.body_part`"""
+    colour: float = 0.0
+    """Share of the lit pixels that are coloured, see `colour.share`"""
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:
@@ -85,6 +87,11 @@ def read(data: bytes, *, frame: int | None = None, limits: Limits = _USUAL) -> D
         ) from None
 
 
+def objection(seen: Decoded) -> str:
+    """Why this is no MRI of a brain, whatever its greys show, in words; empty where nothing speaks against it."""
+    return declared.objection(seen.modality, seen.body_part) or colour.objection(seen.colour)
+
+
 def is_plain(data: bytes) -> bool:
     """Whether `read` would take this for a picture of little cost, see `raster.is_plain`."""
     return raster.is_plain(data) and not dicom.is_dicom(data) and not nifti.is_nifti(data)
@@ -114,5 +121,5 @@ def _read(data: bytes, frame: int | None, limits: Limits) -> Decoded:
             fix="upload a slice as JPEG, PNG, DICOM or NIfTI",
         )
     check(data, kind)
-    pixels, frames, chosen = raster.read(data, kind, frame, limits)
-    return Decoded(pixels, kind, frames, chosen)
+    pixels, frames, chosen, coloured = raster.read(data, kind, frame, limits)
+    return Decoded(pixels, kind, frames, chosen, colour=coloured)

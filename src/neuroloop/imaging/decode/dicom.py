@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from neuroloop.core.errors import InvalidImage, UnsupportedImage
-from neuroloop.imaging.decode import declared
+from neuroloop.imaging.decode import colour, declared
 from neuroloop.imaging.decode.bounds import Limits, check_size, choose, damaged, inflate
 from neuroloop.imaging.decode.greys import eight_bits, luma, scaled, square
 
@@ -55,6 +56,7 @@ class Frame(NamedTuple):
     frame: int
     modality: str
     body_part: str
+    colour: float
 
 
 def is_dicom(data: bytes) -> bool:
@@ -110,11 +112,12 @@ def _frame(header: "Dataset", frame: int | None, limits: Limits) -> Frame:
     frames = int(header.get("NumberOfFrames") or 1)
     chosen = choose(frame, frames, limits)
     values = _stored(header, chosen - 1, frames)
-    settings = _settings(header, chosen - 1)
+    settings, coloured = _settings(header, chosen - 1), 0.0
     if header.PhotometricInterpretation == "PALETTE COLOR":
         pixels = _coloured(values, settings)
     elif values.ndim == 3:
-        pixels = luma(values, bits=int(header.BitsStored))
+        pixels, deeper = luma(values, bits=int(header.BitsStored)), max(int(header.BitsStored) - 8, 0)
+        coloured = colour.share(Image.fromarray((values >> deeper).astype(np.uint8)))
     else:
         pixels = _window(_rescale(values, settings), settings, _padding(values, settings))
     return Frame(
@@ -123,6 +126,7 @@ def _frame(header: "Dataset", frame: int | None, limits: Limits) -> Frame:
         chosen,
         declared.modality(header.get("Modality")),
         declared.body_part(header.get("BodyPartExamined")),
+        coloured,
     )
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops
 
 from neuroloop.core.errors import ImageTooLarge, InvalidImage, UnsupportedImage
+from neuroloop.imaging.decode import colour
 from neuroloop.imaging.decode.bounds import Limits, check_size, choose, damaged
 from neuroloop.imaging.decode.foreign import jpeg_end
 from neuroloop.imaging.decode.greys import eight_bits
@@ -89,8 +90,8 @@ def is_plain(data: bytes) -> bool:
     return False
 
 
-def read(data: bytes, kind: str, frame: int | None, limits: Limits) -> tuple[NDArray[np.uint8], int, int]:
-    """Grey pixels, uint8 (H, W), of one frame; how many frames there are; which one it is.
+def read(data: bytes, kind: str, frame: int | None, limits: Limits) -> tuple[NDArray[np.uint8], int, int, float]:
+    """Grey pixels, uint8 (H, W), of one frame; how many frames there are; which one it is; how much is in colour.
 
     Only the pages of a TIFF are frames; of a moving picture the first is read.
     """
@@ -103,7 +104,7 @@ def read(data: bytes, kind: str, frame: int | None, limits: Limits) -> tuple[NDA
             if frames > 1:
                 image.seek(chosen - 1)
             check_size(image.width, image.height, limits)
-            return _upright(_grey(image), _orientation(image)), frames, chosen
+            return _upright(_grey(image), _orientation(image)), frames, chosen, colour.share(image)
     except InvalidImage:
         raise
     except Image.UnidentifiedImageError:

@@ -91,6 +91,7 @@ class Recorded(_Prediction):
     label: str | None
     created_at: datetime
     owner: str = ""
+    consent: str = "unstated"
     feedback: tuple[Feedback, ...] = ()
 
 
@@ -101,6 +102,7 @@ class Receipt(_Answer):
     verdict: Verdict
     label: str | None = None
     corrections_waiting: int
+    may_train: bool = True
 
 
 class Champion(_Answer):

@@ -38,13 +38,15 @@ class Upload:
 class Outcome:
     """What came of one upload: an answer, or a problem in words.
 
-    `history` is what happened to a prediction, in words, where it was opened again.
+    `history` is what happened to a prediction, in words, where it was opened again. `simulated` says of a simulated
+    scan what it shows; it is empty for any other.
     """
 
     upload_key: str
     answer: Answer | None = None
     problem: ApiProblem | None = None
     history: tuple[str, ...] = ()
+    simulated: str = ""
 
     @property
     def seen(self) -> Answer | ApiProblem | None:

@@ -93,16 +93,37 @@ def sessions() -> Sessions:
 
 
 def current(settings: Settings) -> Person | None:
-    """Who is signed in, None where nobody is."""
+    """Who is signed in, None where nobody is. Ends the drawing where a provider vouches for nobody of ours."""
+    person = _who(settings)
+    if isinstance(person, str):
+        _no_access(person)
+    if isinstance(person, Person):
+        st.session_state.pop("unheard", None)
+        if _providers() is None:
+            _keep(_token(), settings.ui_session_hours * 3600)
+        return person
+    return None
+
+
+def gone(settings: Settings) -> bool:
+    """Whether the session for which this tab was drawn has ended, here or in another tab; the next drawing says so.
+
+    For callbacks, which come before the page is drawn anew, so before `current`.
+    """
+    if _who(settings) == st.session_state["person"]:
+        return False
+    st.session_state["unheard"] = True
+    return True
+
+
+def _who(settings: Settings) -> Person | str | None:
+    """Who is signed in, None where nobody is; the address of whom the provider knows and this platform does not."""
     if _providers() is not None:
-        return _by_provider(settings)
+        return _vouched_for(settings)
     token = _token()
     if "key-refused" in st.session_state:
         sessions().close(token)
-    person = sessions().person(token)
-    if person is not None:
-        _keep(token, settings.ui_session_hours * 3600)
-    return person
+    return sessions().person(token)
 
 
 def ask(settings: Settings) -> None:
@@ -111,6 +132,8 @@ def ask(settings: Settings) -> None:
     place, _ = st.columns([2, 3])
     if "key-refused" in st.session_state:
         place.warning("Your key is no longer valid; sign in again.", icon=":material/key_off:")
+    if "unheard" in st.session_state:
+        place.warning("The session had ended, so nothing came of the last click.", icon=":material/logout:")
     with place.container(border=True, key="card-signin"):
         providers = _providers()
         if providers is not None:
@@ -125,7 +148,7 @@ def forget_unless(person: Person | None) -> None:
     """Forget what this tab holds of somebody else: who signed out elsewhere or stayed too long, before the next."""
     before: Person | None = st.session_state.get("person")
     if before is not None and (person is None or person.name != before.name):
-        for name in set(map(str, st.session_state)) - {"session", "settings", "key-refused"}:
+        for name in set(map(str, st.session_state)) - {"session", "settings", "key-refused", "unheard"}:
             del st.session_state[name]
 
 
@@ -160,7 +183,7 @@ def _form(settings: Settings) -> None:
     try:
         person = _by_key(settings, secret) if parted(secret) else _by_password(settings, name, secret)
     except ApiProblem as fault:
-        layout.problem(fault)
+        st.error(layout.in_words(fault))
         return
     if isinstance(person, str):
         st.error(person)
@@ -195,8 +218,8 @@ def _by_key(settings: Settings, key: str) -> Person | None:
     return None if me.delegate else Person(me.name, me.role, key)
 
 
-def _by_provider(settings: Settings) -> Person | None:
-    """Whom the OIDC provider vouches for; stops with a page in words where that is nobody of ours."""
+def _vouched_for(settings: Settings) -> Person | str | None:
+    """Whom the OIDC provider vouches for, None where nobody is signed in; the address of who is nobody of ours."""
     user = st.user.to_dict()
     if not user.get("is_logged_in"):
         return None
@@ -205,12 +228,15 @@ def _by_provider(settings: Settings) -> Person | None:
         return None  # signing in again takes a click where the provider still knows them
     vouched = user.get("email_verified", settings.ui_trust_email) is True
     role = settings.role_of(address) if vouched else None
-    if role is None or not valid_name(address):
-        layout.heading("No access", "You are signed in, but this platform does not know you.")
-        st.error(layout.plain(f"Ask its operator to add {address or 'your address'} to NEUROLOOP_UI_PEOPLE."))
-        st.button("Sign out", icon=":material/logout:", on_click=st.logout)
-        st.stop()
-    return Person(address, role)
+    return address if role is None or not valid_name(address) else Person(address, role)
+
+
+def _no_access(address: str) -> None:
+    layout.frame()
+    layout.heading("No access", "You are signed in, but this platform does not know you.")
+    st.error(layout.plain(f"Ask its operator to add {address or 'your address'} to NEUROLOOP_UI_PEOPLE."))
+    st.button("Sign out", icon=":material/logout:", on_click=st.logout)
+    st.stop()
 
 
 def _providers() -> dict[str, str] | None:

@@ -11,6 +11,7 @@ import heatmap
 import layout
 import pandas as pd
 import samples
+import signin
 import streamlit as st
 from api_client import Answer, ApiProblem
 from layout import CLASS_NAMES, VERDICT_NAMES, percent
@@ -33,9 +34,19 @@ SHORT_NAMES = {"glioma": "glioma", "meningioma": "meningioma", "notumor": "no tu
 def take_upload() -> None:
     """The uploader changed: its file, or nothing, is now the choice."""
     file = st.session_state.get(uploader_key())
-    consent = "training" if st.session_state.get("retrain") else "record"
     st.session_state["open"] = ""
-    choose(st.session_state, Upload(file.getvalue(), file.name, file.type, consent=consent) if file else None)
+    choose(st.session_state, Upload(file.getvalue(), file.name, file.type, consent=ticked()) if file else None)
+
+
+def ticked() -> str:
+    """The consent that the ticks state now."""
+    return "training" if st.session_state.get("retrain") else "record"
+
+
+def looked_at_anew(upload: Upload, **changes: Any) -> Upload:
+    """The same file as a choice of its own, which is another request, with the consent that is ticked now."""
+    consent = upload.consent if upload.simulated else ticked()
+    return dataclasses.replace(upload, consent=consent, choice=uuid4().hex, **changes)
 
 
 def take_sample(number: int) -> None:
@@ -52,8 +63,8 @@ def take_sample(number: int) -> None:
 
 
 def take_recorded() -> None:
-    """An id was entered: the prediction of that id is now the choice, as it was recorded."""
-    prediction_id = st.session_state["open"].strip()
+    """An id was entered: the prediction of that id is now the choice, as it was recorded; it may be entered again."""
+    prediction_id, st.session_state["open"] = st.session_state["open"].strip(), ""
     if prediction_id:
         empty_uploader()
         choose(st.session_state, reopened(prediction_id))
@@ -193,7 +204,7 @@ def classify(upload: Upload) -> Outcome:
             try:
                 outcome = look_up(upload) if upload.recorded else ask(upload)
             except ApiProblem as fault:
-                outcome = Outcome(upload.key, problem=fault)
+                outcome = Outcome(upload.key, problem=fault, simulated=upload.simulated)
         st.session_state["outcome"] = outcome
     return outcome
 
@@ -203,21 +214,23 @@ def ask(upload: Upload) -> Outcome:
     answer = layout.api().predict(
         upload.data, upload.media_type, frame=upload.frame, key=upload.key, consent=upload.consent
     )
-    return Outcome(upload.key, answer=answer)
+    return Outcome(upload.key, answer=answer, simulated=upload.simulated)
 
 
 def look_up(upload: Upload) -> Outcome:
     """What was recorded of a prediction, as it was answered then, but for the heat map, which is not kept."""
     row = layout.api().prediction(upload.recorded)
     said = tuple(f"{one.reader}: {VERDICT_NAMES[one.verdict]}{shown_class(one.label)}" for one in row.feedback)
-    history = (f"From {layout.moment(row.created_at)}, uploaded by {row.owner or 'nobody named'}", *said)
+    scan = "A simulated scan" if row.consent == "simulated" else "A scan"
+    history = (f"{scan} from {layout.moment(row.created_at)}, uploaded by {row.owner or 'nobody named'}", *said)
+    simulated = "it shows nobody" if row.consent == "simulated" else ""
     if row.label is None:
         refusal = ApiProblem("", detail=row.gate.reason, status=422, gate=row.gate, prediction_id=row.id)
-        return Outcome(upload.key, problem=refusal, history=history)
-    facts_of_row = row.model_dump(exclude={"created_at", "owner", "feedback"})
+        return Outcome(upload.key, problem=refusal, history=history, simulated=simulated)
+    facts_of_row = row.model_dump(exclude={"created_at", "owner", "consent", "feedback"})
     png = base64.b64encode(layout.api().image(row.id))
     answer = Answer.model_validate(facts_of_row | {"tumour": row.label != NO_TUMOUR, "image": png})
-    return Outcome(upload.key, answer=answer, history=history)
+    return Outcome(upload.key, answer=answer, history=history, simulated=simulated)
 
 
 def shown_class(label: str | None) -> str:
@@ -244,22 +257,25 @@ def choose_frame(upload: Upload, frames: int, frame: int) -> None:
             key=frame_key(upload),
             help="Type a number, or step through the slices.",
         )
-    right.button("Show this slice", key="take-frame", on_click=take_frame, width="stretch")
+    right.button("Show this slice", key="take-frame", on_click=take_frame, args=(upload.choice,), width="stretch")
 
 
-def take_frame() -> None:
-    """Another slice of the same file is now the choice; the one that is shown already is not asked for again."""
+def take_frame(choice: str) -> None:
+    """Another slice of the same file is now the choice; the one that is shown already is not asked for again.
+
+    Nor is one for a click on a button of the choice before: the field of the new one may not be drawn yet.
+    """
     upload = current_upload(st.session_state)
-    if upload is None:
+    if upload is None or upload.choice != choice:
         return
     outcome = outcome_of(st.session_state, upload)
     seen = outcome.seen if outcome is not None else None
     frame = int(st.session_state[frame_key(upload)])
     if frame != (seen.frame if seen is not None else upload.frame):
         frames = seen.frames if seen is not None else upload.frames
-        choose(st.session_state, dataclasses.replace(upload, frame=frame, frames=frames, choice=uuid4().hex))
-    elif seen is None:  # this slice brought a fault: it is tried again under its key
-        forget_outcome()
+        choose(st.session_state, looked_at_anew(upload, frame=frame, frames=frames))
+    elif seen is None:  # this slice brought a fault
+        try_again()
 
 
 def facts(*pairs: tuple[str, str]) -> str:
@@ -285,16 +301,18 @@ def verdict(upload: Upload, answer: Answer) -> str:
     if not answer.refer:
         tone = "nl-tumour" if answer.tumour else "nl-none"
         return announced(eyebrow, f'<p class="nl-verdict {tone}" role="heading" aria-level="2">{line}</p>')
-    pass_on = ""
-    if not layout.person().may(Role.READER):
-        pass_on = f" Give a reader the id <b>{answer.id}</b>: it opens this result on their Classify page."
     return announced(
         eyebrow,
         '<div class="nl-refer"><p class="nl-verdict" role="heading" aria-level="2">Refer to a reader</p>'
         f"<p>{html.escape(answer.refer_reason)} What the model would say stands below for the record."
-        f"{pass_on}</p></div>"
+        f"{'' if layout.person().may(Role.READER) else f' {pass_on(answer.id)}'}</p></div>"
         f'<p class="nl-verdict nl-unsure">{line}</p>',
     )
+
+
+def pass_on(prediction_id: str) -> str:
+    """How an uploader gets a reader to look at it; as HTML, which Markdown may hold."""
+    return f"Give a reader the id <b>{html.escape(prediction_id)}</b>: it opens this result on their Classify page."
 
 
 def announced(eyebrow: str, markup: str) -> str:
@@ -318,7 +336,17 @@ def show_history(history: tuple[str, ...]) -> None:
         st.caption(layout.plain(line))
 
 
-def show_answer(upload: Upload, answer: Answer, history: tuple[str, ...]) -> None:
+def badges(simulated: str, simulated_model: bool = False) -> None:
+    """What of this is simulated: the scan, the images the model learned from."""
+    if simulated or simulated_model:
+        with st.container(horizontal=True, gap="small"):
+            if simulated:
+                st.badge(f"Simulated scan: {simulated}", icon=":material/science:", color="orange")
+            if simulated_model:
+                st.badge("Model trained on simulated scans", icon=":material/science:", color="orange")
+
+
+def show_answer(upload: Upload, answer: Answer, outcome: Outcome) -> None:
     """Result, explanation and feedback."""
     with st.container(border=True, key="card-result"):
         st.markdown(
@@ -335,14 +363,9 @@ def show_answer(upload: Upload, answer: Answer, history: tuple[str, ...]) -> Non
             unsafe_allow_html=True,
         )
         prediction_sets(answer)
-        show_history(history)
+        show_history(outcome.history)
         choose_frame(upload, answer.frames, answer.frame)
-        if upload.simulated or answer.simulated_model:
-            with st.container(horizontal=True, gap="small"):
-                if upload.simulated:
-                    st.badge(f"Simulated scan: {upload.simulated}", icon=":material/science:", color="orange")
-                if answer.simulated_model:
-                    st.badge("Model trained on simulated scans", icon=":material/science:", color="orange")
+        badges(outcome.simulated, answer.simulated_model)
     pictures, figures = st.columns([3, 2], gap="small")
     with figures.container(border=True, key="card-probabilities", height="stretch"):
         st.subheader("Calibrated probabilities", anchor=False)
@@ -442,12 +465,19 @@ def show_feedback(prediction_id: str, predicted: str | None, *, refer: bool = Fa
 
 
 def send_feedback(prediction_id: str, verdict: Verdict) -> None:
-    """Record a verdict, and keep what came of it in the place of what came of the one before."""
+    """Record a verdict, and keep what came of it in the place of what came of the one before.
+
+    Nothing where the session has ended since the button was drawn: it would count in the name of whoever left.
+    """
+    if signin.gone(layout.settings()):
+        return
     label = st.session_state[f"class-{prediction_id}"] if verdict is Verdict.CORRECT else None
     # All of the session that is needed is fetched before: who touches the page meanwhile ends this drawing, and with it
     # the access to the session. What is written into this dict is there all the same.
     notes: dict[str, tuple[bool, str]] = st.session_state.setdefault("notes", {})
     name, needed = layout.plain(layout.person().name), layout.settings().feedback_threshold
+    upload = current_upload(st.session_state)
+    again = upload is not None and upload.recorded == prediction_id
     try:
         receipt = layout.api().feedback(prediction_id, verdict, label)
     except ApiProblem as fault:
@@ -463,17 +493,22 @@ def send_feedback(prediction_id: str, verdict: Verdict) -> None:
         Verdict.BRAIN_MRI: "You say this is a brain MRI.",
     }[receipt.verdict]
     waiting = f"{receipt.corrections_waiting} correction{'' if receipt.corrections_waiting == 1 else 's'} waiting"
+    count = f"{waiting} of {needed} needed (more than {needed} start a retraining)."
+    if receipt.verdict is Verdict.CORRECT and not receipt.may_train:
+        count = "It is kept for the record, and no retraining learns from it: "
+        count += "whoever uploaded this scan did not agree to that, or it is a simulated one."
     notes[prediction_id] = (
         True,
-        f"Thank you, {name}. {said} {waiting} of {needed} needed (more than {needed} start a retraining). "
-        "You may change your verdict; the last one counts.",
+        f"Thank you, {name}. {said} {count} You may change your verdict; the last one counts.",
     )
+    if again:  # it shows what readers have said
+        st.session_state["outcome"] = None
 
 
-def show_problem(upload: Upload, fault: ApiProblem, history: tuple[str, ...]) -> None:
+def show_problem(upload: Upload, fault: ApiProblem, outcome: Outcome) -> None:
     """Why there is no result: the gate's refusal, or a fault in words."""
     if fault.gate is None:
-        layout.problem(fault, on_retry=forget_outcome if fault.passing else None)
+        layout.problem(fault, on_retry=try_again if fault.passing else None)
         if upload.frame is not None:  # another slice of the same file may do better
             choose_frame(upload, upload.frames, upload.frame)
         return
@@ -496,8 +531,9 @@ def show_problem(upload: Upload, fault: ApiProblem, history: tuple[str, ...]) ->
             show_refused(fault.prediction_id)
         with words:
             st.markdown(layout.plain(layout.as_sentence(fault.gate.reason or fault.detail)))
-            show_history(history)
+            show_history(outcome.history)
             choose_frame(upload, fault.frames, fault.frame)
+            badges(outcome.simulated)
             if fault.gate.threshold_origin:
                 st.caption(layout.plain(fault.gate.threshold_origin))
             st.markdown(
@@ -506,6 +542,7 @@ def show_problem(upload: Upload, fault: ApiProblem, history: tuple[str, ...]) ->
                 "- Upload a single slice, without a collage, a report page or a photo of a screen.\n"
                 "- Use the image as the scanner exported it: head whole, no frame, no arrows or text.\n"
                 "- Try a simulated sample to see what a result looks like."
+                + ("" if layout.person().may(Role.READER) else f"\n- {pass_on(fault.prediction_id)}")
             )
     if fault.prediction_id:
         show_feedback(fault.prediction_id, None)
@@ -519,8 +556,11 @@ def show_refused(prediction_id: str) -> None:
         st.caption("The picture cannot be shown for now.")
 
 
-def forget_outcome() -> None:
-    """Ask the API again for the same choice."""
+def try_again() -> None:
+    """Ask the API again for the same choice; where another consent is ticked by now, as a choice of its own."""
+    upload = current_upload(st.session_state)
+    if upload is not None and upload.data and not upload.simulated and upload.consent != ticked():
+        choose(st.session_state, looked_at_anew(upload))
     st.session_state["outcome"] = None
 
 
@@ -545,8 +585,8 @@ with result:
         else:
             happened = classify(chosen)
             if happened.answer is not None:
-                show_answer(chosen, happened.answer, happened.history)
+                show_answer(chosen, happened.answer, happened)
             elif happened.problem is not None:
-                show_problem(chosen, happened.problem, happened.history)
+                show_problem(chosen, happened.problem, happened)
 with tiles_place:  # last: rendering them takes a moment at first, and the rest of the page need not wait for it
     sample_tiles(consent_given)

@@ -2,6 +2,7 @@
 
 import layout
 import pandas as pd
+import signin
 import streamlit as st
 from api_client import ApiClient, ApiProblem, Models
 from layout import CLASS_NAMES, plain
@@ -150,7 +151,12 @@ def change_champion(models: Models) -> None:
 
 
 def make_champion(version: str) -> None:
-    """Ask the API for it and keep what came of it; a version that is the champion by then counts as done."""
+    """Ask the API for it and keep what came of it; a version that is the champion by then counts as done.
+
+    Nothing where the session has ended since the button was drawn: the ledger would name whoever left.
+    """
+    if signin.gone(layout.settings()):
+        return
     # As in Classify: all of the session that is needed is fetched before, and this dict outlasts the drawing.
     notes: dict[str, tuple[bool, str]] = st.session_state.setdefault("champion-notes", {})
     reason, api = st.session_state["champion-reason"].strip(), layout.api()

@@ -1,7 +1,9 @@
 """The Classify page against a real API."""
 
 import base64
+import dataclasses
 import re
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -257,6 +259,46 @@ def test_a_slice_that_cannot_be_read_leaves_the_choice_of_another(open_page, liv
     app.number_input[0].set_value(1).run()
     press(app, "Show this slice")
     assert "the model sees a glioma" in words(app)
+
+
+def test_each_slice_that_is_looked_at_has_the_consent_that_is_ticked_then(page, live_api):
+    upload(page, dicom(np.stack([head(label) for label in ("glioma", "meningioma", "pituitary")])), "series")
+    page.checkbox(key="retrain").uncheck().run()
+    first = page.session_state["outcome"].answer.id
+    page.number_input[0].set_value(3).run()
+    press(page, "Show this slice")
+    second, log = page.session_state["outcome"].answer.id, live_api.services.log
+    assert [log.prediction(one).consent for one in (first, second)] == ["training", "record"]
+
+
+def test_a_second_try_has_the_consent_that_is_ticked_then(open_page, live_api, monkeypatch):
+    app = consent(open_page("classify"))
+    upload(app, encoded(head("glioma")))
+    app.checkbox(key="retrain").uncheck().run()
+    monkeypatch.setenv("NEUROLOOP_API_URL", f"http://127.0.0.1:{live_api.port}")
+    press(app, "Try again")
+    assert live_api.services.log.prediction(app.session_state["outcome"].answer.id).consent == "record"
+
+
+def test_a_click_that_was_meant_for_the_slice_before_changes_nothing(page, live_api):
+    """It may come before the field of the slice that is being read is drawn."""
+    upload(page, dicom(np.stack([head(label) for label in ("glioma", "meningioma", "pituitary")])), "series")
+    before = predictions(live_api)
+    chosen = page.session_state["upload"]
+    page.session_state["upload"] = dataclasses.replace(chosen, frame=3, choice=uuid4().hex)
+    press(page, "Show this slice")
+    assert "the model sees a pituitary" in words(page)
+    assert predictions(live_api) == before + 1
+
+
+def test_a_correction_that_no_retraining_learns_from_is_not_said_to_count(open_page, live_api):
+    page = consent(open_page("classify", live_api), retrain=False)
+    upload(page, encoded(head("glioma")))
+    correct_to(page, "pituitary")
+    assert "no retraining learns from it" in page.success[0].value
+    assert "waiting" not in page.success[0].value
+    press(page, "Not sure")
+    assert "waiting" in page.success[0].value
 
 
 @pytest.mark.parametrize(("retrain", "consented"), [(False, "record"), (True, "training")])

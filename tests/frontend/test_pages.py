@@ -266,6 +266,21 @@ def test_a_version_that_has_become_the_champion_meanwhile_counts_as_made(open_pa
         wait(lambda: live_api.client.get("/v1/model").json()["version"] == before)
 
 
+def test_a_champion_is_not_moved_in_the_name_of_somebody_who_has_left(open_page, live_api, tmp_path):
+    registry = live_api.services.registry
+    run = registry.open_run("by-nobody", experiment="frontend")
+    other = registry.register(run, write_bundle(tmp_path / "other", data_version="d7"), tags={}).version
+    ledger = live_api.services.log.promotions()
+    app = open_page("models", live_api)
+    app.selectbox(key="champion-version").set_value(other)
+    app.text_input(key="champion-reason").set_value("The other is worse").run()
+    app.checkbox(key=f"champion-sure-{other}").check().run()
+    signin.sessions().close(app.session_state["session"])
+    app.button(key=f"champion-make-{other}").click().run()
+    assert live_api.services.log.promotions() == ledger
+    assert "nothing came of the last click" in words(app)
+
+
 def test_the_ledger_gives_every_reason_in_words_whichever_way_it_went(open_page, live_api):
     champion = live_api.client.get("/v1/model").json()["version"]
     for run, promoted in (("retraining-1", True), ("retraining-2", False)):

@@ -223,6 +223,67 @@ def test_whoever_comes_next_in_a_tab_left_open_sees_nothing_of_the_one_before(op
     assert not {"upload", "outcome"} & {name for name in ("upload", "outcome") if name in app.session_state}
 
 
+def test_a_click_in_a_tab_whose_session_has_ended_counts_in_nobodys_name(open_page, live_api):
+    app = consent(open_page("classify", live_api, name="Ann"))
+    upload(app, encoded(head("glioma")))
+    prediction = app.session_state["outcome"].answer.id
+    signin.sessions().close(app.session_state["session"])  # Ann signs out in another tab; Bob sits down at this one
+    press(app, "Agree")
+    assert live_api.services.log.feedback(prediction) == []
+    assert shut(app)
+    assert "nothing came of the last click" in words(app)
+    sign_in(app, "Bob", PASSWORD)
+    assert not shut(app)
+    assert "last click" not in words(app)
+
+
+def test_a_refused_scan_of_an_uploader_says_how_a_reader_gets_to_see_it(open_page, live_api):
+    app = consent(open_page("classify", live_api, name="", secret=personal(live_api, "uploader", "Uma")))
+    upload(app, encoded(noise()))
+    assert f"Give a reader the id <b>{app.session_state['outcome'].problem.prediction_id}</b>" in words(app)
+
+
+def test_a_simulated_sample_that_is_opened_again_is_still_called_simulated(open_page, live_api):
+    theirs = consent(open_page("classify", live_api, name="", secret=personal(live_api, "uploader", "Uma")))
+    theirs.button(key="take-0").click().run()
+    prediction = theirs.session_state["outcome"].answer.id
+    upload(theirs, encoded(head("glioma")))
+    other = theirs.session_state["outcome"].answer.id
+    reader = open_page("classify", live_api, name="", secret=personal(live_api, "reader"))
+    reader.text_input(key="open").set_value(prediction).run()
+    assert "A simulated scan from" in words(reader)
+    assert "Simulated scan: it shows nobody" in words(reader)
+    reader.text_input(key="open").set_value(other).run()
+    assert "A scan from" in words(reader)
+    assert "Simulated scan" not in words(reader)
+
+
+def test_a_prediction_that_is_opened_again_shows_ones_own_verdict_and_can_be_looked_up_once_more(open_page, live_api):
+    def said(app: AppTest) -> str:
+        return words(app).replace("\\", "")
+
+    prediction = live_api.predict(head("glioma")).json()["id"]
+    app = open_page("classify", live_api, name="Ann")
+    app.text_input(key="open").set_value(prediction).run()
+    press(app, "Agree")
+    assert "Ann: Agree" in said(app)
+    press(app, "Not sure")
+    assert "Ann: Not sure" in said(app)
+    assert "Ann: Agree" not in said(app)
+    assert "You are not sure" in said(app)
+    live_api.feedback(prediction, "correct", "pituitary", reader="Carl")
+    assert not app.text_input(key="open").value  # so that the same id is news
+    app.text_input(key="open").set_value(prediction).run()
+    assert "Carl: Corrected to pituitary tumour" in said(app)
+
+
+def test_signing_in_while_the_service_is_away_says_so_beside_the_button_that_tries_again(open_page, live_api):
+    app = open_page("classify", name="", secret=personal(live_api, "reader"))  # no API runs there
+    assert shut(app)
+    assert "cannot be reached" in app.error[0].value
+    assert "Try again" not in labels(app)
+
+
 def leave(app: AppTest) -> None:
     """Follow the link Sign out."""
     from streamlit.util import calc_hash

@@ -63,10 +63,22 @@ def test_a_correction_puts_a_copy_of_the_image_under_its_new_class(api: Api, gli
         "verdict": "correct",
         "label": "pituitary",
         "corrections_waiting": before + 1,
+        "may_train": True,
     }
     store = api.services.store
     assert store.get(keys.correction("pituitary", glioma)) == store.get(keys.prediction("glioma", glioma))
     assert said(api, glioma) == [("ann", "correct", "pituitary")]
+
+
+@pytest.mark.parametrize(("consent", "trains"), [("training", True), ("record", False), ("unstated", True)])
+def test_a_receipt_says_whether_a_retraining_may_learn_from_the_correction(api: Api, consent: str, trains: bool):
+    answer = api.client.post(
+        "/v1/predictions",
+        content=encoded(head("glioma")),
+        headers={"Content-Type": "image/png", "X-Consent": consent},
+    ).json()
+    assert api.feedback(answer["id"], "correct", "pituitary").json()["may_train"] == trains
+    assert (corrections(api, answer["id"]) == ["pituitary"]) == trains
 
 
 @pytest.mark.parametrize("verdict", ["agree", "not_sure", "not_brain_mri"])

@@ -111,6 +111,7 @@ class FeedbackReceipt(Record):
     verdict: Verdict
     label: Label | None
     corrections_waiting: int = Field(description="Corrected images that no retraining has used yet")
+    may_train: bool = Field(description="Whether a correction of it is trained on: consent and model allow it")
 
 
 class ServedModel(Record):
@@ -253,6 +254,7 @@ class InferenceService:
             verdict=verdict,
             label=label,
             corrections_waiting=len(corrections.waiting(store, self._batches)),
+            may_train=corrections.may_train(prediction),
         )
 
     def prediction(self, prediction_id: str, owner: str | None = None) -> RecordedPrediction:

@@ -3,6 +3,7 @@
 import hashlib
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from neuroloop.bootstrap import Services
 from neuroloop.core.schemas import LABELS
 from neuroloop.core.settings import Settings
+from neuroloop.embedded.stack import Stack
 from neuroloop.imaging.canonical import canonicalize
 from neuroloop.model.bundle import Bundle
 from servers.relay import Relay
@@ -106,6 +108,27 @@ def test_a_server_keeps_its_model_while_the_registry_is_away(
             newer = promote(write_bundle(tmp_path / "newer", data_version="d2"))
             away.open()
             wait(lambda: version(api) == newer, 60)
+
+
+def test_a_platform_that_starts_again_waits_for_its_model_and_builds_none(
+    services, champion, mlflow_uri, free_port, tmp_path
+):
+    """A server that has just started says that it has no model, until the registry is there and the model is read."""
+    with Relay(int(mlflow_uri.rsplit(":", 1)[1]), free_port()) as away:
+        away.close()
+        settings = services.settings.model_copy(update={"mlflow_tracking_uri": away.url})
+        with serving(Services(settings), model=False) as api, ThreadPoolExecutor(1) as pool:
+            stack = Stack({
+                "NEUROLOOP_HOME": str(tmp_path), "NEUROLOOP_API_URL": f"http://127.0.0.1:{api.port}",
+                "NEUROLOOP_UI_API_KEY": api.key, "NEUROLOOP_AIRFLOW_URL": f"http://127.0.0.1:{free_port()}",
+            })  # fmt: skip
+            started = pool.submit(stack.ensure_champion)  # would fail if it went to Airflow, which is not there
+            time.sleep(2)
+            assert not started.done()
+            assert api.client.get("/v1/model").status_code == 503
+            away.open()
+            started.result(60)
+            assert version(api) == champion
 
 
 def test_the_identity_of_the_served_model_is_the_hash_of_its_manifest(services: Services, champion, standard):

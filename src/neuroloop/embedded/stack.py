@@ -333,7 +333,7 @@ class Stack:
 
     def ensure_champion(self) -> None:
         """Trigger the build DAG where no model serves, and show its progress until one does."""
-        if self._serving():
+        if self._serving() or self._champion_comes():
             return
         airflow = self.airflow()
         run = airflow.active_run("data_and_model_build")
@@ -356,16 +356,40 @@ class Stack:
             )
         self.say("the model serves")
 
+    def _champion_comes(self, seconds: float = 60) -> bool:
+        """Whether the server comes to serve the champion that there is; False at once where there is none.
+
+        A server and a registry that have just started need a while for it, and nobody wants a second model meanwhile.
+        """
+        champion: str | None = None
+
+        def over() -> bool:
+            nonlocal champion
+            if (models := self._models()) is not None:
+                champion = next((each["version"] for each in models["versions"] if "champion" in each["aliases"]), "")
+            return self._serving() or champion == ""
+
+        if not _until(over, seconds):
+            why = f"version {champion}, the champion, does not load" if champion else "the registry cannot be asked"
+            self.say(f"{why}: see logs/api.log")
+        return self._serving()
+
     def _last_decision(self) -> str:
         """What the latest promotion, or what was not promoted, is recorded with."""
+        models = self._models()
+        if models is None:
+            return "the registry cannot be asked"
+        return str(models["promotions"][0]["reason"]) if models["promotions"] else "the run registered no model"
+
+    def _models(self) -> dict[str, Any] | None:
+        """The registered versions and the ledger of promotions, None where the registry cannot be asked."""
         key = {"Authorization": f"Bearer {self.settings.ui_api_key}"}
         request = urllib.request.Request(f"{self.settings.api_url}/v1/models", headers=key)
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
-                decisions = json.load(answer)["promotions"]
-        except (OSError, ValueError, KeyError):
-            return "the registry cannot be asked"
-        return str(decisions[0]["reason"]) if decisions else "the run registered no model"
+                return dict(json.load(answer))
+        except (OSError, ValueError):
+            return None
 
     def _serving(self) -> bool:
         return _answers(f"{self.settings.api_url}/v1/model", self.settings.ui_api_key)

@@ -179,9 +179,10 @@ def bars(
     `top` is the value of a full-length bar; 0 takes the largest.
     """
     full = top or float(table[value].max()) or 1.0
+    room = 1.15 + 0.05 * int(table["Words"].str.len().max())  # behind a full bar, so that its figure is not cut off
     base = alt.Chart(table).encode(
         y=alt.Y(f"{category}:N", sort=order, title=None, axis=class_axis()),
-        x=alt.X(f"{value}:Q", axis=None, scale=alt.Scale(domain=[0, full * 1.25])),
+        x=alt.X(f"{value}:Q", axis=None, scale=alt.Scale(domain=[0, full * room])),
         tooltip=[category, alt.Tooltip("Words:N", title=value)],
     )
     marks = base.mark_bar(height=alt.RelativeBandSize(0.62), cornerRadius=3).encode(

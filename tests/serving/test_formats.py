@@ -109,7 +109,7 @@ def test_a_picture_in_colour_is_a_rejection_that_a_reader_can_contest(api: Api, 
     refused = api.upload(picture(image, kind))
     problem = refused.json()
     assert (refused.status_code, problem["type"]) == (422, "urn:neuroloop:problem:not-a-brain-mri")
-    assert "in colour (100% of what is lit)" in problem["detail"]
+    assert "in colour (100 % of what is lit)" in problem["detail"]
     assert api.feedback(problem["id"], "brain_mri").status_code == 200
     assert api.upload(picture(image.convert("L"), kind)).status_code == 201
 

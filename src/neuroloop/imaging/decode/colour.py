@@ -30,6 +30,6 @@ def objection(share: float) -> str:
     if share <= MOST:
         return ""
     return (
-        f"The picture is in colour ({share:.0%} of what is lit), and MR images are grey. A brain MRI that is shown in "
-        f"false colours can be uploaded in grey."
+        f"The picture is in colour ({100 * share:.0f} % of what is lit), and MR images are grey. A brain MRI that is "
+        "shown in false colours can be uploaded in grey."
     )

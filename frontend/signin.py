@@ -49,10 +49,11 @@ class Person:
 
 
 class Sessions:
-    """The people signed in through the form; thread-safe."""
+    """The people signed in through the form, and who has signed out of a provider's; thread-safe."""
 
     def __init__(self) -> None:
         self._open: dict[str, tuple[Person, float]] = {}
+        self._left: dict[str, float] = {}
         self._wrong = Rate(WRONG_A_MINUTE)
         self._lock = threading.Lock()
 
@@ -74,6 +75,18 @@ class Sessions:
         """End a session at once, also in other tabs."""
         with self._lock:
             self._open.pop(token, None)
+
+    def leave(self, visit: str, seconds: float) -> None:
+        """Remember for so long that a visit through a provider is over: Streamlit tells no other tab of it."""
+        now = time.time()
+        with self._lock:
+            self._left = {name: until for name, until in self._left.items() if until > now}
+            self._left[visit] = now + seconds
+
+    def has_left(self, visit: str) -> bool:
+        """Whether this visit is over."""
+        with self._lock:
+            return visit in self._left
 
     def guessed(self, address: str) -> float:
         """Count a wrong password; the seconds to wait where there were too many."""
@@ -155,6 +168,7 @@ def forget_unless(person: Person | None) -> None:
 def sign_out() -> None:
     """End the session, here and in other tabs, and forget all that this one held."""
     if _providers() is not None:
+        sessions().leave(_visit(), layout.settings().ui_session_hours * 3600)
         st.session_state.clear()
         st.logout()
         st.stop()
@@ -226,9 +240,17 @@ def _vouched_for(settings: Settings) -> Person | str | None:
     address = str(user.get("email") or "")
     if time.time() - float(str(user.get("iat") or 0)) > settings.ui_session_hours * 3600:
         return None  # signing in again takes a click where the provider still knows them
+    if sessions().has_left(_visit()):
+        return None
     vouched = user.get("email_verified", settings.ui_trust_email) is True
     role = settings.role_of(address) if vouched else None
     return address if role is None or not valid_name(address) else Person(address, role)
+
+
+def _visit() -> str:
+    """What all tabs of one browser share of having signed in through a provider once: who, and when."""
+    user = st.user.to_dict()
+    return f"{user.get('sub')} {user.get('email')} {user.get('iat')}"
 
 
 def _no_access(address: str) -> None:

@@ -210,7 +210,7 @@ def classify(upload: Upload) -> Outcome:
 
 
 def ask(upload: Upload) -> Outcome:
-    """Has the model look at it. Its key makes "try again" a repeat, never a second record."""
+    """Has the model look at it. Its key makes "try again" a repeat, no second record, unless the consent is another."""
     answer = layout.api().predict(
         upload.data, upload.media_type, frame=upload.frame, key=upload.key, consent=upload.consent
     )
@@ -310,9 +310,9 @@ def verdict(upload: Upload, answer: Answer) -> str:
     )
 
 
-def pass_on(prediction_id: str) -> str:
-    """How an uploader gets a reader to look at it; as HTML, which Markdown may hold."""
-    return f"Give a reader the id <b>{html.escape(prediction_id)}</b>: it opens this result on their Classify page."
+def pass_on(prediction_id: str, bold: str = "<b>", end: str = "</b>") -> str:
+    """How an uploader gets a reader to look at it."""
+    return f"Give a reader the id {bold}{prediction_id}{end}: it opens this result on their Classify page."
 
 
 def announced(eyebrow: str, markup: str) -> str:
@@ -542,7 +542,7 @@ def show_problem(upload: Upload, fault: ApiProblem, outcome: Outcome) -> None:
                 "- Upload a single slice, without a collage, a report page or a photo of a screen.\n"
                 "- Use the image as the scanner exported it: head whole, no frame, no arrows or text.\n"
                 "- Try a simulated sample to see what a result looks like."
-                + ("" if layout.person().may(Role.READER) else f"\n- {pass_on(fault.prediction_id)}")
+                + ("" if layout.person().may(Role.READER) else f"\n- {pass_on(fault.prediction_id, '**', '**')}")
             )
     if fault.prediction_id:
         show_feedback(fault.prediction_id, None)

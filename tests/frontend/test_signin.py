@@ -240,7 +240,7 @@ def test_a_click_in_a_tab_whose_session_has_ended_counts_in_nobodys_name(open_pa
 def test_a_refused_scan_of_an_uploader_says_how_a_reader_gets_to_see_it(open_page, live_api):
     app = consent(open_page("classify", live_api, name="", secret=personal(live_api, "uploader", "Uma")))
     upload(app, encoded(noise()))
-    assert f"Give a reader the id <b>{app.session_state['outcome'].problem.prediction_id}</b>" in words(app)
+    assert f"Give a reader the id **{app.session_state['outcome'].problem.prediction_id}**" in words(app)
 
 
 def test_a_simulated_sample_that_is_opened_again_is_still_called_simulated(open_page, live_api):
@@ -369,6 +369,7 @@ def test_their_verdicts_count_in_the_name_the_provider_gives(live_api, monkeypat
 def test_whom_the_settings_do_not_name_has_no_access(live_api, monkeypatch, tmp_path, user):
     app = vouched(live_api, monkeypatch, tmp_path, **user)
     assert "does not know you" in words(app)
+    assert "Not a medical device" in words(app)
     assert labels(app) == ["Sign out"]
 
 
@@ -381,6 +382,20 @@ def test_an_address_that_the_provider_says_nothing_of_counts_where_the_settings_
     assert "Mail" in pages(vouched(live_api, monkeypatch, tmp_path, **user))
     user["email_verified"] = False
     assert "does not know you" in words(vouched(live_api, monkeypatch, tmp_path, **user))
+
+
+def test_who_signs_out_of_a_provider_has_left_their_other_tabs_too(live_api, monkeypatch, tmp_path):
+    visit = signed("leaver@example.org")
+    app = consent(vouched(live_api, monkeypatch, tmp_path, **visit))
+    upload(app, encoded(head("glioma")))
+    prediction = app.session_state["outcome"].answer.id
+    leave(vouched(live_api, monkeypatch, tmp_path, **visit))
+    press(app, "Agree")
+    assert live_api.services.log.feedback(prediction) == []
+    assert shut(app)
+    assert "nothing came of the last click" in words(app)
+    again = vouched(live_api, monkeypatch, tmp_path, **signed("leaver@example.org", iat=int(time.time()) + 1))
+    assert not shut(again)
 
 
 def test_an_old_sign_in_at_the_provider_does_not_last(live_api, monkeypatch, tmp_path):

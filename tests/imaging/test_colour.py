@@ -66,7 +66,9 @@ def test_notes_in_colour_and_the_tint_of_a_film_do_not_speak_against_a_scan():
     side = min(noted.size)
     pen.ellipse([side // 3, side // 3, side // 2, side // 2], outline="red", width=3)
     pen.text((4, 4), "R  tumour?", fill="yellow")
-    for image in (noted, tinted(HEAD, 0.78, 0.9, 1.0), tinted(HEAD, 1.0, 0.95, 0.8)):
+    dark = Image.fromarray(HEAD // 7).convert("RGB")
+    dark.paste(noted.crop((0, 0, 80, 16)), (0, 0))
+    for image in (noted, dark, tinted(HEAD, 0.78, 0.9, 1.0), tinted(HEAD, 1.0, 0.95, 0.8)):
         found = read(picture(image, "JPEG"))
         assert 0 <= found.colour < colour.MOST
         assert not objection(found)
@@ -92,6 +94,16 @@ def test_colour_that_is_transparent_does_not_show():
 def test_colour_dicom_is_told_like_a_picture():
     assert objection(read(dicom(np.asarray(tinted(HEAD, 1.0, 0.4, 0.1)))))
     assert not objection(read(dicom(np.asarray(Image.fromarray(HEAD).convert("RGB")))))
+    ramp = np.arange(256, dtype=np.uint16)
+    for deep in (1, 257):  # entries of 8 and of 16 bits
+        false, grey = ((ramp * deep, ramp * deep // 3, ramp * deep // 9), (ramp * deep,) * 3)
+        for entries, coloured in ((false, True), (grey, False)):
+            palette = {
+                f"{name}PaletteColorLookupTable{part}": what
+                for name, table in zip(("Red", "Green", "Blue"), entries, strict=True)
+                for part, what in (("Descriptor", [256, 0, 16]), ("Data", table.astype("<u2").tobytes()))
+            }
+            assert bool(objection(read(dicom(HEAD, PhotometricInterpretation="PALETTE COLOR", **palette)))) == coloured
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "I", "I;16", "F", "LAB"])

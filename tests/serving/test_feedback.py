@@ -162,6 +162,10 @@ def test_a_reader_who_denies_the_correction_of_another_later_takes_the_copy_away
     assert corrections(api, glioma) == []
     api.feedback(glioma, "correct", "meningioma", "ann")
     assert corrections(api, glioma) == ["meningioma"]
+    for _ in range(2):  # the same word again, after the correction: it denies this one too
+        api.feedback(glioma, verdict, label, "ben")
+        assert corrections(api, glioma) == []
+    assert [reader for reader, *_ in said(api, glioma)] == ["ann", "ben"]
 
 
 @pytest.mark.parametrize("verdict", ["agree", "not_brain_mri"])

@@ -285,6 +285,8 @@ class PostgresLog:
     def record_feedback(self, feedback: Feedback) -> bool:
         """Insert or replace this reader's verdict; whether it was news. An older one never replaces a newer one.
 
+        The same again is news where it denies a correction that has come since.
+
         Raises `NotFound` on an unknown prediction, `Erased` on an erased one.
         """
         if not _storable(feedback.reader):
@@ -297,8 +299,11 @@ class PostgresLog:
                     " VALUES (%(prediction_id)s, %(reader)s, %(verdict)s, %(label)s, %(created_at)s)"
                     " ON CONFLICT (prediction_id, reader) DO UPDATE SET"
                     " verdict = excluded.verdict, label = excluded.label, created_at = excluded.created_at"
-                    " WHERE (known.verdict, known.label) IS DISTINCT FROM (excluded.verdict, excluded.label)"
-                    " AND known.created_at <= excluded.created_at",
+                    " WHERE known.created_at <= excluded.created_at"
+                    " AND ((known.verdict, known.label) IS DISTINCT FROM (excluded.verdict, excluded.label)"
+                    "      OR excluded.verdict IN ('agree', 'not_brain_mri') AND EXISTS ("
+                    "          SELECT 1 FROM feedback AS other WHERE other.prediction_id = known.prediction_id"
+                    "          AND other.verdict = 'correct' AND other.created_at > known.created_at))",
                     feedback.model_dump()
                     | {"verdict": feedback.verdict.value, "prediction_id": _lookup(feedback.prediction_id)},
                 )

@@ -1,7 +1,7 @@
 """What readers say of predictions; the corrected copies that follow from it are in `records.corrections`."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from neuroloop.core import keys
 from neuroloop.core.errors import NeuroLoopError
@@ -45,12 +45,13 @@ def record(
     """Record a normalised verdict: a correction's object first, then the row, then what it outdated is removed.
 
     Calls `news` as soon as the row is there, if it was news: the same verdict of the same reader again, even at the
-    same moment, changes nothing. Raises `Unavailable` where store or database is away; the verdict may be recorded by
-    then, and to give it again puts the copy in order, as housekeeping does. Raises `NotFound` where the prediction's
-    image has been removed from the store, `Erased` where it was erased meanwhile.
+    same moment, changes nothing, unless it denies a correction that has come since. Raises `Unavailable` where store or
+    database is away; the verdict may be recorded by then, and to give it again puts the copy in order, as housekeeping
+    does. Raises `NotFound` where the prediction's image has been removed from the store, `Erased` where it was erased
+    meanwhile.
     """
     before = log.feedback(prediction.id)
-    if not any((one.reader, one.verdict, one.label) == _said(feedback) for one in before):
+    if not _said(before, feedback):
         if feedback.label is not None and may_train(prediction):
             put_copy(store, prediction, keys.correction(feedback.label, prediction.id))
         try:
@@ -66,5 +67,10 @@ def record(
     settle(log, store, prediction)
 
 
-def _said(feedback: Feedback) -> tuple[str, Verdict, Label | None]:
-    return feedback.reader, feedback.verdict, feedback.label
+def _said(before: Sequence[Feedback], again: Feedback) -> bool:
+    """Whether this reader's word is among these, and no correction has come since that it would deny."""
+    own = next((one for one in before if one.reader == again.reader), None)
+    if own is None or (own.verdict, own.label) != (again.verdict, again.label):
+        return False
+    denies = again.verdict in (Verdict.AGREE, Verdict.NOT_BRAIN_MRI)
+    return not (denies and any(one.verdict is Verdict.CORRECT and one.created_at > own.created_at for one in before))

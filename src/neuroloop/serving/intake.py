@@ -24,6 +24,7 @@ UPLOAD_SECONDS = 60.0
 SHARE = 0.25
 """Of the bytes of all bodies together, the part that one holder of a key may take, though always one whole body."""
 
+_CHARSETS = (b"utf-8", b"utf8", b"iso-8859-1", b"latin-1", b"us-ascii")  # of forms; some clients name the second
 _BINARY = (b"application/dicom", b"application/gzip", b"application/x-gzip", b"application/octet-stream")
 
 
@@ -119,10 +120,11 @@ async def files_of(request: Request, body: bytes, *, most: int) -> list[bytes]:
     """The bytes of every file in the form's field `file`, in their order: one to `most`.
 
     Raises `HTTPException` with status 400 for a form that is cut off, that has files elsewhere too, or that names a
-    charset of its own: Python decodes some, such as punycode, in quadratic time, and none of the text is of use.
+    rare charset: Python decodes some, such as punycode, in quadratic time, and none of the text is of use.
     """
-    if parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8").lower() != b"utf-8":
-        raise HTTPException(400, "The form names a charset other than utf-8")
+    charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8")
+    if charset.lower() not in _CHARSETS:
+        raise HTTPException(400, "The form names a charset other than utf-8, iso-8859-1 and us-ascii")
 
     async def once() -> AsyncGenerator[bytes, None]:
         yield body

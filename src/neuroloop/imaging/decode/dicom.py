@@ -114,10 +114,10 @@ def _frame(header: "Dataset", frame: int | None, limits: Limits) -> Frame:
     values = _stored(header, chosen - 1, frames)
     settings, coloured = _settings(header, chosen - 1), 0.0
     if header.PhotometricInterpretation == "PALETTE COLOR":
-        pixels = _coloured(values, settings)
+        pixels, coloured = _coloured(values, settings)
     elif values.ndim == 3:
         pixels, deeper = luma(values, bits=int(header.BitsStored)), max(int(header.BitsStored) - 8, 0)
-        coloured = colour.share(Image.fromarray((values >> deeper).astype(np.uint8)))
+        coloured = _share(values >> deeper)
     else:
         pixels = _window(_rescale(values, settings), settings, _padding(values, settings))
     return Frame(
@@ -175,8 +175,14 @@ def _extended_jpeg(header: "Dataset", index: int, frames: int) -> NDArray[Any]:
     return np.frombuffer(data, "<i2" if signed else "<u2").reshape(int(header.Rows), int(header.Columns))
 
 
-def _coloured(values: NDArray[Any], settings: "Dataset") -> NDArray[np.uint8]:
-    """The greys of the colours that a palette has for the values (PS3.3, C.7.6.3.1.5 and C.7.6.3.1.6).
+def _share(colours: NDArray[Any]) -> float:
+    """How much is in colour of (rows, columns, 3), 0..255."""
+    return colour.share(Image.fromarray(colours.astype(np.uint8)))
+
+
+def _coloured(values: NDArray[Any], settings: "Dataset") -> tuple[NDArray[np.uint8], float]:
+    """The greys of the colours that a palette has for the values (PS3.3, C.7.6.3.1.5 and C.7.6.3.1.6); how much is in
+    colour.
 
     Colours have 8 bits where no entry needs more, whatever the palette says of itself: some say 16.
     """
@@ -187,8 +193,11 @@ def _coloured(values: NDArray[Any], settings: "Dataset") -> NDArray[np.uint8]:
     first = min(red.first, green.first, blue.first)
     steps = np.arange(first, max(table.first + len(table.entries) for table in (red, green, blue)))
     colours = np.stack([table.of(steps) for table in (red, green, blue)], axis=-1)
-    greys = luma(colours[None], bits=8 if colours.max() <= 255 else 16)[0]  # of the table: the pixels are many more
-    return _Table(greys, first).of(values)
+    bits = 8 if colours.max() <= 255 else 16
+    greys = luma(colours[None], bits=bits)[0]  # of the table: the pixels are many more
+    some = values[:: -(-values.shape[0] // 128), :: -(-values.shape[1] // 128)]
+    shown = np.stack([_Table(channel, first).of(some) for channel in (colours >> (bits - 8)).T], axis=-1)
+    return _Table(greys, first).of(values), _share(shown)
 
 
 def _settings(header: "Dataset", index: int) -> "Dataset":

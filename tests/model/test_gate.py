@@ -44,7 +44,7 @@ def test_the_rates_of_every_kind_are_kept(bundle):
     assert facts.rejected.keys() == outliers.KINDS.keys()
     assert facts.measured == 10  # a quarter of the 40 that it learned of each, and so many at least
     assert np.mean(list(facts.rejected.values())) >= 0.5
-    assert min(facts.accepted_brains, facts.accepted_widened) >= 0.95  # of 60
+    assert (facts.accepted_brains >= 0.99, facts.accepted_widened >= 0.97) == (True, True)  # as its origin says
 
 
 def test_a_rejection_says_why_and_an_acceptance_needs_no_reason(bundle, tiny_model):

@@ -208,7 +208,10 @@ def baselines(
         "majority": np.full(len(test_labels), np.bincount(train_labels).argmax()),
         "border": forest(_border),
         "thumbnail": forest(lambda images: _shrink(images, 8)),
-        "nearest": train_labels[(test @ train.T).argmax(axis=1)],
+        # In pieces, for the whole matrix of a large set takes gigabytes.
+        "nearest": np.concatenate(
+            [train_labels[(test[at : at + 512] @ train.T).argmax(axis=1)] for at in range(0, len(test), 512)]
+        ),
     }
     scores: dict[str, float] = {}
     for name, predicted in predictions.items():

@@ -112,7 +112,9 @@ def fit_gate(
     away = {name: deviations(found, centre, scale) for name, (_, found) in answers.items()}
     wrong = wrongness(away["plain"], doubt, bias)
     plain, wide = raw.logits(validation), raw.logits(widened)
-    offset = float(min(np.quantile(plain, 1 - _KEEP), np.quantile(wide, 1 - _KEEP_WIDENED)))
+    # One of the logits itself: between two of them, fewer than these shares of some hundred would be accepted.
+    limits = ((plain, _KEEP), (wide, _KEEP_WIDENED))
+    offset = float(min(np.quantile(found, 1 - share, method="lower") for found, share in limits))
     # Each limit on its own, then both moved alike until that share lies within the two of them.
     far, doubtful = (max(float(np.quantile(each, _FAMILIAR)), 1e-6) for each in (distance(away["plain"]), wrong))
     both = np.maximum(distance(away["plain"]) / far, wrong / doubtful)

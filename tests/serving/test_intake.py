@@ -16,9 +16,9 @@ from serving.running import Api, encoded, head, serving
 MEGABYTE = 1_000_000  # the limit of this API
 
 
-def part(*dispositions: str, end: str = "--b--\r\n", content: str = "x") -> bytes:
+def part(*dispositions: str, content: str = "x") -> bytes:
     parts = (f"--b\r\nContent-Disposition: form-data; {each}\r\n\r\n{content}\r\n" for each in dispositions)
-    return "".join([*parts, end]).encode()
+    return "".join([*parts, "--b--\r\n"]).encode()
 
 
 def chunks(total: int):
